@@ -1,0 +1,181 @@
+"""What a user may choose about a pruning run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+Schedule = Literal["per_layer", "per_sublayer"]
+SCHEDULES: tuple[Schedule, ...] = ("per_layer", "per_sublayer")
+
+
+@dataclasses.dataclass(frozen=True)
+class KPruneConfig:
+    """Options of :func:`kprune_ext.kprune`; immutable, and checked when it is made.
+
+    Raises:
+        ValueError: an option lies outside its range.
+        TypeError: an option has the wrong type.
+    """
+
+    reduction: float = dataclasses.field(
+        default=0.5,
+        metadata={
+            "help": "Fraction of the encoder's FLOPs to remove, strictly between 0 and 1. For a "
+            "model that was pruned before, a fraction of what it has now."
+        },
+    )
+    temperature: float = dataclasses.field(
+        default=2.0,
+        metadata={"help": "Temperature at which class probabilities are softened for the scores."},
+    )
+    lambda_rep: float = dataclasses.field(
+        default=2.5e-4,
+        metadata={"help": "Weight of representational against predictive knowledge (lambda)."},
+    )
+    mu: float | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Weight of an attention head's mean knowledge per dimension against a "
+            "neuron's knowledge (mu). None: the head size, which turns the mean into a sum."
+        },
+    )
+    schedule: Schedule = dataclasses.field(
+        default="per_layer",
+        metadata={
+            "help": "How often knowledge is measured anew: 'per_layer', before the attention of "
+            "each layer, or 'per_sublayer', before every sub-layer (the paper's way, twice the "
+            "cost)."
+        },
+    )
+    score_fraction: float = dataclasses.field(
+        default=0.25,
+        metadata={
+            "help": "Part of the calibration samples on which knowledge is measured, in (0, 1]. "
+            "Weight tuning always uses all of them."
+        },
+    )
+    max_score_classes: int = dataclasses.field(
+        default=16,
+        metadata={
+            "help": "Predictive knowledge takes one backward pass per class; of more classes than "
+            "this, each sample counts the ones that matter most to it."
+        },
+    )
+    ridge: float = dataclasses.field(
+        default=1.0,
+        metadata={
+            "help": "Strength of the pull towards the original weights in weight tuning, in units "
+            "of (units / tokens) x the mean square activation."
+        },
+    )
+    max_tokens: int = dataclasses.field(
+        default=100_000,
+        metadata={
+            "help": "Calibration stops before the sample that would exceed this many unmasked "
+            "tokens (the first sample is always taken)."
+        },
+    )
+    batch_tokens: int = dataclasses.field(
+        default=2048,
+        metadata={
+            "help": "Tokens that go through the model at a time. Samples are regrouped by length, "
+            "so the dataloader's own batch size does not matter."
+        },
+    )
+    sequence_length: int | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Tokens per sequence at which FLOPs are counted. None: the mean number of "
+            "unmasked tokens of the calibration samples, rounded."
+        },
+    )
+    seed: int = dataclasses.field(
+        default=0,
+        metadata={"help": "Chooses the samples on which knowledge is measured."},
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("max_score_classes", "max_tokens", "batch_tokens", "sequence_length", "seed"):
+            value = getattr(self, name)
+            if name == "sequence_length" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}={value!r} is not an integer. Pass a whole number.")
+            if name != "seed" and value < 1:
+                raise ValueError(f"{name}={value} is too small. Pass 1 or more.")
+        for name in ("reduction", "temperature", "lambda_rep", "score_fraction", "ridge", "mu"):
+            value = getattr(self, name)
+            if name == "mu" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name}={value!r} is not a number. Pass a float.")
+            if not _finite(value):
+                raise ValueError(f"{name}={value} is not finite. Pass an ordinary number.")
+        if not 0 < self.reduction < 1:
+            raise ValueError(
+                f"reduction={self.reduction} is outside (0, 1). It is the fraction of encoder "
+                "FLOPs to remove: pass 0.5 to keep half of them."
+            )
+        if not 0 < self.score_fraction <= 1:
+            raise ValueError(
+                f"score_fraction={self.score_fraction} is outside (0, 1]. It is the part of the "
+                "calibration samples on which knowledge is measured: pass 1.0 for all of them."
+            )
+        for name in ("temperature", "ridge", "mu"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}={value} is not positive. Pass a number above 0.")
+        if self.lambda_rep < 0:
+            raise ValueError(
+                f"lambda_rep={self.lambda_rep} is negative. Pass 0 to use predictive knowledge "
+                "alone, or a positive weight."
+            )
+        if self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"schedule={self.schedule!r} is unknown. Pass one of {', '.join(SCHEDULES)}."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option by name."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> KPruneConfig:
+        """The configuration with these options; the others keep their defaults.
+
+        Raises:
+            ValueError: an option is unknown or out of range.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise ValueError(
+                f"Unknown option {', '.join(unknown)}. KPruneConfig has: {', '.join(known)}."
+            )
+        return cls(**options)
+
+    def to_json(self) -> str:
+        """The options as a JSON object."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> KPruneConfig:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: the text is no JSON object, or holds an unknown or ill option.
+        """
+        options = json.loads(text)
+        if not isinstance(options, dict):
+            raise ValueError(
+                f"Expected a JSON object of options, got {type(options).__name__}. Write it with "
+                "KPruneConfig.to_json()."
+            )
+        return cls.from_dict(options)
+
+
+def _finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")

@@ -1,0 +1,125 @@
+"""Weight tuning: the least squares that fit a pruned projection to its target.
+
+Shapes: features are ``(tokens, units)``, targets ``(tokens, outputs)``, weights ``(outputs,
+units)`` as in ``nn.Linear``. (arXiv 2308.03449, section 4.4; the ridge and the bias are ours.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# The least ridge, relative to the mean square activation: what float64 needs to stay positive
+# definite when units are copies of one another.
+_FLOOR = 1e-10
+
+
+@dataclass
+class NormalEquations:
+    """Sums over tokens, in float64, that determine a linear least-squares fit.
+
+    Attributes:
+        gram: sum of f fᵀ, ``(units, units)``.
+        cross: sum of f yᵀ, ``(units, outputs)``.
+        feature_sum: sum of f, ``(units,)``.
+        target_sum: sum of y, ``(outputs,)``.
+        target_square: sum of the squared norms of y.
+        tokens: how many were summed.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    feature_sum: Tensor
+    target_sum: Tensor
+    target_square: float = 0.0
+    tokens: int = 0
+
+    @classmethod
+    def zeros(cls, units: int, outputs: int, device: torch.device | str = "cpu") -> NormalEquations:
+        """Equations in which nothing has been summed yet."""
+
+        def empty(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.float64, device=device)
+
+        return cls(empty(units, units), empty(units, outputs), empty(units), empty(outputs))
+
+    def update(self, features: Tensor, targets: Tensor) -> None:
+        """Add tokens: features ``(tokens, units)`` and their targets ``(tokens, outputs)``.
+
+        Products are taken in the precision of the input (at least float32), sums in float64.
+        """
+        if features.dtype in (torch.float16, torch.bfloat16):
+            features, targets = features.float(), targets.float()
+        self.gram += (features.T @ features).double()
+        self.cross += (features.T @ targets).double()
+        self.feature_sum += features.sum(0, dtype=torch.float64)
+        self.target_sum += targets.sum(0, dtype=torch.float64)
+        self.target_square += float(targets.square().sum(dtype=torch.float64))
+        self.tokens += len(features)
+
+
+@dataclass(frozen=True)
+class TunedProjection:
+    """A fitted projection.
+
+    Attributes:
+        weight: ``(outputs, units)``, float64.
+        bias: ``(outputs,)``, float64.
+        error: share of the target's variation about its mean that the fit misses: root of
+            (squared residuals / squared deviations). 0 is perfect; 1 is no better than a bias.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    error: float
+
+
+def tune_projection(equations: NormalEquations, weight: Tensor, ridge: float) -> TunedProjection:
+    """Fit weight and bias to the targets, with a ridge towards the given weight.
+
+    Minimises  sum ‖W f + b − y‖² + r ‖W − W₀‖²  over W and b, where
+    r = ridge · (units / tokens) · trace(sum f fᵀ) / units: the fewer tokens a unit has, the more
+    the original weights hold. The bias is free. Solved by Cholesky after centring.
+
+    Args:
+        equations: the sums over the calibration tokens.
+        weight: the original weights W₀ of the units kept, ``(outputs, units)``.
+        ridge: strength of the pull, above 0.
+
+    Raises:
+        ValueError: no token was summed, or the shapes disagree.
+        torch.linalg.LinAlgError: the equations are not finite.
+    """
+    units, outputs = equations.cross.shape
+    if equations.tokens == 0:
+        raise ValueError("No token was summed, so there is nothing to fit. Pass calibration data.")
+    if weight.shape != (outputs, units):
+        raise ValueError(
+            f"The weight has shape {tuple(weight.shape)}, but the equations are for "
+            f"{(outputs, units)} (outputs, units)."
+        )
+    original = weight.double()
+    feature_mean = equations.feature_sum / equations.tokens
+    target_mean = equations.target_sum / equations.tokens
+    gram = equations.gram - torch.outer(equations.feature_sum, feature_mean)
+    cross = equations.cross - torch.outer(equations.feature_sum, target_mean)
+
+    if units:
+        mean_square = equations.gram.diagonal().mean()
+        strength = mean_square * max(ridge * units / equations.tokens, _FLOOR)
+        # All units dead: any positive strength leaves the weights as they were.
+        strength = torch.where(strength > 0, strength, torch.ones_like(strength))
+        identity = torch.eye(units, dtype=gram.dtype, device=gram.device)
+        factor = torch.linalg.cholesky(gram + strength * identity)
+        change = torch.cholesky_solve(cross - gram @ original.T, factor).T
+        tuned = original + change
+    else:
+        tuned = original
+    bias = target_mean - tuned @ feature_mean
+
+    variation = equations.target_square - float(target_mean @ equations.target_sum)
+    missed = variation - 2 * float((tuned.T * cross).sum()) + float(((tuned @ gram) * tuned).sum())
+    error = (max(missed, 0.0) / variation) ** 0.5 if variation > 0 else 0.0
+    return TunedProjection(tuned, bias, error)
