@@ -1,0 +1,27 @@
+"""CorDA (context-oriented decomposition adaptation) as a PEFT method.
+
+Importing this package registers the PEFT type ``CORDA``, so that ``get_peft_model``,
+``PeftModel.from_pretrained`` and ``AutoPeftModel`` know what to do with a `CordaConfig` or with an
+adapter that was saved from one.
+
+Method: CorDA, arXiv 2406.05223 (NeurIPS 2024).
+"""
+
+from .calibration import calibrate, initialize_corda
+from .config import CordaConfig
+from .factors import CordaFactors, ModuleFactors
+from .model import CordaModel
+from .registration import register_corda
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CordaConfig",
+    "CordaFactors",
+    "CordaModel",
+    "ModuleFactors",
+    "calibrate",
+    "initialize_corda",
+]
+
+register_corda()

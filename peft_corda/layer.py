@@ -1,0 +1,159 @@
+"""The adapter layer: `base(x) + s · (B A dropout(x) − B0 A0 x)`.
+
+`A (r, in)` and `B (out, r)` are trained; `A0` and `B0` are frozen copies of where they started. The
+base weight is never changed, so disabling, deleting or unloading the adapter gives the base model
+back to the bit, and a checkpoint loads on the original base.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.lora import LoraConfig
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraVariant
+from peft.utils.other import transpose
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+_START_NAMES = ("lora_A0", "lora_B0")
+
+
+class StartBuffers(BufferDict):
+    """Frozen starting factors by adapter name, saved with the adapter.
+
+    Remembers which adapters were given a start, by calibration or from a checkpoint.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(persistent=True)
+        self.started: set[str] = set()
+
+    def __delitem__(self, key: str) -> None:
+        super().__delitem__(key)
+        self.started.discard(key)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        for name in self.keys():
+            loaded = state_dict.get(prefix + name)
+            if loaded is not None and bool(loaded.any()):
+                self.started.add(name)
+
+
+class CordaVariant(LoraVariant):
+    """What PEFT's LoRA layer calls in place of its own `B A x`."""
+
+    @staticmethod
+    def init(module: CordaLinear, adapter_name: str, **kwargs: Any) -> None:
+        """Nothing to do: the start is set by `CordaLinear.start_adapter`."""
+
+    @staticmethod
+    def merge_safe(module: CordaLinear, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def merge_unsafe(module: CordaLinear, active_adapter: str, orig_weight: Tensor) -> None:
+        orig_weight.data += module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def unmerge(module: CordaLinear, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def forward(
+        module: CordaLinear, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+    ) -> Tensor:
+        if module.training and torch.is_grad_enabled():
+            module.check_started(active_adapter)
+        dropout = module.lora_dropout[active_adapter]
+        trained = module.lora_B[active_adapter](module.lora_A[active_adapter](dropout(x)))
+        # The same two products through the same kernels: equal factors cancel to the last bit.
+        start = F.linear(F.linear(x, module.lora_A0[active_adapter]), module.lora_B0[active_adapter])
+        return result + (trained - start) * module.scaling[active_adapter]
+
+
+class CordaLinear(LoraLinear):
+    """A CORDA adapter on a `torch.nn.Linear` or a transformers `Conv1D`."""
+
+    lora_A0: StartBuffers
+    lora_B0: StartBuffers
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any
+    ) -> None:
+        is_conv1d = isinstance(_innermost(base_layer), Conv1D)
+        super().__init__(
+            base_layer, adapter_name, config=config, is_target_conv_1d_layer=is_conv1d, **kwargs
+        )
+        # Conv1D stores its weight as (in, out); the layer knows, the user need not say so.
+        self.fan_in_fan_out = is_conv1d
+
+    def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant:
+        return CordaVariant()
+
+    def update_layer(
+        self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any
+    ) -> None:
+        """Add an adapter whose start is still to be set; until then it adds nothing."""
+        if not hasattr(self, "lora_A0"):
+            self.lora_A0, self.lora_B0 = StartBuffers(), StartBuffers()
+            # So that PEFT moves, casts, saves and deletes them with the adapter.
+            self.other_param_names = (*self.other_param_names, *_START_NAMES)
+        self.lora_A0[adapter_name] = torch.zeros(r, self.in_features)
+        self.lora_B0[adapter_name] = torch.zeros(self.out_features, r)
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        if config.init_lora_weights is False:
+            # The caller wants random factors and takes that for a start.
+            self.lora_B0.started.add(adapter_name)
+
+    def start_adapter(self, adapter_name: str, factor_a: Tensor, factor_b: Tensor) -> None:
+        """Set where an adapter starts: `A (r, in)` and `B (out, r)`, and their frozen copies."""
+        pairs = (
+            (self.lora_A[adapter_name], self.lora_A0, factor_a),
+            (self.lora_B[adapter_name], self.lora_B0, factor_b),
+        )
+        device = self.get_base_layer().weight.device
+        for linear, start, factor in pairs:
+            # The layout that a checkpoint loads into: the same kernels run before and after.
+            value = factor.to(device, linear.weight.dtype).contiguous()
+            linear.weight = nn.Parameter(value, requires_grad=linear.weight.requires_grad)
+            start[adapter_name] = value.clone()
+        self.lora_B0.started.add(adapter_name)
+
+    def check_started(self, adapter_name: str) -> None:
+        """Raise unless the adapter was given a start: trained without, it would be a plain LoRA.
+
+        Raises:
+            RuntimeError: saying how to give it one.
+        """
+        if adapter_name not in self.lora_B0.started:
+            raise RuntimeError(
+                f"The CORDA adapter {adapter_name!r} has no start yet, so it would train as a plain "
+                "LoRA. Call calibrate(model, config, dataloader) before get_peft_model, or set "
+                "CordaConfig(corda_factors='file'), or call initialize_corda(model, dataloader) now."
+            )
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """`s (B A − B0 A0)` in the layout of the base weight and the dtype of the adapter."""
+        trained_b, trained_a = self.lora_B[adapter].weight, self.lora_A[adapter].weight
+        # At least float32: a difference of two products loses digits.
+        working = torch.promote_types(trained_a.dtype, torch.float32)
+        delta = trained_b.to(working) @ trained_a.to(working)
+        delta = delta - self.lora_B0[adapter].to(working) @ self.lora_A0[adapter].to(working)
+        delta = transpose(delta, self.fan_in_fan_out) * self.scaling[adapter]
+        return delta.to(trained_a.dtype)
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace("lora.CordaLinear", "corda.Linear", 1)
+
+
+def _innermost(module: nn.Module) -> nn.Module:
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module

@@ -1,0 +1,160 @@
+"""`CordaModel`: puts CORDA adapters into a model, as `LoraModel` does LoRA's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraModel
+from torch import Tensor, nn
+
+from .config import CordaConfig
+from .decomposition import starting_factors
+from .factors import CordaFactors, sample_of
+from .layer import CordaLinear
+from .targets import find_targets, rank_of
+from .weights import decomposable, dense_weight, weight_shape
+
+
+class CordaModel(LoraModel):
+    """A base model with CORDA adapters (CorDA, arXiv 2406.05223).
+
+    Made by `get_peft_model(model, CordaConfig(...))`. Everything that could be wrong with the
+    config or its factors is checked before the first module is replaced.
+
+    Args:
+        model: the model to be adapted.
+        config: the `CordaConfig`, or configs by adapter name.
+        adapter_name: the adapter's name.
+    """
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Add an adapter, started from `config.corda_factors` where that is set.
+
+        Raises:
+            ValueError: as `peft_corda.targets.find_targets` and `CordaFactors.check_fits`; the model
+                is then unchanged.
+        """
+        config: CordaConfig = self.peft_config[adapter_name]
+        factors = None
+        if state_dict is None:
+            targets = find_targets(model, config)
+            factors = _factors_of(config)
+            if factors is not None:
+                _check_fits(factors, targets, config)
+        super().inject_adapter(
+            model,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            state_dict=state_dict,
+        )
+        # Kept until the adapter's final dtype is known, see `_cast_adapter_dtype`.
+        self._pending_factors = {adapter_name: factors} if factors is not None else {}
+        if factors is not None:
+            self._fill(adapter_name, factors)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Cast as LoRA does, and fill a new adapter again if that widened it.
+
+        On injection PEFT gives the adapter the dtype of the base; the cast to float32 alone would
+        keep what the factors lost to it.
+        """
+        before = self._dtypes(adapter_name)
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        factors = self.__dict__.get("_pending_factors", {}).pop(adapter_name, None)
+        if factors is not None and before != self._dtypes(adapter_name):
+            self._fill(adapter_name, factors)
+
+    def start_adapter(self, adapter_name: str, factors: CordaFactors) -> None:
+        """Set where an adapter that is in place starts from; it then computes what the base does.
+
+        Raises:
+            ValueError: as `CordaFactors.check_fits`; the adapter is then unchanged.
+        """
+        config: CordaConfig = self.peft_config[adapter_name]
+        _check_fits(factors, find_targets(self.model, config), config)
+        self._fill(adapter_name, factors)
+
+    def adapter_layers(self, adapter_name: str) -> dict[str, CordaLinear]:
+        """The layers that have an adapter of this name, by the name of the base module."""
+        return {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, CordaLinear) and adapter_name in module.lora_A
+        }
+
+    @torch.no_grad()
+    def _fill(self, adapter_name: str, factors: CordaFactors) -> None:
+        config: CordaConfig = self.peft_config[adapter_name]
+        for name, layer in self.adapter_layers(adapter_name).items():
+            weight = dense_weight(name, layer.get_base_layer())
+            module, rank = factors.modules[name], layer.r[adapter_name]
+            factor_a, factor_b = starting_factors(
+                decomposable(weight),
+                module.U[:, :rank].to(weight.device),
+                module.S[:rank].to(weight.device),
+                config.corda_scaling,
+                layer.scaling[adapter_name],
+            )
+            layer.start_adapter(adapter_name, factor_a, factor_b)
+
+    def _dtypes(self, adapter_name: str) -> list[torch.dtype]:
+        layers = self.adapter_layers(adapter_name).values()
+        return [layer.lora_A[adapter_name].weight.dtype for layer in layers]
+
+    @staticmethod
+    def _create_new_module(
+        lora_config: CordaConfig, adapter_name: str, target: nn.Module, **kwargs: Any
+    ) -> CordaLinear:
+        # `find_targets` has made sure that the target is of a supported type.
+        kwargs.pop("device_map", None)
+        return CordaLinear(target, adapter_name, config=lora_config, **kwargs)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not available for CORDA adapters.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "add_weighted_adapter is not available for CORDA adapters yet: LoRA's way of combining A "
+            "and B leaves out what each adapter started from. Merge the adapters one after another "
+            "with merge_adapter(adapter_names=[...]) instead."
+        )
+
+    def subtract_mutated_init(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Not needed for CORDA adapters, which leave the base weights as they are.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "path_initial_model_for_weight_conversion is not for CORDA adapters: they leave the base "
+            "weights unchanged, so a plain save_pretrained(path) reloads on the original base."
+        )
+
+
+def _factors_of(config: CordaConfig) -> CordaFactors | None:
+    given = config.corda_factors
+    if given is None or isinstance(given, CordaFactors):
+        return given
+    return CordaFactors.load(given)
+
+
+def _check_fits(factors: CordaFactors, targets: dict[str, nn.Module], config: CordaConfig) -> None:
+    factors.check_fits(
+        method=config.corda_method,
+        ranks={name: rank_of(config, name) for name in targets},
+        weights={
+            name: (sample_of(dense_weight(name, module)), weight_shape(module))
+            for name, module in targets.items()
+        },
+    )

@@ -1,0 +1,96 @@
+"""Which modules a `CordaConfig` is about, found as PEFT finds them, and checked before any change."""
+
+from __future__ import annotations
+
+import copy
+
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from .config import CordaConfig
+from .weights import SUPPORTED, is_supported, weight_shape
+
+
+def find_targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]:
+    """Target modules by name, in the order of `model.named_modules()`, checked.
+
+    Args:
+        model: the base model (not a `PeftModel`); modules that already carry an adapter are found
+            under their own name, and their base layer is returned.
+        config: its `target_modules`, `exclude_modules`, `layers_to_transform`, `rank_pattern`, …
+
+    Raises:
+        ValueError: if nothing matches, a match is of an unsupported type, or a rank is too large.
+    """
+    config = _with_explicit_targets(model, config)
+    adapted: list[str] = []
+    targets: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if not name or any(name.startswith(prefix) for prefix in adapted):
+            continue
+        is_adapted = isinstance(module, BaseTunerLayer)
+        if is_adapted:
+            adapted.append(name + ".")
+        if check_target_module_exists(config, name):
+            targets[name] = module.get_base_layer() if is_adapted else module
+    if not targets:
+        raise ValueError(_no_match_message(model, config))
+    _check_types(targets)
+    _check_ranks(targets, config)
+    return targets
+
+
+def rank_of(config: CordaConfig, name: str) -> int:
+    """Rank of the adapter on module `name`, `rank_pattern` included."""
+    key = get_pattern_key(config.rank_pattern.keys(), name)
+    return config.rank_pattern.get(key, config.r)
+
+
+def _with_explicit_targets(model: nn.Module, config: CordaConfig) -> CordaConfig:
+    config = copy.copy(config)
+    if config.target_modules is None:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        defaults = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
+        if defaults is None:
+            raise ValueError(
+                f"PEFT has no default target modules for model type {model_type!r}. Set "
+                "target_modules in the CordaConfig, for example target_modules='all-linear'."
+            )
+        config.target_modules = set(defaults) if isinstance(defaults, list) else defaults
+    return _maybe_include_all_linear_layers(config, model)
+
+
+def _no_match_message(model: nn.Module, config: CordaConfig) -> str:
+    endings = sorted({name.split(".")[-1] for name, m in model.named_modules() if is_supported(m)})
+    return (
+        f"No module of {type(model).__name__} matches target_modules={config.target_modules!r} "
+        f"(exclude_modules={config.exclude_modules!r}). Its linear layers end in: "
+        f"{', '.join(endings) or 'none'}. Name some of them, or use target_modules='all-linear'."
+    )
+
+
+def _check_types(targets: dict[str, nn.Module]) -> None:
+    for name, module in targets.items():
+        if not is_supported(module):
+            raise ValueError(
+                f"Target module {name} is a {type(module).__name__}, which CORDA adapters do not "
+                f"support; they support {SUPPORTED}. Leave it out of target_modules, or name it in "
+                "exclude_modules."
+            )
+
+
+def _check_ranks(targets: dict[str, nn.Module], config: CordaConfig) -> None:
+    for name, module in targets.items():
+        rank, shape = rank_of(config, name), weight_shape(module)
+        if not 1 <= rank <= min(shape):
+            raise ValueError(
+                f"r={rank} is larger than module {name} with weight (out, in) = {shape} allows: its "
+                f"rank can be at most {min(shape)}. Lower r, or give this module its own rank with "
+                f"rank_pattern={{{name!r}: {min(shape)}}}."
+            )
