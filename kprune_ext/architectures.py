@@ -209,13 +209,14 @@ def sublayers(model: PreTrainedModel, architecture: Architecture, path: str) -> 
         TypeError: a projection is not a plain ``nn.Linear``; the message names it.
     """
     head_size = model.config.hidden_size // model.config.num_attention_heads
+    kinds: tuple[tuple[Kind, SubLayerPaths, int], ...] = (
+        ("attention", architecture.attention, head_size),
+        ("ffn", architecture.ffn, 1),
+    )
     found = []
     for number, layer in enumerate(model.get_submodule(path).children()):
         prefix = f"{path}.{number}."
-        for kind, paths, size in (
-            ("attention", architecture.attention, head_size),
-            ("ffn", architecture.ffn, 1),
-        ):
+        for kind, paths, size in kinds:
             for path in (*paths.inputs, paths.output):
                 _check_named(layer, path, prefix)
             found.append(SubLayer(number, kind, prefix + paths.output, layer, paths, size))

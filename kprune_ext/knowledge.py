@@ -143,7 +143,7 @@ def measure_knowledge(
                 raise RuntimeError(f"No forward pass reached {sublayer.name}.")
             features = entry.features[stream.tokens]
             require_finite(features, f"the input of {sublayer.name}")
-            total += features.float().square().sum(0, dtype=torch.float64)
+            total += features.double().square().sum(0)
     return [
         Knowledge(0.5 * sensitivity / samples, _output_energy(sublayer, square / tokens))
         for sublayer, sensitivity, square in zip(sublayers, predictive, squares, strict=True)

@@ -135,7 +135,7 @@ def store_kept_units(config: Any, kept: Iterable[KeptUnits]) -> None:
 
 def _set_linear(layer: nn.Module, path: str, weight: Tensor, bias: Tensor | None) -> None:
     """Put a linear module with this weight and bias in the place of another."""
-    old = layer.get_submodule(path)
+    old: Any = layer.get_submodule(path)
     # Made on the meta device, as nn.Linear would draw values only for us to replace them.
     new = nn.Linear(1, 1, bias=bias is not None, device="meta")
     new.out_features, new.in_features = weight.shape
@@ -249,7 +249,7 @@ def uneven_copy(model: PreTrainedModel) -> PreTrainedModel:
         copy: PreTrainedModel = pruned_class._from_config(
             config, attn_implementation=model.config._attn_implementation
         )
-    copy.to(device=model.device, dtype=model.dtype)
+    nn.Module.to(copy, device=model.device, dtype=model.dtype)
     copy.load_state_dict(model.state_dict())
     return copy.eval()
 

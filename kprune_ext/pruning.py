@@ -73,7 +73,7 @@ def kprune(
 
     with evaluating(model):
         streams = start_streams(model, architecture, samples, config)
-        pruned = uneven_copy(model).requires_grad_(False)
+        pruned: Any = uneven_copy(model).requires_grad_(False)
         student = sublayers(pruned, architecture, architecture.layers)
         kept: list[Tensor] = []
         tuned: list[TunedProjection] = []

@@ -18,7 +18,7 @@ class SubLayerReport:
         units, units_before: how many units it has, and had.
         flops, flops_before: per sequence of the report's length, multiply-adds times 2.
         parameters, parameters_before: of its units, and the output bias.
-        error: relative reconstruction error, see :class:`~kprune_ext.reconstruction.TunedProjection`.
+        error: relative reconstruction error: 0 is perfect, 1 no better than a constant output.
     """
 
     name: str
