@@ -126,6 +126,21 @@ class CordaLinear(LoraLinear):
             start[adapter_name] = value.clone()
         self.lora_B0.started.add(adapter_name)
 
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """Move to the base layer's device; to its dtype only as long as nothing would be lost by it.
+
+        PEFT also calls this after loading weights with `low_cpu_mem_usage`, where going through the
+        bfloat16 of a base would round a float32 adapter.
+        """
+        if adapter_name not in self.lora_B0.started:
+            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+            return
+        target = self.get_base_layer().weight.device if device is None else device
+        for values in (self.lora_A, self.lora_B, self.lora_A0, self.lora_B0):
+            values[adapter_name] = values[adapter_name].to(target)
+
     def check_started(self, adapter_name: str) -> None:
         """Raise unless the adapter was given a start: trained without, it would be a plain LoRA.
 

