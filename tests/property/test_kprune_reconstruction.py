@@ -1,0 +1,110 @@
+"""Properties of weight tuning."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kprune_ext.reconstruction import NormalEquations, tune_projection
+
+sizes = st.integers(min_value=1, max_value=8)
+seeds = st.integers(min_value=0, max_value=10_000)
+
+
+def normal_equations(*batches: tuple[torch.Tensor, torch.Tensor]) -> NormalEquations:
+    equations = NormalEquations.zeros(batches[0][0].shape[1], batches[0][1].shape[1])
+    for features, targets in batches:
+        equations.update(features, targets)
+    return equations
+
+
+def problem(tokens: int, units: int, outputs: int, seed: int) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return draw(tokens, units) + 0.5, draw(tokens, outputs), draw(outputs, units)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), sizes, sizes, seeds, st.integers(1, 39))
+def test_streaming_in_parts_is_the_same_as_at_once(tokens, units, outputs, seed, cut) -> None:
+    features, targets, weight = problem(tokens, units, outputs, seed)
+    whole = tune_projection(normal_equations((features, targets)), weight, 1.0)
+    parts = normal_equations((features[:cut], targets[:cut]), (features[cut:], targets[cut:]))
+    again = tune_projection(parts, weight, 1.0)
+    torch.testing.assert_close(again.weight, whole.weight, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(again.bias, whole.bias, rtol=1e-8, atol=1e-9)
+
+
+@settings(deadline=None)
+@given(st.integers(2, 60), sizes, sizes, seeds)
+def test_the_gradient_vanishes_at_the_solution(tokens, units, outputs, seed) -> None:
+    features, targets, weight = problem(tokens, units, outputs, seed)
+    fit = tune_projection(normal_equations((features, targets)), weight, 0.3)
+    residual = features @ fit.weight.T + fit.bias - targets
+    strength = 0.3 * units / tokens * features.square().sum() / units
+    slope = residual.T @ features + strength * (fit.weight - weight)
+    scale = (targets.T @ features).abs().max() + strength * weight.abs().max()
+    assert slope.abs().max() <= 1e-8 * scale
+    assert residual.sum(0).abs().max() <= 1e-8 * (targets.abs().sum() + 1)
+
+
+@settings(deadline=None)
+@given(sizes, sizes, seeds)
+def test_an_exact_fit_by_the_original_weights_is_kept(units, outputs, seed) -> None:
+    features, _, weight = problem(20, units, outputs, seed)
+    bias = weight.sum(1)
+    fit = tune_projection(normal_equations((features, features @ weight.T + bias)), weight, 5.0)
+    torch.testing.assert_close(fit.weight, weight, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(fit.bias, bias, rtol=1e-7, atol=1e-7)
+    assert fit.error < 1e-5
+
+
+@settings(deadline=None)
+@given(sizes, sizes, seeds)
+def test_copies_of_a_unit_and_dead_units_do_not_blow_up(units, outputs, seed) -> None:
+    features, targets, weight = problem(30, units, outputs, seed)
+    features = torch.cat([features, features, torch.zeros(30, 2)], 1)
+    weight = torch.cat([weight, weight, torch.ones(outputs, 2)], 1)
+    fit = tune_projection(normal_equations((features, targets)), weight, 1e-3)
+    assert fit.weight.isfinite().all()
+    bound = 10 * (weight.norm() + torch.linalg.pinv(features).norm() * targets.norm())
+    assert fit.weight.norm() <= bound
+    torch.testing.assert_close(fit.weight[:, -2:], weight[:, -2:])  # dead: left as they were
+
+
+@settings(deadline=None)
+@given(sizes, sizes, seeds)
+def test_a_stronger_ridge_stays_closer_to_the_original_weights(units, outputs, seed) -> None:
+    features, targets, weight = problem(25, units, outputs, seed)
+    equations = normal_equations((features, targets))
+    distances = [
+        float((tune_projection(equations, weight, ridge).weight - weight).norm())
+        for ridge in (0.01, 1.0, 100.0, 1e8)
+    ]
+    assert distances == sorted(distances, reverse=True)
+    assert distances[-1] < 1e-4 * (1 + distances[0])
+
+
+def test_all_units_gone_leaves_the_mean_as_bias() -> None:
+    targets = torch.randn(30, 4).double()
+    equations = normal_equations((torch.zeros(30, 0).double(), targets))
+    fit = tune_projection(equations, torch.zeros(4, 0), 1.0)
+    assert fit.weight.shape == (4, 0)
+    torch.testing.assert_close(fit.bias, targets.mean(0))
+    assert fit.error == pytest.approx(1.0)
+
+
+def test_float32_batches_are_summed_in_float64() -> None:
+    features, targets, weight = problem(4000, 6, 3, 0)
+    exact = tune_projection(normal_equations((features, targets)), weight, 1.0)
+    rounded = NormalEquations.zeros(6, 3)
+    for start in range(0, 4000, 50):
+        rounded.update(features[start : start + 50].float(), targets[start : start + 50].float())
+    assert rounded.gram.dtype == torch.float64
+    fit = tune_projection(rounded, weight, 1.0)
+    torch.testing.assert_close(fit.weight, exact.weight, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,62 @@
+"""KPruneConfig: defaults, checks, and its forms on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from kprune_ext import KPruneConfig
+
+
+def test_every_option_is_explained() -> None:
+    for field in dataclasses.fields(KPruneConfig):
+        assert field.metadata["help"].endswith("."), field.name
+
+
+def test_goes_through_dict_and_json() -> None:
+    config = KPruneConfig(reduction=0.7, mu=32.0, sequence_length=64, schedule="per_sublayer")
+    assert KPruneConfig.from_dict(config.to_dict()) == config
+    assert KPruneConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize("reduction", [0, 1, -0.1, 1.5, 50])
+def test_reduction_outside_0_and_1(reduction: float) -> None:
+    with pytest.raises(ValueError, match=r"reduction=.* is outside \(0, 1\).*pass 0.5"):
+        KPruneConfig(reduction=reduction)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reduction": float("nan")}, "not finite"),
+        ({"temperature": 0.0}, "not positive"),
+        ({"ridge": 0}, "not positive"),
+        ({"mu": -1.0}, "not positive"),
+        ({"lambda_rep": -1e-4}, "negative"),
+        ({"score_fraction": 0.0}, r"outside \(0, 1\]"),
+        ({"score_fraction": 1.1}, r"outside \(0, 1\]"),
+        ({"max_tokens": 0}, "Pass 1 or more"),
+        ({"sequence_length": 0}, "Pass 1 or more"),
+        ({"schedule": "sometimes"}, "per_layer, per_sublayer"),
+    ],
+)
+def test_values_out_of_range(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KPruneConfig(**options)
+
+
+@pytest.mark.parametrize("options", [{"reduction": "half"}, {"seed": 1.5}, {"max_tokens": True}])
+def test_values_of_another_type(options: dict) -> None:
+    with pytest.raises(TypeError, match="is not a"):
+        KPruneConfig(**options)
+
+
+def test_unknown_option() -> None:
+    with pytest.raises(ValueError, match=r"Unknown option sparsity.*reduction"):
+        KPruneConfig.from_dict({"sparsity": 0.5})
+
+
+def test_json_that_is_no_object() -> None:
+    with pytest.raises(ValueError, match="Expected a JSON object of options, got list"):
+        KPruneConfig.from_json("[]")

@@ -1,0 +1,165 @@
+"""The config field with the kept units, and the registration with transformers."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kprune_helpers import padded, sequences, tiny_bert
+from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig
+
+import kprune_ext
+from kprune_ext import KPruneConfig, kprune, modeling
+
+
+@given(st.sets(st.integers(0, 300)))
+def test_indices_survive_their_short_form(indices: set[int]) -> None:
+    ascending = tuple(sorted(indices))
+    assert modeling.decode_indices(modeling.encode_indices(ascending)) == ascending
+
+
+def test_indices_are_stored_as_runs() -> None:
+    assert modeling.encode_indices([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
+    assert modeling.encode_indices([]) == ""
+
+
+@pytest.mark.parametrize("text", ["3-1", "1,1", "2,1", "a", "1,", "-", "0-99999999999"])
+def test_malformed_indices(text: str) -> None:
+    with pytest.raises(ValueError):
+        modeling.decode_indices(text)
+
+
+def test_a_config_that_says_nothing_keeps_everything() -> None:
+    config = modeling.KPruneBertConfig(
+        num_hidden_layers=2, num_attention_heads=2, intermediate_size=5, hidden_size=8
+    )
+    assert modeling.kept_units(config) == [modeling.KeptUnits((0, 1), (0, 1, 2, 3, 4))] * 2
+
+
+def _drop_layer(stored: dict) -> None:
+    stored["layers"].pop()
+
+
+def _miscount(stored: dict) -> None:
+    stored["layers"][0]["num_neurons"] += 1
+
+
+def _out_of_range(stored: dict) -> None:
+    stored["layers"][1].update(neurons="400", num_neurons=1)
+
+
+def _other_format(stored: dict) -> None:
+    stored["format"] = 99
+
+
+def _malformed(stored: dict) -> None:
+    stored["layers"][0]["heads"] = "x"
+
+
+def _no_layers(stored: dict) -> None:
+    del stored["layers"]
+
+
+@pytest.mark.parametrize(
+    "damage", [_drop_layer, _miscount, _out_of_range, _other_format, _malformed, _no_layers]
+)
+def test_a_tampered_config_gives_one_clear_error(damage, tmp_path) -> None:
+    kprune(tiny_bert(), padded(sequences(8)), progress=False).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    damage(config["kprune"])
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="field 'kprune' of this model's config is damaged"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_sizes_that_do_not_fit_the_weights_are_refused(tmp_path) -> None:
+    kprune(tiny_bert(), padded(sequences(8)), progress=False).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["kprune"]["layers"][0].update(neurons="0-2", num_neurons=3)
+    path.write_text(json.dumps(config))
+    with pytest.raises((RuntimeError, ValueError), match="mismatch"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_registering_twice_is_safe() -> None:
+    modeling.register()
+    importlib.reload(kprune_ext)
+    assert AutoConfig.for_model("kprune_bert").model_type == "kprune_bert"
+
+
+def test_a_name_taken_by_another_package_is_reported(monkeypatch) -> None:
+    class KPruneBertConfig(BertConfig):
+        model_type = "kprune_bert"
+
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, "kprune_bert", KPruneBertConfig)
+    with pytest.raises(RuntimeError, match=r"'kprune_bert' is already registered.*Import only one"):
+        modeling.register()
+
+
+def test_importing_replaces_nothing_of_transformers_and_starts_no_cuda() -> None:
+    script = """
+import inspect, sys
+import torch, transformers
+from transformers.models.bert import configuration_bert, modeling_bert
+from transformers import configuration_utils, modeling_utils, Trainer, pytorch_utils
+from transformers.models.auto import auto_factory, configuration_auto, modeling_auto
+
+def identities():
+    found = {}
+    modules = (modeling_bert, configuration_bert, configuration_utils, modeling_utils,
+               auto_factory, configuration_auto, modeling_auto, pytorch_utils, torch.nn)
+    for module in modules:
+        for name, value in vars(module).items():
+            if inspect.isclass(value) or inspect.isfunction(value):
+                found[module.__name__, name] = id(value)
+            if inspect.isclass(value):
+                for member, attribute in vars(value).items():
+                    if inspect.isfunction(attribute):
+                        found[module.__name__, name, member] = id(attribute)
+    return found
+
+before = identities()
+import kprune_ext
+assert len(before) > 500
+changed = [key for key, value in identities().items() if before.get(key) != value]
+assert not changed, changed
+assert not torch.cuda.is_initialized()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
+
+
+def test_a_copy_shares_no_memory_and_takes_no_random_numbers() -> None:
+    model = tiny_bert()
+    state = torch.get_rng_state()
+    copy = modeling.uneven_copy(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    pointers = {parameter.data_ptr() for parameter in model.parameters()}
+    assert pointers.isdisjoint(parameter.data_ptr() for parameter in copy.parameters())
+    for name, value in model.state_dict().items():
+        assert torch.equal(copy.state_dict()[name], value)
+
+
+def test_pruning_twice_refers_to_the_original_model() -> None:
+    model, batches = tiny_bert(neurons=80), padded(sequences())
+    once = kprune(model, batches, KPruneConfig(reduction=0.3), progress=False)
+    twice = kprune(once, batches, KPruneConfig(reduction=0.3), progress=False)
+    for before, after in zip(
+        modeling.kept_units(once.config), modeling.kept_units(twice.config), strict=True
+    ):
+        assert set(after.heads) <= set(before.heads)
+        assert set(after.neurons) <= set(before.neurons)
+    assert twice.kprune_report.flops_before == once.kprune_report.flops
+    for number, row in enumerate(modeling.kept_units(twice.config)):
+        neurons = torch.tensor(row.neurons, dtype=torch.long)
+        original = model.bert.encoder.layer[number].intermediate.dense.weight[neurons]
+        assert torch.equal(twice.bert.encoder.layer[number].intermediate.dense.weight, original)
