@@ -217,8 +217,8 @@ def sublayers(model: PreTrainedModel, architecture: Architecture, path: str) -> 
     for number, layer in enumerate(model.get_submodule(path).children()):
         prefix = f"{path}.{number}."
         for kind, paths, size in kinds:
-            for path in (*paths.inputs, paths.output):
-                _check_named(layer, path, prefix)
+            for projection in (*paths.inputs, paths.output):
+                _check_named(layer, projection, prefix)
             found.append(SubLayer(number, kind, prefix + paths.output, layer, paths, size))
     return found
 

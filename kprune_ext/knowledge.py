@@ -127,6 +127,7 @@ def measure_knowledge(
             hidden = stream.student
             for sublayer in sublayers:
                 hidden = sublayer.run(hidden, stream.attention_mask)
+                require_finite(hidden.detach()[stream.tokens], f"the output of {sublayer.name}")
             z = logits(hidden)
             z = z if z.dtype == torch.float64 else z.float()
             require_finite(z.detach(), "the logits")
@@ -141,9 +142,7 @@ def measure_knowledge(
         for total, entry, sublayer in zip(squares, masked, sublayers, strict=True):
             if entry.features is None:
                 raise RuntimeError(f"No forward pass reached {sublayer.name}.")
-            features = entry.features[stream.tokens]
-            require_finite(features, f"the input of {sublayer.name}")
-            total += features.double().square().sum(0)
+            total += entry.features[stream.tokens].double().square().sum(0)
     return [
         Knowledge(0.5 * sensitivity / samples, _output_energy(sublayer, square / tokens))
         for sublayer, sensitivity, square in zip(sublayers, predictive, squares, strict=True)
