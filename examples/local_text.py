@@ -56,7 +56,9 @@ def facts() -> list[Pair]:
     pairs: list[Pair] = []
     for entry in CAPITALS.split(";"):
         country, capital = (word.replace("_", " ") for word in entry.split())
-        pairs.append((f"What is the capital of {country}?", f"The capital of {country} is {capital}."))
+        pairs.append(
+            (f"What is the capital of {country}?", f"The capital of {country} is {capital}.")
+        )
     words = ELEMENTS.split()
     for number, (symbol, element) in enumerate(zip(words[::2], words[1::2], strict=True), start=1):
         pairs.append(
@@ -81,15 +83,48 @@ def manual(minimum: int = 200) -> list[str]:
     for topic in sorted(topics):
         for block in topics[topic].split("\n\n"):
             text = " ".join(block.split())
-            if len(text) >= minimum and text.endswith(".") and "|" not in text and "::=" not in text:
+            if (
+                len(text) >= minimum
+                and text.endswith(".")
+                and "|" not in text
+                and "::=" not in text
+            ):
                 paragraphs.append(text)
     unique = list(dict.fromkeys(paragraphs))
     random.Random(0).shuffle(unique)
     return unique
 
 
-_NAMES = "Amir Bela Chen Dina Emil Fatou Grace Hugo Ines Jonas Kofi Lena Mara Nils Oya Pavel".split()
-_GOODS = "apples pencils stickers marbles postcards shells buttons candles tiles seeds".split()
+_NAMES = [
+    "Amir",
+    "Bela",
+    "Chen",
+    "Dina",
+    "Emil",
+    "Fatou",
+    "Grace",
+    "Hugo",
+    "Ines",
+    "Jonas",
+    "Kofi",
+    "Lena",
+    "Mara",
+    "Nils",
+    "Oya",
+    "Pavel",
+]
+_GOODS = [
+    "apples",
+    "pencils",
+    "stickers",
+    "marbles",
+    "postcards",
+    "shells",
+    "buttons",
+    "candles",
+    "tiles",
+    "seeds",
+]
 _PLACES = ["the market", "a school fair", "the harbour", "a small shop", "the library"]
 
 

@@ -85,7 +85,9 @@ def initialize_corda(
     """
     name = adapter_name or getattr(model, "active_adapter", None)
     config = getattr(model, "peft_config", {}).get(name)
-    if not isinstance(model, PeftModel) or not isinstance(config, CordaConfig):
+    if not (
+        isinstance(model, PeftModel) and isinstance(name, str) and isinstance(config, CordaConfig)
+    ):
         raise TypeError(
             f"initialize_corda needs a PeftModel with a CORDA adapter, got {type(model).__name__} "
             f"with adapter {name!r} of type {type(config).__name__}. Wrap the model with "

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 
-def left_singular(weight: Tensor, covariance: Tensor, rank: int, method: str) -> tuple[Tensor, Tensor]:
+def left_singular(
+    weight: Tensor, covariance: Tensor, rank: int, method: str
+) -> tuple[Tensor, Tensor]:
     """`rank` left singular vectors and values of `W C`.
 
     Worked out in float64 from the Gram matrix `(W C)(W C)ᵀ` of the smaller side: a tall weight is

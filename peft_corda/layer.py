@@ -7,7 +7,7 @@ back to the bit, and a checkpoint loads on the original base.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -18,6 +18,8 @@ from peft.utils.other import transpose
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
+
+from .weights import weight_shape
 
 _START_NAMES = ("lora_A0", "lora_B0")
 
@@ -47,34 +49,36 @@ class StartBuffers(BufferDict):
 
 
 class CordaVariant(LoraVariant):
-    """What PEFT's LoRA layer calls in place of its own `B A x`."""
+    """What PEFT's LoRA layer calls in place of its own `B A x`; `module` is a `CordaLinear`."""
 
     @staticmethod
-    def init(module: CordaLinear, adapter_name: str, **kwargs: Any) -> None:
+    def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
         """Nothing to do: the start is set by `CordaLinear.start_adapter`."""
 
     @staticmethod
-    def merge_safe(module: CordaLinear, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
 
     @staticmethod
-    def merge_unsafe(module: CordaLinear, active_adapter: str, orig_weight: Tensor) -> None:
+    def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
         orig_weight.data += module.get_delta_weight(active_adapter).to(orig_weight.dtype)
 
     @staticmethod
-    def unmerge(module: CordaLinear, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
 
     @staticmethod
     def forward(
-        module: CordaLinear, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+        module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
         if module.training and torch.is_grad_enabled():
             module.check_started(active_adapter)
         dropout = module.lora_dropout[active_adapter]
         trained = module.lora_B[active_adapter](module.lora_A[active_adapter](dropout(x)))
         # The same two products through the same kernels: equal factors cancel to the last bit.
-        start = F.linear(F.linear(x, module.lora_A0[active_adapter]), module.lora_B0[active_adapter])
+        start = F.linear(
+            F.linear(x, module.lora_A0[active_adapter]), module.lora_B0[active_adapter]
+        )
         return result + (trained - start) * module.scaling[active_adapter]
 
 
@@ -105,8 +109,9 @@ class CordaLinear(LoraLinear):
             self.lora_A0, self.lora_B0 = StartBuffers(), StartBuffers()
             # So that PEFT moves, casts, saves and deletes them with the adapter.
             self.other_param_names = (*self.other_param_names, *_START_NAMES)
-        self.lora_A0[adapter_name] = torch.zeros(r, self.in_features)
-        self.lora_B0[adapter_name] = torch.zeros(self.out_features, r)
+        out_features, in_features = weight_shape(_innermost(self))
+        self.lora_A0[adapter_name] = torch.zeros(r, in_features)
+        self.lora_B0[adapter_name] = torch.zeros(out_features, r)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         if config.init_lora_weights is False:
             # The caller wants random factors and takes that for a start.
@@ -115,10 +120,10 @@ class CordaLinear(LoraLinear):
     def start_adapter(self, adapter_name: str, factor_a: Tensor, factor_b: Tensor) -> None:
         """Set where an adapter starts: `A (r, in)` and `B (out, r)`, and their frozen copies."""
         pairs = (
-            (self.lora_A[adapter_name], self.lora_A0, factor_a),
-            (self.lora_B[adapter_name], self.lora_B0, factor_b),
+            (_linear(self.lora_A, adapter_name), self.lora_A0, factor_a),
+            (_linear(self.lora_B, adapter_name), self.lora_B0, factor_b),
         )
-        device = self.get_base_layer().weight.device
+        device = self._base_device()
         for linear, start, factor in pairs:
             # The layout that a checkpoint loads into: the same kernels run before and after.
             value = factor.to(device, linear.weight.dtype).contiguous()
@@ -137,9 +142,14 @@ class CordaLinear(LoraLinear):
         if adapter_name not in self.lora_B0.started:
             super()._move_adapter_to_device_of_base_layer(adapter_name, device)
             return
-        target = self.get_base_layer().weight.device if device is None else device
-        for values in (self.lora_A, self.lora_B, self.lora_A0, self.lora_B0):
-            values[adapter_name] = values[adapter_name].to(target)
+        target = self._base_device() if device is None else device
+        for linears in (self.lora_A, self.lora_B):
+            linears[adapter_name].to(target)
+        for start in (self.lora_A0, self.lora_B0):
+            start[adapter_name] = start[adapter_name].to(target)
+
+    def adapter_dtype(self, adapter_name: str) -> torch.dtype:
+        return _linear(self.lora_A, adapter_name).weight.dtype
 
     def check_started(self, adapter_name: str) -> None:
         """Raise unless the adapter was given a start: trained without, it would be a plain LoRA.
@@ -156,7 +166,8 @@ class CordaLinear(LoraLinear):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """`s (B A − B0 A0)` in the layout of the base weight and the dtype of the adapter."""
-        trained_b, trained_a = self.lora_B[adapter].weight, self.lora_A[adapter].weight
+        trained_a = _linear(self.lora_A, adapter).weight
+        trained_b = _linear(self.lora_B, adapter).weight
         # At least float32: a difference of two products loses digits.
         working = torch.promote_types(trained_a.dtype, torch.float32)
         delta = trained_b.to(working) @ trained_a.to(working)
@@ -164,11 +175,18 @@ class CordaLinear(LoraLinear):
         delta = transpose(delta, self.fan_in_fan_out) * self.scaling[adapter]
         return delta.to(trained_a.dtype)
 
+    def _base_device(self) -> torch.device:
+        return cast(nn.Linear, self.get_base_layer()).weight.device
+
     def __repr__(self) -> str:
         return super().__repr__().replace("lora.CordaLinear", "corda.Linear", 1)
 
 
+def _linear(layers: nn.ModuleDict, adapter_name: str) -> nn.Linear:
+    return cast(nn.Linear, layers[adapter_name])
+
+
 def _innermost(module: nn.Module) -> nn.Module:
     while hasattr(module, "base_layer"):
-        module = module.base_layer
+        module = cast(nn.Module, module.base_layer)
     return module

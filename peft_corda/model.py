@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import LoraModel
@@ -42,7 +42,7 @@ class CordaModel(LoraModel):
             ValueError: as `peft_corda.targets.find_targets` and `CordaFactors.check_fits`; the model
                 is then unchanged.
         """
-        config: CordaConfig = self.peft_config[adapter_name]
+        config = self._config_of(adapter_name)
         factors = None
         if state_dict is None:
             targets = find_targets(model, config)
@@ -79,7 +79,7 @@ class CordaModel(LoraModel):
         Raises:
             ValueError: as `CordaFactors.check_fits`; the adapter is then unchanged.
         """
-        config: CordaConfig = self.peft_config[adapter_name]
+        config = self._config_of(adapter_name)
         _check_fits(factors, find_targets(self.model, config), config)
         self._fill(adapter_name, factors)
 
@@ -93,7 +93,7 @@ class CordaModel(LoraModel):
 
     @torch.no_grad()
     def _fill(self, adapter_name: str, factors: CordaFactors) -> None:
-        config: CordaConfig = self.peft_config[adapter_name]
+        config = self._config_of(adapter_name)
         for name, layer in self.adapter_layers(adapter_name).items():
             weight = dense_weight(name, layer.get_base_layer())
             module, rank = factors.modules[name], layer.r[adapter_name]
@@ -106,9 +106,12 @@ class CordaModel(LoraModel):
             )
             layer.start_adapter(adapter_name, factor_a, factor_b)
 
+    def _config_of(self, adapter_name: str) -> CordaConfig:
+        return cast(CordaConfig, self.peft_config[adapter_name])
+
     def _dtypes(self, adapter_name: str) -> list[torch.dtype]:
         layers = self.adapter_layers(adapter_name).values()
-        return [layer.lora_A[adapter_name].weight.dtype for layer in layers]
+        return [layer.adapter_dtype(adapter_name) for layer in layers]
 
     @staticmethod
     def _create_new_module(

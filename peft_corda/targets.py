@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
@@ -48,22 +49,22 @@ def find_targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]:
 
 def rank_of(config: CordaConfig, name: str) -> int:
     """Rank of the adapter on module `name`, `rank_pattern` included."""
-    key = get_pattern_key(config.rank_pattern.keys(), name)
-    return config.rank_pattern.get(key, config.r)
+    pattern = config.rank_pattern or {}
+    return pattern.get(get_pattern_key(list(pattern), name), config.r)
 
 
 def _with_explicit_targets(model: nn.Module, config: CordaConfig) -> CordaConfig:
     config = copy.copy(config)
     if config.target_modules is None:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
-        defaults = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
+        defaults = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(str(model_type))
         if defaults is None:
             raise ValueError(
                 f"PEFT has no default target modules for model type {model_type!r}. Set "
                 "target_modules in the CordaConfig, for example target_modules='all-linear'."
             )
-        config.target_modules = set(defaults) if isinstance(defaults, list) else defaults
-    return _maybe_include_all_linear_layers(config, model)
+        config.target_modules = defaults if isinstance(defaults, str) else list(defaults)
+    return cast(CordaConfig, _maybe_include_all_linear_layers(config, model))
 
 
 def _no_match_message(model: nn.Module, config: CordaConfig) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -14,12 +16,12 @@ def is_supported(module: nn.Module) -> bool:
     if not isinstance(module, nn.Linear | Conv1D):
         return False
     # Quantised layers subclass nn.Linear, but hold packed integers.
-    return module.weight.is_floating_point() and module.weight.ndim == 2
+    return _weight(module).is_floating_point() and _weight(module).ndim == 2
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
     """`(out, in)` of a supported module."""
-    rows, columns = module.weight.shape
+    rows, columns = _weight(module).shape
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
@@ -29,7 +31,7 @@ def dense_weight(name: str, module: nn.Module) -> Tensor:
     Raises:
         ValueError: if the weight is not in memory (offloaded, or on the meta device).
     """
-    weight = module.weight.detach()
+    weight = _weight(module).detach()
     if weight.device.type == "meta":
         raise ValueError(
             f"The weight of {name} is not in memory (it is on the meta device: offloaded, or not "
@@ -41,3 +43,7 @@ def dense_weight(name: str, module: nn.Module) -> Tensor:
 def decomposable(weight: Tensor) -> Tensor:
     """The weight in at least float32, for linear algebra."""
     return weight if weight.dtype == torch.float64 else weight.float()
+
+
+def _weight(module: nn.Module) -> Tensor:
+    return cast(Tensor, module.weight)

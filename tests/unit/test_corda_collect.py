@@ -72,9 +72,7 @@ def test_batch_size_does_not_matter():
     expected = collect_covariances(model, targets, [together])
     found = collect_covariances(model, targets, singly)
     for name in targets:
-        torch.testing.assert_close(
-            found[name].matrix, expected[name].matrix, rtol=1e-5, atol=1e-6
-        )
+        torch.testing.assert_close(found[name].matrix, expected[name].matrix, rtol=1e-5, atol=1e-6)
 
 
 def test_labels_and_unused_outputs_are_not_computed():

