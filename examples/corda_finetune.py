@@ -16,7 +16,6 @@ import argparse
 import importlib.util
 import math
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +38,7 @@ from transformers import (
 
 from peft_corda import CordaConfig, calibrate
 
-# Best of a sweep over rates on the default data, see benchmarks/demo_rates.md.
+# Best of a sweep over rates on the default data, see benchmarks/results/demo_rates.md.
 LEARNING_RATES = {"lora": 2e-3, "kpm": 1e-3, "ipm": 5e-4}
 
 Example = tuple[str, str]  # prompt, completion; only the completion is learned and measured
@@ -50,6 +49,15 @@ Encoded = list[dict[str, list[int]]]
 class Split:
     train: list[Example]
     test: list[Example]
+
+
+@dataclass
+class Data:
+    tokenizer: PreTrainedTokenizerBase
+    train: Encoded
+    calibration: dict[str, DataLoader]
+    test_a: DataLoader
+    test_b: DataLoader
 
 
 def embedded_model() -> tuple[str, dict[str, str]]:
@@ -147,8 +155,32 @@ def batches(rows: Encoded, tokenizer: PreTrainedTokenizerBase, size: int) -> Dat
     return DataLoader(rows, batch_size=size, collate_fn=DataCollatorForSeq2Seq(tokenizer))
 
 
+def prepare(args: argparse.Namespace) -> Data:
+    tokenizer = load_tokenizer(args.model)
+    knowledge, task = default_knowledge(), default_task()
+    if args.knowledge:
+        knowledge = read_examples(args.knowledge, args.knowledge_config)
+    if args.task:
+        task = read_examples(args.task, args.task_config)
+
+    def loader(examples: list[Example], most: int) -> DataLoader:
+        rows = encode(examples[:most], tokenizer, args.max_length)
+        return batches(rows, tokenizer, args.batch_size)
+
+    return Data(
+        tokenizer=tokenizer,
+        train=encode(task.train, tokenizer, args.max_length),
+        calibration={
+            "kpm": loader(knowledge.train, args.calibration_samples),
+            "ipm": loader(task.train, args.calibration_samples),
+        },
+        test_a=loader(knowledge.test, args.test_samples),
+        test_b=loader(task.test, args.test_samples),
+    )
+
+
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, loader: DataLoader, what: str) -> float:
+def perplexity(model: PreTrainedModel | PeftModel, loader: DataLoader, what: str) -> float:
     """exp of the mean loss per measured token."""
     model.eval()
     total, count = 0.0, 0
@@ -165,24 +197,23 @@ def perplexity(model: PreTrainedModel, loader: DataLoader, what: str) -> float:
 
 
 def adapter_for(
-    method: str, rank: int, model: PreTrainedModel, calibration: DataLoader
+    method: str, model: PreTrainedModel, data: Data, args: argparse.Namespace
 ) -> PeftModel:
+    """The line to change in a script that has LoRA now, and the one that goes before it."""
     common = {
-        "r": rank,
-        "lora_alpha": rank,
+        "r": args.rank,
+        "lora_alpha": args.rank,
         "target_modules": "all-linear",
         "task_type": "CAUSAL_LM",
     }
     if method == "lora":
         return get_peft_model(model, LoraConfig(**common))
     config = CordaConfig(corda_method=method, **common)
-    calibrate(model, config, calibration)
+    calibrate(model, config, data.calibration[method])
     return get_peft_model(model, config)
 
 
-def train(
-    model: PeftModel, rows: Encoded, tokenizer: PreTrainedTokenizerBase, rate: float, args
-) -> None:
+def train(model: PeftModel, data: Data, rate: float, args: argparse.Namespace) -> None:
     arguments = TrainingArguments(
         output_dir=str(args.output / "trainer"),
         per_device_train_batch_size=args.batch_size,
@@ -196,11 +227,26 @@ def train(
         seed=args.seed,
         remove_unused_columns=False,
     )
-    collator = DataCollatorForSeq2Seq(tokenizer)
-    Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator).train()
+    collator = DataCollatorForSeq2Seq(data.tokenizer)
+    Trainer(model=model, args=arguments, train_dataset=data.train, data_collator=collator).train()
 
 
-def check_reload(model: PeftModel, folder: Path, args, batch: dict[str, torch.Tensor]) -> None:
+def fine_tuned(method: str, rate: float, data: Data, args: argparse.Namespace) -> PeftModel:
+    """A fresh base model with a trained adapter."""
+    set_seed(args.seed)
+    model = adapter_for(method, load_model(args.model, args.dtype), data, args)
+    train(model, data, rate, args)
+    return model
+
+
+def measure(model: PreTrainedModel | PeftModel, data: Data) -> tuple[float, float]:
+    """Perplexity of A and of B."""
+    return perplexity(model, data.test_a, "A"), perplexity(model, data.test_b, "B")
+
+
+def check_reload(
+    model: PeftModel, folder: Path, args: argparse.Namespace, batch: dict[str, torch.Tensor]
+) -> None:
     """Save the adapter, load it on a fresh base model, and compare the logits."""
     model.save_pretrained(folder)
     reloaded = PeftModel.from_pretrained(load_model(args.model, args.dtype), folder)
@@ -212,39 +258,6 @@ def check_reload(model: PeftModel, folder: Path, args, batch: dict[str, torch.Te
     print(f"  saved to {folder}, reloaded on a fresh base: logits {'equal' if same else 'DIFFER'}")
     if not same:
         sys.exit(1)
-
-
-def results(args) -> Iterator[tuple[str, float, float]]:
-    """Yield (method, perplexity of A, perplexity of B) for the base model and each method."""
-    tokenizer = load_tokenizer(args.model)
-    knowledge = read_examples(args.knowledge, args.knowledge_config) if args.knowledge else None
-    task = read_examples(args.task, args.task_config) if args.task else None
-    knowledge, task = knowledge or default_knowledge(), task or default_task()
-
-    def loader(examples: list[Example], most: int) -> DataLoader:
-        rows = encode(examples[:most], tokenizer, args.max_length)
-        return batches(rows, tokenizer, args.batch_size)
-
-    test_a, test_b = loader(knowledge.test, args.test_samples), loader(task.test, args.test_samples)
-    calibration = {
-        "lora": None,
-        "kpm": loader(knowledge.train, args.calibration_samples),
-        "ipm": loader(task.train, args.calibration_samples),
-    }
-    train_rows = encode(task.train, tokenizer, args.max_length)
-
-    base = load_model(args.model, args.dtype)
-    yield "start", perplexity(base, test_a, "A"), perplexity(base, test_b, "B")
-    for method in args.methods:
-        rate = args.learning_rate or LEARNING_RATES[method]
-        print(f"\n== {method}: rank {args.rank}, learning rate {rate:g}, {args.steps} steps on B")
-        set_seed(args.seed)
-        base = load_model(args.model, args.dtype)
-        model = adapter_for(method, args.rank, base, calibration[method])
-        train(model, train_rows, tokenizer, rate, args)
-        if method != "lora":
-            check_reload(model, args.output / method, args, next(iter(test_b)))
-        yield method, perplexity(model, test_a, "A"), perplexity(model, test_b, "B")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -263,11 +276,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--learning-rate", type=float, help="one rate for all (default: tuned, each)"
     )
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--calibration-samples", type=int, default=128)
-    parser.add_argument("--test-samples", type=int, default=96)
+    parser.add_argument("--test-samples", type=int, default=64)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--output", type=Path, default=Path("output/corda"))
     parser.add_argument("--seed", type=int, default=0)
@@ -278,10 +291,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    rows = list(results(args))
-    print("\nPerplexity (lower is better)   A: knowledge to keep   B: task")
-    for method, ppl_a, ppl_b in rows:
-        print(f"  {method:<28} {ppl_a:>20.2f} {ppl_b:>9.2f}")
+    data = prepare(args)
+    rows = [("before", *measure(load_model(args.model, args.dtype), data))]
+    for method in args.methods:
+        rate = args.learning_rate or LEARNING_RATES[method]
+        print(f"\n{method}: rank {args.rank}, learning rate {rate:g}, {args.steps} steps on B")
+        model = fine_tuned(method, rate, data, args)
+        if method != "lora":
+            check_reload(model, args.output / method, args, next(iter(data.test_b)))
+        rows.append((method, *measure(model, data)))
+    print("\nPerplexity, lower is better   A: knowledge to keep   B: task")
+    for name, ppl_a, ppl_b in rows:
+        print(f"  {name:<26} {ppl_a:>22.2f} {ppl_b:>9.3f}")
 
 
 if __name__ == "__main__":

