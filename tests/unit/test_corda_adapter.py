@@ -32,7 +32,7 @@ def hidden_states(model, batch):
         return model.base_model(**batch).last_hidden_state
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", ["kpm", "ipm"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_start_is_exact_to_the_bit(kind, method, dtype):

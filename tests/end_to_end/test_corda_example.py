@@ -1,0 +1,75 @@
+"""`examples/corda_finetune.py` on a tiny model of the user's own, with built-in and the user's data."""
+
+import json
+
+import corda_finetune
+import local_text
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    texts = [" ".join(pair) for pair in local_text.facts() + local_text.word_problems(64, 0)]
+    tokenizer.train_from_iterator(
+        texts, trainers.WordLevelTrainer(vocab_size=400, special_tokens=["<unk>", "</s>", "<s>"])
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", bos_token="<s>"
+    )
+    fast.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        bos_token_id=fast.bos_token_id,
+        eos_token_id=fast.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def run(capsys, tiny_model, tmp_path, *options):
+    settings = {
+        "model": tiny_model, "dtype": "float32", "rank": 4, "steps": 3, "learning-rate": 1e-2,
+        "calibration-samples": 16, "test-samples": 8, "output": tmp_path / "out",
+    }  # fmt: skip
+    flags = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+    corda_finetune.main([*flags, *options])
+    return capsys.readouterr().out
+
+
+def test_on_the_built_in_data(capsys, tiny_model, tmp_path):
+    out = run(capsys, tiny_model, tmp_path)
+    table = out[out.rindex("Perplexity, lower is better") :].splitlines()[1:]
+    rows = {line.split()[0]: [float(value) for value in line.split()[1:]] for line in table}
+    assert rows.keys() == {"before", "lora", "kpm", "ipm"}
+    assert all(rows[method][1] < rows["before"][1] for method in ("lora", "kpm", "ipm"))
+    assert out.count("logits equal") == 2
+
+
+def test_on_files_of_the_user(capsys, tiny_model, tmp_path):
+    questions = [{"question": q, "answer": a} for q, a in local_text.word_problems(40, 3)]
+    task = tmp_path / "task.jsonl"
+    task.write_text("\n".join(map(json.dumps, questions)))
+    knowledge = tmp_path / "knowledge.txt"
+    knowledge.write_text("\n".join(answer for _, answer in local_text.facts()[:40]))
+    out = run(
+        capsys, tiny_model, tmp_path, "--methods", "kpm", "--task", str(task),
+        "--knowledge", str(knowledge),
+    )  # fmt: skip
+    assert "logits equal" in out and "before" in out
+
+
+def test_unusable_columns_are_named(tiny_model, tmp_path, capsys):
+    path = tmp_path / "other.jsonl"
+    path.write_text(json.dumps({"words": "a"}))
+    with pytest.raises(SystemExit, match=r"has columns \['words'\]; need question/answer"):
+        run(capsys, tiny_model, tmp_path, "--task", str(path))

@@ -1,0 +1,52 @@
+"""The README's Python does what it says, in the order it is printed."""
+
+import re
+from pathlib import Path
+
+import torch
+from corda_helpers import make_batches, make_model
+from transformers import TrainingArguments
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def python_blocks():
+    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def arguments(folder):
+    return TrainingArguments(
+        output_dir=str(folder), max_steps=2, report_to=[], save_strategy="no", disable_tqdm=True
+    )
+
+
+def test_readme_code_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    corda, reload, prune = python_blocks()
+    batches = make_batches()
+    ids = batches[0]["input_ids"]
+
+    names = {
+        "model": make_model("llama"),
+        "base_model": make_model("llama"),
+        "dataloader": batches,
+        "args": arguments(tmp_path / "run"),
+        "train_dataset": [{"input_ids": row, "labels": row} for row in ids],
+    }
+    exec(corda, names)
+    trained = names["model"]
+    exec(reload, names)
+    with torch.no_grad():
+        expected = trained.cpu().eval()(input_ids=ids).logits
+        assert torch.equal(names["model"].eval()(input_ids=ids).logits, expected)
+
+    names = {
+        "classifier": make_model("bert"),
+        "dataloader": batches,
+        "args": arguments(tmp_path / "run"),
+        "train_dataset": [{"input_ids": row, "labels": row[0] % 2} for row in ids],
+    }
+    exec(prune, names)
+    with torch.no_grad():
+        expected = names["pruned"].cpu().eval()(input_ids=ids).logits
+        assert torch.equal(names["classifier"].eval()(input_ids=ids).logits, expected)
