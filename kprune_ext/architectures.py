@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification, PreTrainedModel
+from transformers.models.bert.modeling_bert import BertSelfAttention
 
 Kind = Literal["attention", "ffn"]
 
@@ -30,6 +31,8 @@ class SubLayerPaths:
         run: ``(layer, hidden, attention_mask) -> hidden``, the sub-layer with residual and norm.
         counter: for attention, the module that holds ``num_attention_heads`` and
             ``all_head_size``; None for a feed-forward network.
+        headless: for attention, makes from the counter a module in its place that has no heads,
+            or None where transformers' own one runs without heads.
     """
 
     inputs: tuple[str, ...]
@@ -37,6 +40,7 @@ class SubLayerPaths:
     total: str
     run: Callable[[nn.Module, Tensor, Tensor | None], Tensor]
     counter: str | None = None
+    headless: Callable[[nn.Module], nn.Module] | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,26 @@ def _linear(module: nn.Module, path: str) -> nn.Linear:
     return linear
 
 
+class HeadlessBertSelfAttention(BertSelfAttention):
+    """BERT's self-attention with no head left: it gives an output of no dimensions.
+
+    transformers before version 5 cannot reshape such an output; this one does not need to.
+    """
+
+    def __init__(self, attention: nn.Module) -> None:
+        # Takes over everything the other holds, in whatever version of transformers; building
+        # projections of its own, as BertSelfAttention would, is of no use.
+        nn.Module.__init__(self)
+        self.__dict__.update(attention.__dict__)
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs ``(batch, tokens, 0)`` and attention weights ``(batch, 0, tokens, tokens)``."""
+        batch, tokens = hidden_states.shape[:2]
+        return self.value(hidden_states), hidden_states.new_zeros(batch, 0, tokens, tokens)
+
+
 def _bert_attention(layer: nn.Module, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
     output: Tensor = layer.get_submodule("attention")(hidden, attention_mask)[0]
     return output
@@ -144,6 +168,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             total="attention.output.LayerNorm",
             run=_bert_attention,
             counter="attention.self",
+            headless=HeadlessBertSelfAttention,
         ),
         ffn=SubLayerPaths(
             inputs=("intermediate.dense",),

@@ -143,6 +143,10 @@ def _set_linear(layer: nn.Module, path: str, weight: Tensor, bias: Tensor | None
     if bias is not None:
         new.bias = nn.Parameter(bias, requires_grad=old.bias.requires_grad)
     new.train(old.training)
+    _replace(layer, path, new)
+
+
+def _replace(layer: nn.Module, path: str, new: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(layer.get_submodule(parent), name, new)
 
@@ -169,6 +173,9 @@ def shrink(
     offset = None if offset is None else offset.detach().clone()
     _set_linear(sublayer.module, sublayer.paths.output, columns.contiguous(), offset)
     if sublayer.paths.counter is not None:
+        if len(units) == 0 and sublayer.paths.headless is not None:
+            old = sublayer.module.get_submodule(sublayer.paths.counter)
+            _replace(sublayer.module, sublayer.paths.counter, sublayer.paths.headless(old))
         counter: Any = sublayer.module.get_submodule(sublayer.paths.counter)
         counter.num_attention_heads = len(units)
         counter.all_head_size = len(units) * sublayer.unit_size
