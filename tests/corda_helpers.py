@@ -14,6 +14,8 @@ from transformers import (
 )
 
 from peft_corda import CordaConfig
+from peft_corda.collect import collect_covariances, discover_groups
+from peft_corda.statistics import Covariance
 
 VOCABULARY = 99
 
@@ -100,3 +102,10 @@ def train_steps(model: nn.Module, batch: dict, steps: int = 3, rate: float = 1e-
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
+
+
+def covariances_of(model: nn.Module, targets: dict, batches: list[dict]) -> dict[str, Covariance]:
+    """Covariances by module name, modules of a group having the same one."""
+    groups = discover_groups(model, targets, batches[0])
+    found = collect_covariances(model, targets, batches, groups)
+    return {name: found[group.leader] for group in groups for name in group.members}

@@ -7,11 +7,10 @@ import corda_finetune
 import corda_oracle as oracle
 import pytest
 import torch
-from corda_helpers import logits_of
+from corda_helpers import covariances_of, logits_of
 from peft import get_peft_model
 
 from peft_corda import CordaConfig, calibrate
-from peft_corda.collect import collect_covariances
 from peft_corda.decomposition import starting_factors
 from peft_corda.targets import find_targets
 
@@ -77,7 +76,7 @@ def test_starting_products_agree_with_the_oracle(config, pretrained, calibration
         for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.down_proj")
     ]
     targets = {name: m for name, m in find_targets(model, config).items() if name in names}
-    covariances = collect_covariances(model, targets, calibration)
+    covariances = covariances_of(model, targets, calibration)
     for name in names:
         weight, factors = targets[name].weight.detach(), config.corda_factors.modules[name]
         a, b = starting_factors(weight, factors.U, factors.S, "balanced", 1.0)

@@ -3,11 +3,10 @@
 import corda_oracle as oracle
 import pytest
 import torch
-from corda_helpers import make_batches, make_config, make_model
+from corda_helpers import covariances_of, make_batches, make_config, make_model
 from transformers.pytorch_utils import Conv1D
 
 from peft_corda import calibrate
-from peft_corda.collect import collect_covariances
 from peft_corda.decomposition import left_singular, starting_factors
 from peft_corda.statistics import CovarianceAccumulator, damped
 from peft_corda.targets import find_targets
@@ -73,7 +72,7 @@ def test_statistics_of_a_model_agree_with_the_oracle(kind):
     model, batches = make_model(kind), make_batches()
     targets = find_targets(model, make_config(kind))
     recorded = record_inputs(model, targets, batches)
-    found = collect_covariances(model, targets, batches)
+    found = covariances_of(model, targets, batches)
     for name in targets:
         expected = oracle.covariance(recorded[name])
         error = (found[name].matrix - expected).norm() / expected.norm()
@@ -87,7 +86,7 @@ def test_calibration_of_a_model_agrees_with_the_oracle(kind, method):
     model = make_model(kind)
     config = make_config(kind, corda_method=method)
     targets = find_targets(model, config)
-    covariances = collect_covariances(model, targets, make_batches())
+    covariances = covariances_of(model, targets, make_batches())
     factors = calibrate(model, config, make_batches())
     for name, module in targets.items():
         weight = module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
@@ -128,8 +127,8 @@ def test_padded_batch_gives_the_statistics_of_the_sequences_one_by_one(kind, sid
         {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]} for ids in sequences
     ]
     padded = pad(sequences, side, with_positions=kind != "bert")
-    expected = collect_covariances(model, targets, one_by_one)
-    found = collect_covariances(model, targets, [padded])
+    expected = covariances_of(model, targets, one_by_one)
+    found = covariances_of(model, targets, [padded])
     for name in targets:
         if name.endswith("pooler.dense") and side == "left":
             continue  # reads position 0, which left padding makes another token: no fair comparison

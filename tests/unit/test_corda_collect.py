@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from corda_helpers import MODELS, make_batches, make_config, make_model
+from corda_helpers import MODELS, covariances_of, make_batches, make_config, make_model
 from torch import nn
 
 from peft_corda import calibrate
-from peft_corda.collect import collect_covariances, kept_rows
+from peft_corda.collect import kept_rows
 from peft_corda.statistics import CovarianceAccumulator, damped
 from peft_corda.targets import find_targets
 
@@ -56,7 +56,7 @@ def test_calibration_leaves_the_model_as_it_was_after_an_error():
 def test_modules_with_the_same_input_share_one_covariance():
     model = make_model("llama")
     targets = find_targets(model, make_config())
-    found = collect_covariances(model, targets, make_batches())
+    found = covariances_of(model, targets, make_batches())
     layer = "model.layers.0."
     q, k, v, o = (found[f"{layer}self_attn.{name}_proj"] for name in "qkvo")
     gate, up, down = (found[f"{layer}mlp.{name}_proj"] for name in ("gate", "up", "down"))
@@ -69,8 +69,8 @@ def test_batch_size_does_not_matter():
     targets = find_targets(model, make_config())
     together = make_batches(count=1, size=6)[0]
     singly = [{key: value[i : i + 1] for key, value in together.items()} for i in range(6)]
-    expected = collect_covariances(model, targets, [together])
-    found = collect_covariances(model, targets, singly)
+    expected = covariances_of(model, targets, [together])
+    found = covariances_of(model, targets, singly)
     for name in targets:
         torch.testing.assert_close(found[name].matrix, expected[name].matrix, rtol=1e-5, atol=1e-6)
 
@@ -123,7 +123,7 @@ def test_input_changed_in_place_is_not_taken_for_the_same():
 
     net = Net()
     targets = {"first": net.first, "second": net.second}
-    found = collect_covariances(net, targets, [{"x": torch.randn(5, 6)}])
+    found = covariances_of(net, targets, [{"x": torch.randn(5, 6)}])
     torch.testing.assert_close(found["second"].matrix, 9 * found["first"].matrix)
 
 
@@ -139,11 +139,54 @@ def test_modules_that_share_their_input_only_sometimes_are_refused():
     net = Net()
     x = torch.randn(5, 6)
     with pytest.raises(ValueError, match="second had the same input as first in one batch but not"):
-        collect_covariances(
+        covariances_of(
             net,
             {"first": net.first, "second": net.second},
             [{"x": x, "copied": False}, {"x": x, "copied": True}],
         )
+
+
+def record_calls(model):
+    calls = []
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+    return calls
+
+
+def factors_equal(first, second):
+    return first.modules.keys() == second.modules.keys() and all(
+        torch.equal(first.modules[name].U, second.modules[name].U)
+        and torch.equal(first.modules[name].S, second.modules[name].S)
+        for name in first.modules
+    )
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_memory_limit_changes_the_passes_and_nothing_else(kind):
+    model = make_model(kind)
+    whole = calibrate(model, make_config(kind), make_batches())
+    widest = 4 * max(shape[1] for shape in (m.shape for m in whole.modules.values())) ** 2
+    for limit in (widest, f"{2 * widest // 1000 + 1}KB"):
+        calls = record_calls(model)
+        parts = calibrate(model, make_config(kind), make_batches(), max_memory=limit)
+        assert factors_equal(parts, whole) and parts.tokens == whole.tokens
+        passes, rest = divmod(calls.count(model.base_model_prefix) - 1, len(make_batches()))
+        assert passes > 1 and rest == 0
+
+
+def test_a_pass_ends_behind_its_last_module():
+    model = make_model("llama")
+    calls = record_calls(model)
+    calibrate(model, make_config(target_modules=["layers.0.self_attn.q_proj"]), make_batches())
+    assert calls.count("model.layers.0") == 1 + len(make_batches())
+    assert calls.count("model.layers.1") == 1  # once, to find out which modules share an input
+
+
+def test_an_iterator_lasts_for_several_passes():
+    model = make_model("llama")
+    whole = calibrate(model, make_config(), make_batches())
+    parts = calibrate(model, make_config(), iter(make_batches()), max_memory=4 * 80**2)
+    assert factors_equal(parts, whole)
 
 
 class TestKeptRows:

@@ -116,6 +116,12 @@ class TestCalibrationData:
             self.calibrate(make_batches(), model=model)
 
 
+def test_memory_limit_below_a_single_layer():
+    model = make_model("llama")
+    with pytest.raises(ValueError, match=r"max_memory of 10,000 bytes is too small.*25,600 bytes"):
+        calibrate(model, make_config(), make_batches(), max_memory=10_000)
+
+
 class TestFactors:
     def prepared(self, **options):
         config = make_config(**options)

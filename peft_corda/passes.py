@@ -1,0 +1,57 @@
+"""How calibration is cut into passes so that its statistics fit into memory. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Sums are kept in float32.
+_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Group:
+    """Target modules that are given the very same input, and so share one covariance.
+
+    Attributes:
+        members: names, in the order of the forward pass.
+        features: input dimensions.
+        called_once: whether each was called exactly once in a forward pass.
+    """
+
+    members: tuple[str, ...]
+    features: int
+    called_once: bool = True
+
+    @property
+    def leader(self) -> str:
+        """The module whose input is looked at."""
+        return self.members[0]
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the covariance while it is summed."""
+        return _BYTES * self.features**2
+
+
+def plan_passes(groups: Sequence[Group], max_memory: int) -> list[list[Group]]:
+    """Cut groups, in order, into the fewest runs whose covariances fit into `max_memory` bytes.
+
+    Raises:
+        ValueError: if one group alone does not fit.
+    """
+    passes: list[list[Group]] = []
+    left = 0
+    for group in groups:
+        if group.bytes > max_memory:
+            raise ValueError(
+                f"max_memory of {max_memory:,} bytes is too small: the statistics of {group.leader} "
+                f"with {group.features:,} inputs take {group.bytes:,} bytes. Raise max_memory to at "
+                "least that, or leave the module out of target_modules."
+            )
+        if group.bytes > left:
+            passes.append([])
+            left = max_memory
+        passes[-1].append(group)
+        left -= group.bytes
+    return passes
