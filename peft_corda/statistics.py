@@ -36,8 +36,14 @@ class CovarianceAccumulator:
 
     def update(self, inputs: Tensor) -> None:
         """Add inputs of shape `(tokens, in)`."""
-        rows = inputs.to(torch.float32)
-        self._sum.addmm_(rows.T, rows)
+        rows = inputs.detach().to(torch.float32)
+        if rows.device.type == "cpu":
+            # NumPy sees that a matrix meets its own transpose and computes half of the product
+            # (BLAS syrk): two to four times as fast as torch.addmm on a CPU.
+            array = rows.numpy()
+            self._sum += torch.from_numpy(array.T @ array)
+        else:
+            self._sum.addmm_(rows.T, rows)
         self.tokens += rows.shape[0]
 
     def energy(self) -> Tensor:

@@ -53,6 +53,35 @@ def test_starting_product_agrees_with_the_oracle(shape, method, tokens):
 
 @pytest.mark.parametrize("method", ["kpm", "ipm"])
 @pytest.mark.parametrize("shape", SHAPES)
+def test_badly_conditioned_products_lose_nothing(shape, method):
+    """`W C` of condition 1e8: a Gram matrix of it has no digit left of what kpm wants."""
+    least = min(shape)
+    weight, _ = realistic(*shape, 10)
+    left, _, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    weight = (left * torch.logspace(0, -8, least, dtype=torch.float64) @ right).float()
+    matrix = torch.eye(shape[1], dtype=torch.float64)
+    directions, _ = left_singular(weight, matrix, 8, method)
+    vectors, values, _ = torch.linalg.svd(weight.double(), full_matrices=False)
+    wanted = vectors[:, :8] if method == "ipm" else vectors[:, -8:]
+    assert values[0] > 1e6 * values[-1]
+    overlap = torch.linalg.svdvals(wanted.T @ directions.double())
+    assert overlap.min() > 1 - 1e-6  # the two spaces are one
+
+
+def test_weight_with_rows_of_zeros():
+    weight, inputs = realistic(48, 48, 500)
+    weight[10:13] = 0
+    matrix = oracle.damp(oracle.covariance([inputs]))
+    directions, values = left_singular(weight, matrix, 5, "kpm")
+    torch.testing.assert_close(directions.T @ directions, torch.eye(5), rtol=0, atol=1e-6)
+    assert (values[:3] < 1e-9).all() and (values[3:] > 1e-9).all()
+    for scaling in ("paper", "balanced"):
+        a, b = starting_factors(weight, directions, values, scaling, 1.0)
+        assert a.isfinite().all() and b.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["kpm", "ipm"])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_paper_scaling_gives_the_papers_factors(shape, method):
     weight, inputs = realistic(*shape, 500)
     matrix = oracle.damp(oracle.covariance([inputs]))
