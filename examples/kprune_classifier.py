@@ -57,14 +57,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=float, help="of fine-tuning, instead of --steps")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--max-length", type=int, default=64, help="tokens per input")
-    parser.add_argument("--calibration-tokens", type=int, default=30_000)
+    parser.add_argument(
+        "--max-length", type=int, help="tokens per input; by default 32 for docstrings, else 128"
+    )
+    parser.add_argument("--calibration-tokens", type=int, default=15_000)
     parser.add_argument("--adapter", choices=["lora", "corda", "none"], default="lora")
     parser.add_argument("--adapter-steps", type=int, default=60)
     parser.add_argument("--adapter-learning-rate", type=float, default=1e-3)
     parser.add_argument("--output", type=Path, default=Path("kprune-demo"))
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.max_length = args.max_length or (32 if args.data is None else 128)
+    return args
 
 
 def default_model() -> str:
@@ -108,6 +112,21 @@ def load_data(args: argparse.Namespace) -> DatasetDict:
     return data
 
 
+def bf16_is_faster() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices clearly faster than float32."""
+    if torch.accelerator.is_available():
+        return False
+    times = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.ones(1024, 1024, dtype=dtype)
+        matrix @ matrix
+        start = time.perf_counter()
+        for _ in range(5):
+            matrix @ matrix
+        times[dtype] = time.perf_counter() - start
+    return times[torch.bfloat16] < 0.7 * times[torch.float32]
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
@@ -119,9 +138,10 @@ def one_thread() -> Iterator[None]:
 
 
 @torch.no_grad()
-def latencies(models: list[PreTrainedModel], batch: int = 32, tokens: int = 64) -> list[float]:
-    """Milliseconds per forward pass, one thread: medians over runs that take turns."""
-    ids = torch.randint(1000, (batch, tokens))
+def latencies(models: list[PreTrainedModel], batch: int, tokens: int) -> list[float]:
+    """Milliseconds per forward pass, one CPU thread: medians over runs that take turns."""
+    models = [model.cpu().eval() for model in models]
+    ids = torch.randint(models[0].config.vocab_size, (batch, tokens))
     mask = torch.ones_like(ids)
     times: list[list[float]] = [[] for _ in models]
     with one_thread():
@@ -146,6 +166,7 @@ class Classification:
         kept = kept.rename_column(args.label_column, "labels")
         self.data = kept.select_columns([*self.tokenizer.model_input_names, "labels"])
         self.collate = DataCollatorWithPadding(self.tokenizer)
+        self.bf16 = bf16_is_faster()
 
     def _encode(self, rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         texts = [rows[name] for name in self.args.text_columns]
@@ -164,6 +185,8 @@ class Classification:
                 warmup_steps=10,
                 logging_steps=20,
                 save_strategy="no",
+                use_cpu=not torch.accelerator.is_available(),
+                dataloader_pin_memory=torch.accelerator.is_available(),
                 report_to=[],
                 seed=self.args.seed,
                 **options,
@@ -185,7 +208,11 @@ class Classification:
         return DataLoader(inputs, batch_size=32, collate_fn=self.collate)
 
     def batch(self) -> dict[str, torch.Tensor]:
-        rows = self.data["test"].remove_columns("labels").select(range(16))
+        rows = (
+            self.data["test"]
+            .remove_columns("labels")
+            .select(range(min(16, len(self.data["test"]))))
+        )
         return dict(self.collate([rows[number] for number in range(len(rows))]))
 
 
@@ -194,8 +221,8 @@ def same_after_reload(model: PreTrainedModel, task: Classification, folder: Path
     """Save the model, load it with AutoModel, and compare logits bit by bit."""
     model.save_pretrained(folder)
     task.tokenizer.save_pretrained(folder)
-    loaded = AutoModelForSequenceClassification.from_pretrained(folder)
-    batch = task.batch()
+    loaded = AutoModelForSequenceClassification.from_pretrained(folder).to(model.device)
+    batch = {name: value.to(model.device) for name, value in task.batch().items()}
     return torch.equal(model(**batch).logits, loaded(**batch).logits)
 
 
@@ -220,7 +247,7 @@ def adapt(model: PreTrainedModel, task: Classification, args: argparse.Namespace
     else:
         config = LoraConfig(**options)
     adapted = get_peft_model(model, config)
-    task.trainer(adapted, args.adapter_steps, args.adapter_learning_rate).train()
+    task.trainer(adapted, args.adapter_steps, args.adapter_learning_rate, bf16=task.bf16).train()
     return adapted
 
 
@@ -247,7 +274,8 @@ def main() -> None:
         source, num_labels=len(task.names), id2label=dict(enumerate(task.names))
     )
     length = {"num_train_epochs": args.epochs} if args.epochs else {}
-    task.trainer(dense, -1 if args.epochs else args.steps, args.learning_rate, **length).train()
+    steps = -1 if args.epochs else args.steps
+    task.trainer(dense, steps, args.learning_rate, bf16=task.bf16, **length).train()
     dense.eval()
 
     models, failures = [("dense", dense)], []
@@ -264,9 +292,12 @@ def main() -> None:
         failures += [] if same else [str(folder)]
         models.append((f"pruned {reduction:.0%}", pruned))
 
-    times = latencies([model for _, model in models])
+    tokens = min(64, dense.config.max_position_embeddings)
+    times = latencies([model for _, model in models], 32, tokens)
     report = models[1][1].kprune_report
-    rows = [("model", "accuracy", "encoder MFLOPs", "parameters", "ms / batch 32×64", "speed-up")]
+    rows = [
+        ("model", "accuracy", "encoder MFLOPs", "parameters", f"ms / batch 32×{tokens}", "speed-up")
+    ]
     for (name, model), milliseconds in zip(models, times, strict=True):
         flops = report.flops_before if model is dense else model.kprune_report.flops
         rows.append(
