@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import send_to_device, tqdm
 from torch import Tensor, nn
 
+from .masks import kept_rows, refuse_padding, token_mask
 from .passes import Group
 from .statistics import Covariance, CovarianceAccumulator
 
@@ -156,6 +157,7 @@ class _Runner:
         self._module = _shortest(model, targets)
         self._takes_cache = "use_cache" in inspect.signature(self._module.forward).parameters
         self._device = next(model.parameters()).device
+        self._two_sequences = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         self._stop_after = stop_after
         self.mask: Tensor | None = None
 
@@ -168,7 +170,9 @@ class _Runner:
             )
         inputs = {key: value for key, value in batch.items() if key not in _LABEL_KEYS}
         inputs = send_to_device(inputs, self._device)
-        self.mask = _token_mask(inputs.get("attention_mask"))
+        self.mask = token_mask(inputs.get("attention_mask"))
+        if self._two_sequences:
+            refuse_padding(self.mask, token_mask(inputs.get("decoder_attention_mask")))
         if self._takes_cache:
             inputs["use_cache"] = False
         with suppress(_Done):
@@ -204,18 +208,6 @@ def _stopping_point(model: nn.Module, groups: Sequence[Group]) -> str | None:
     return groups[-1].members[-1]
 
 
-def _token_mask(attention_mask: Any) -> Tensor | None:
-    if attention_mask is None:
-        return None
-    if getattr(attention_mask, "ndim", None) != 2:
-        raise ValueError(
-            "attention_mask must have shape (batch, tokens), got "
-            f"{tuple(getattr(attention_mask, 'shape', ()))}. Give a mask that is 1 for tokens that "
-            "count and 0 for padding."
-        )
-    return attention_mask.bool()
-
-
 def _check_finite(accumulators: Mapping[str, CovarianceAccumulator]) -> None:
     # In the order of the forward pass: the first one is where the trouble starts.
     for name, accumulator in accumulators.items():
@@ -233,34 +225,6 @@ def _check_counted(accumulators: Mapping[str, CovarianceAccumulator]) -> None:
                 f"The calibration data has no token that counts for {name}: every batch was empty or "
                 "masked out by attention_mask. Check the tokenizer's padding and the mask."
             )
-
-
-def kept_rows(name: str, inputs: Tensor, mask: Tensor | None) -> Tensor:
-    """Input rows `(tokens, in)` of the tokens that count.
-
-    Args:
-        name: the module, for the error message.
-        inputs: `(batch, tokens, in)`, `(batch · tokens, in)`, or `(batch, in)` for a module that
-            sees one vector a sequence (a pooler), which counts if its sequence has any token.
-        mask: bool `(batch, tokens)`, or None if all count.
-
-    Raises:
-        ValueError: for any other shape.
-    """
-    rows = inputs.reshape(-1, inputs.shape[-1])
-    if mask is None:
-        return rows
-    mask = mask.to(inputs.device)
-    leading = tuple(inputs.shape[:-1])
-    if leading == tuple(mask.shape) or leading == (mask.numel(),):
-        return rows[mask.reshape(-1)]
-    if leading == (mask.shape[0],):
-        return rows[mask.any(dim=1)]
-    raise ValueError(
-        f"The input of {name} has shape {tuple(inputs.shape)}, which the attention_mask of shape "
-        f"{tuple(mask.shape)} cannot be laid over, so padding cannot be told from text. Leave the "
-        "module out of target_modules, or give batches without padding and without attention_mask."
-    )
 
 
 def _shortest(model: nn.Module, targets: Mapping[str, nn.Module]) -> nn.Module:

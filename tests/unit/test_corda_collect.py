@@ -6,9 +6,10 @@ import pytest
 import torch
 from corda_helpers import MODELS, covariances_of, make_batches, make_config, make_model
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 
 from peft_corda import calibrate
-from peft_corda.collect import kept_rows
+from peft_corda.masks import kept_rows
 from peft_corda.statistics import CovarianceAccumulator, damped
 from peft_corda.targets import find_targets
 
@@ -187,6 +188,40 @@ def test_an_iterator_lasts_for_several_passes():
     whole = calibrate(model, make_config(), make_batches())
     parts = calibrate(model, make_config(), iter(make_batches()), max_memory=4 * 80**2)
     assert factors_equal(parts, whole)
+
+
+class TestEncoderDecoder:
+    model = staticmethod(
+        lambda: T5ForConditionalGeneration(
+            T5Config(
+                vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4,
+                decoder_start_token_id=0,
+            )
+        ).eval()
+    )  # fmt: skip
+    config = staticmethod(lambda: make_config(task_type="SEQ_2_SEQ_LM", r=4))
+
+    def batch(self, padding):
+        ids = torch.randint(3, 99, (3, 9))
+        mask = torch.ones_like(ids)
+        mask[0, 9 - padding :] = 0
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "decoder_input_ids": torch.randint(3, 99, (3, 5)),
+        }
+
+    def test_both_sides_are_counted(self):
+        model = self.model()
+        targets = find_targets(model, self.config())
+        found = covariances_of(model, targets, [self.batch(0), self.batch(0)])
+        cross = "decoder.block.0.layer.1.EncDecAttention"
+        tokens = {name: found[f"{cross}.{name}"].tokens for name in "qkvo"}
+        assert tokens == {"q": 30, "k": 54, "v": 54, "o": 30}
+
+    def test_padding_is_refused(self):
+        with pytest.raises(ValueError, match="encoder-decoder model must have no padding"):
+            calibrate(self.model(), self.config(), [self.batch(2)])
 
 
 class TestKeptRows:
