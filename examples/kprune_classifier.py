@@ -53,7 +53,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--text-columns", nargs="+", default=["sentence"], help="one, or a pair")
     parser.add_argument("--label-column", default="label")
     parser.add_argument("--reductions", nargs="+", type=float, default=[0.5, 0.8])
-    parser.add_argument("--steps", type=int, default=160, help="of fine-tuning")
+    parser.add_argument("--steps", type=int, default=180, help="of fine-tuning")
     parser.add_argument("--epochs", type=float, help="of fine-tuning, instead of --steps")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
@@ -145,7 +145,7 @@ def latencies(models: list[PreTrainedModel], batch: int, tokens: int) -> list[fl
     mask = torch.ones_like(ids)
     times: list[list[float]] = [[] for _ in models]
     with one_thread():
-        for round_number in range(9):
+        for round_number in range(13):
             for model, measured in zip(models, times, strict=True):
                 start = time.perf_counter()
                 model(input_ids=ids, attention_mask=mask)

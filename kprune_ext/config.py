@@ -32,7 +32,7 @@ class KPruneConfig:
         metadata={"help": "Temperature at which class probabilities are softened for the scores."},
     )
     lambda_rep: float = dataclasses.field(
-        default=0.1,
+        default=0.3,
         metadata={"help": "Weight of representational against predictive knowledge (lambda)."},
     )
     mu: float | None = dataclasses.field(

@@ -76,7 +76,7 @@ def test_sentences_are_cleaned() -> None:
 
 
 def test_sentences_are_balanced_unique_and_the_same_every_time(monkeypatch) -> None:
-    chosen = {name: docstring_sentences.LIBRARIES[name] for name in ("numpy", "standard library")}
+    chosen = {name: docstring_sentences.LIBRARIES[name] for name in ("pandas", "standard library")}
     monkeypatch.setattr(docstring_sentences, "LIBRARIES", chosen)
     sizes = {"train": 60, "validation": 10, "test": 20}
     data = docstring_sentences.build(**sizes, least=50)
@@ -87,6 +87,6 @@ def test_sentences_are_balanced_unique_and_the_same_every_time(monkeypatch) -> N
         assert labels.count(0) == labels.count(1) > 0.8 * sizes[split]
         sentences += [sentence.lower() for sentence in rows["sentence"]]
     assert len(set(sentences)) == len(sentences)
-    assert not any("numpy" in row["sentence"].lower() for row in data["train"] if not row["label"])
+    assert not any("pandas" in row["sentence"].lower() for row in data["train"] if not row["label"])
     again = docstring_sentences.build(**sizes, least=50)
     assert all(list(again[split]) == list(data[split]) for split in data)
