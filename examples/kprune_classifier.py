@@ -64,7 +64,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--adapter", choices=["lora", "corda", "none"], default="lora")
     parser.add_argument("--adapter-steps", type=int, default=60)
     parser.add_argument("--adapter-learning-rate", type=float, default=1e-3)
-    parser.add_argument("--output", type=Path, default=Path("kprune-demo"))
+    parser.add_argument("--output", type=Path, default=Path("output/kprune"))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.max_length = args.max_length or (32 if args.data is None else 128)
@@ -247,7 +247,7 @@ def adapt(model: PreTrainedModel, task: Classification, args: argparse.Namespace
     else:
         config = LoraConfig(**options)
     adapted = get_peft_model(model, config)
-    task.trainer(adapted, args.adapter_steps, args.adapter_learning_rate, bf16=task.bf16).train()
+    task.trainer(adapted, args.adapter_steps, args.adapter_learning_rate).train()
     return adapted
 
 
@@ -275,8 +275,11 @@ def main() -> None:
     )
     length = {"num_train_epochs": args.epochs} if args.epochs else {}
     steps = -1 if args.epochs else args.steps
-    task.trainer(dense, steps, args.learning_rate, bf16=task.bf16, **length).train()
-    dense.eval()
+    trainer = task.trainer(dense, steps, args.learning_rate, bf16=task.bf16, **length)
+    trainer.train()
+    # Loaded anew, as Trainer leaves a model that it trained in bf16 wrapped to compute in it.
+    trainer.save_model(str(args.output / "dense"))
+    dense = AutoModelForSequenceClassification.from_pretrained(args.output / "dense").eval()
 
     models, failures = [("dense", dense)], []
     for reduction in args.reductions:
