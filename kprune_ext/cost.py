@@ -1,4 +1,4 @@
-"""What units cost: FLOPs and parameters in closed form.
+"""What units cost: FLOPs in closed form.
 
 One FLOP is one multiplication or one addition, so a multiply-add counts twice. The budget of a
 pruning run counts the matrix products of the sub-layers that can be pruned: the projections of
@@ -29,17 +29,3 @@ def neuron_flops(hidden_size: int, sequence_length: int, projections: int = 2) -
     3 where there is a gate too.
     """
     return 2 * projections * hidden_size * sequence_length
-
-
-def head_parameters(hidden_size: int, head_size: int, biased_inputs: int = 3) -> int:
-    """Parameters that go with one attention head: its rows of the input projections, with their
-    biases, and its columns of the output projection.
-    """
-    return 4 * hidden_size * head_size + biased_inputs * head_size
-
-
-def neuron_parameters(hidden_size: int, projections: int = 2, biased_inputs: int = 1) -> int:
-    """Parameters that go with one feed-forward neuron: weights of every projection, and the biases
-    of those that lead to it.
-    """
-    return projections * hidden_size + biased_inputs
