@@ -11,7 +11,6 @@ a projection of `W` on `r` orthonormal directions of its output space.
 
 from __future__ import annotations
 
-import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -82,13 +81,8 @@ def _smallest_left(product: Tensor, rank: int) -> Tensor:
 
 def _largest_eigenvectors(symmetric: Tensor, count: int) -> Tensor:
     """`(n, count)` eigenvectors of the largest eigenvalues, largest first."""
-    size = len(symmetric)
-    if symmetric.device.type != "cpu":
-        return torch.linalg.eigh(symmetric).eigenvectors[:, size - count :].flip(1)
-    _, vectors = scipy.linalg.eigh(
-        symmetric.numpy(), subset_by_index=(size - count, size - 1), overwrite_a=True
-    )
-    return torch.from_numpy(vectors).flip(1)
+    vectors = torch.linalg.eigh(symmetric).eigenvectors  # ascending
+    return vectors[:, len(symmetric) - count :].flip(1)
 
 
 def starting_factors(

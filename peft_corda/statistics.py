@@ -7,6 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# How a symmetric product is cut into rows of blocks.
+_BLOCKS = 8
+_LEAST_BLOCK = 192
+
 
 @dataclass(frozen=True, eq=False)
 class Covariance:
@@ -37,13 +41,13 @@ class CovarianceAccumulator:
     def update(self, inputs: Tensor) -> None:
         """Add inputs of shape `(tokens, in)`."""
         rows = inputs.detach().to(torch.float32)
-        if rows.device.type == "cpu":
-            # NumPy sees that a matrix meets its own transpose and computes half of the product
-            # (BLAS syrk): two to four times as fast as torch.addmm on a CPU.
-            array = rows.numpy()
-            self._sum += torch.from_numpy(array.T @ array)
-        else:
-            self._sum.addmm_(rows.T, rows)
+        columns = rows.T.contiguous()
+        features = rows.shape[1]
+        # Only blocks on and below the diagonal: nearly half of a plain product is saved.
+        step = max(_LEAST_BLOCK, -(-features // _BLOCKS))
+        for start in range(0, features, step):
+            stop = start + step
+            self._sum[start:stop, :stop].addmm_(columns[start:stop], rows[:, :stop])
         self.tokens += rows.shape[0]
 
     def energy(self) -> Tensor:
@@ -58,7 +62,8 @@ class CovarianceAccumulator:
         """
         if self.tokens == 0:
             raise ValueError("no token was added, so there is no mean outer product")
-        return Covariance(self._sum / self.tokens, self.tokens)
+        lower = torch.tril(self._sum)
+        return Covariance((lower + torch.tril(lower, -1).T) / self.tokens, self.tokens)
 
 
 def damped(covariance: Tensor, damping: float) -> Tensor:

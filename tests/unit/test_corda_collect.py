@@ -257,5 +257,16 @@ def test_bfloat16_inputs_are_summed_in_float32():
     assert found.matrix.item() == 1.0 and found.tokens == 1000
 
 
+@pytest.mark.parametrize("features", [1, 191, 193, 1600])
+def test_blocks_of_any_size_give_the_whole_product(features):
+    inputs = torch.randn(7, features)
+    accumulator = CovarianceAccumulator(features)
+    accumulator.update(inputs[:4])
+    accumulator.update(inputs[4:])
+    found = accumulator.finish().matrix
+    assert torch.equal(found, found.T)
+    torch.testing.assert_close(found, inputs.T @ inputs / 7, rtol=1e-5, atol=1e-5)
+
+
 def test_damping_of_a_layer_that_saw_only_zeros():
     assert torch.equal(damped(torch.zeros(3, 3), 0.01), torch.eye(3, dtype=torch.float64))
