@@ -60,7 +60,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--max-length", type=int, help="tokens per input; by default 32 for docstrings, else 128"
     )
-    parser.add_argument("--calibration-tokens", type=int, default=15_000)
+    parser.add_argument("--calibration-tokens", type=int, default=10_000)
     parser.add_argument("--adapter", choices=["lora", "corda", "none"], default="lora")
     parser.add_argument("--adapter-steps", type=int, default=60)
     parser.add_argument("--adapter-learning-rate", type=float, default=1e-3)
