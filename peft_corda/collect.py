@@ -101,7 +101,7 @@ def collect_covariances(
 
     def visit(name: str, inputs: Tensor) -> None:
         found, leader = sharing.leader_of(name, inputs), leader_of[name]
-        if found != leader:
+        if name != leader and found != leader:
             raise ValueError(
                 f"{name} had the same input as {leader} in one batch but not in another, so their "
                 "statistics cannot be shared. Calibrate them separately: one calibrate() call with "
@@ -128,7 +128,6 @@ class _InputSharing:
     """Tells modules that are called one after the other with the very same tensor."""
 
     def __init__(self) -> None:
-        self._leader: dict[str, str] = {}
         self._last: tuple[str, Tensor, int] | None = None
 
     def leader_of(self, name: str, inputs: Tensor) -> str:

@@ -128,17 +128,30 @@ def test_input_changed_in_place_is_not_taken_for_the_same():
     torch.testing.assert_close(found["second"].matrix, 9 * found["first"].matrix)
 
 
+class SometimesShared(nn.Module):
+    """Gives its two layers the same tensor, or equal ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x, copied):
+        return self.first(x) + self.second(x.clone() if copied else x)
+
+
+def test_input_found_to_be_shared_later_is_counted_for_each():
+    net, x = SometimesShared(), torch.randn(5, 6)
+    found = covariances_of(
+        net,
+        {"first": net.first, "second": net.second},
+        [{"x": x, "copied": True}, {"x": x, "copied": False}],
+    )
+    assert found["first"].tokens == found["second"].tokens == 10
+    assert torch.equal(found["first"].matrix, found["second"].matrix)
+
+
 def test_modules_that_share_their_input_only_sometimes_are_refused():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
-
-        def forward(self, x, copied):
-            return self.first(x) + self.second(x.clone() if copied else x)
-
-    net = Net()
-    x = torch.randn(5, 6)
+    net, x = SometimesShared(), torch.randn(5, 6)
     with pytest.raises(ValueError, match="second had the same input as first in one batch but not"):
         covariances_of(
             net,
