@@ -63,7 +63,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calibration-tokens", type=int, default=10_000)
     parser.add_argument("--adapter", choices=["lora", "corda", "none"], default="lora")
     parser.add_argument("--adapter-steps", type=int, default=60)
-    parser.add_argument("--adapter-learning-rate", type=float, default=1e-3)
+    parser.add_argument("--adapter-learning-rate", type=float, default=3e-4)
     parser.add_argument("--output", type=Path, default=Path("output/kprune"))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
