@@ -2,90 +2,136 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import convert_file_size_to_int, tqdm
+from accelerate.utils import convert_file_size_to_int
 from peft import PeftModel
 from torch import nn
 
-from .collect import collect_covariances, discover_groups
+from .checkpoint import Checkpoint, identity
+from .collect import PassOptions, collect_covariances
 from .config import CordaConfig
-from .decomposition import left_singular
-from .factors import CordaFactors, ModuleFactors, sample_of
+from .decomposition import METHODS
+from .factorise import factorise
+from .factors import CordaFactors, ModuleFactors
+from .groups import discover
 from .model import CordaModel
-from .passes import plan_passes
-from .statistics import Covariance, damped
-from .targets import find_targets, rank_of
-from .weights import decomposable, dense_weight, weight_shape
+from .plan import default_memory, make_plan
+from .processes import Processes
+from .targets import find_targets
 
 
 def calibrate(
     model: nn.Module,
     config: CordaConfig,
     dataloader: Iterable[Mapping[str, Any]],
-    max_memory: int | str = "4GiB",
+    max_memory: int | str | None = None,
+    *,
+    methods: Sequence[str] | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    checkpoint_seconds: float = 120.0,
+    dtype: torch.dtype = torch.float32,
+    verbose: bool = True,
 ) -> CordaFactors:
     """Find the directions that the adapters of `config` are cut along (CorDA, Section 3).
 
     Args:
         model: the base model, or a `PeftModel` around it (which is run with its adapters as they
             are). Left as it was: weights, mode, hooks and gradients.
-        config: its target modules, ranks, method and damping are used. The result is also put into
-            `config.corda_factors`, so that `get_peft_model(model, config)` comes next.
+        config: its target modules, ranks, method, weighting and damping are used. The result is also
+            put into `config.corda_factors`, so that `get_peft_model(model, config)` comes next.
         dataloader: batches that stand for the knowledge to keep (``kpm``) or for the task (``ipm``),
-            as a `DataLoader` or collator yields them: mappings of tensors, padded or not. Tokens
-            where `attention_mask` is 0 do not count, labels are ignored. A few hundred sequences are
-            usual.
-        max_memory: what the statistics may take at a time, in bytes or as ``"500MB"``, ``"4GiB"``.
-            Where they need more, the data is run through the model several times, a part of the
-            layers each time; the result is the same. The data must then come in the same way every
-            time (an iterator is kept in memory for it).
+            as a `DataLoader` or collator yields them: mappings of tensors, padded, packed or not.
+            Tokens where `attention_mask` is 0 do not count, labels are ignored. A few hundred
+            sequences are usual. Under several processes each gives its own share.
+        max_memory: what the statistics may take at a time, in bytes or as ``"500MB"``, ``"4GiB"``; by
+            default a quarter of what the model's weights take. Where they need more, the layers are
+            done in several passes over the data; the result is the same. A pass starts at the block
+            where the last one ended, if the model's blocks form a plain chain and the hidden states
+            fit in as well; else from the start. The data must come in the same way every time (an
+            iterator is kept in memory for it).
+        methods: what to find directions for: ``"kpm"``, ``"ipm"`` or both; the config's own method by
+            default.
+        checkpoint_dir: folder to keep finished passes and, every `checkpoint_seconds`, partial sums
+            in. Called again with the same arguments, an interrupted calibration goes on from there,
+            to the same result.
+        checkpoint_seconds: least time between two snapshots of partial sums; 0 for one after each
+            batch.
+        dtype: that sums are worked out in: `torch.float32` or, for twice the memory and time,
+            `torch.float64`.
+        verbose: whether to print the plan and show progress.
 
     Returns:
-        The factors, on the CPU.
+        The factors, on the CPU; the same on all processes.
 
     Raises:
         TypeError: if `config` is not a `CordaConfig`, or a batch is not a mapping.
-        ValueError: if no module matches, one is not supported or too small for its rank, the data is
-            empty, masked out, or gives NaN or infinite activations, or `max_memory` is too small for
-            a single layer.
-        RuntimeError: under several processes.
+        ValueError: if an argument is out of range, no module matches, one is not supported or too
+            small for its rank, the data is empty, masked out, or gives NaN or infinite activations,
+            `max_memory` is too small for a single layer, or `checkpoint_dir` belongs to another
+            calibration.
+        RuntimeError: if another process failed.
     """
-    if not isinstance(config, CordaConfig):
-        raise TypeError(f"config must be a peft_corda.CordaConfig, got {type(config).__name__}.")
-    _check_single_process()
-    limit = convert_file_size_to_int(max_memory)
+    chosen = _check_arguments(config, methods, dtype)
+    processes = Processes()
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     targets = find_targets(base, config)
     # An iterator can be run through once, passes may need more.
     batches = list(dataloader) if isinstance(dataloader, Iterator) else dataloader
-    passes = plan_passes(discover_groups(base, targets, _first(batches)), limit)
+    with processes.together():
+        first = _first(batches)
+        layout = discover(base, targets, first)
+    limit = (
+        default_memory(base, layout.groups, dtype.itemsize)
+        if max_memory is None
+        else convert_file_size_to_int(max_memory)
+    )
+    plan = make_plan(base, targets, batches, first, layout, limit, dtype.itemsize, processes)
+    checkpoint = None
+    if checkpoint_dir is not None:
+        about = identity(config, chosen, targets, plan.passes, dtype, processes)
+        checkpoint = Checkpoint(checkpoint_dir, about, checkpoint_seconds, processes)
+    verbose = verbose and processes.is_main
+    if verbose:
+        print(plan, file=sys.stderr)
     found: dict[str, ModuleFactors] = {}
-    tokens: list[int] = []
-    for number, groups in enumerate(passes, start=1):
-        label = f"Calibrating ({number} of {len(passes)})" if len(passes) > 1 else "Calibrating"
-        covariances = collect_covariances(base, targets, batches, groups, label)
-        tokens += [covariance.tokens for covariance in covariances.values()]
-        for group in tqdm(groups, desc="Decomposing"):
-            # Taken out, so that each covariance is freed once it has been used.
-            covariance = covariances.pop(group.leader)
-            for name in group.members:
-                rank = rank_of(config, name)
-                found[name] = _module_factors(name, targets[name], covariance, rank, config)
+    for number, groups in enumerate(plan.passes):
+        part = checkpoint.finished(number) if checkpoint is not None else None
+        if part is None:
+            options = PassOptions(
+                description=f"Calibrating ({number + 1} of {len(plan.passes)})",
+                progress=verbose,
+                dtype=dtype,
+                without_padding=not layout.masked,
+                snapshots=checkpoint.snapshots(number) if checkpoint is not None else None,
+                processes=processes,
+            )
+            covariances = collect_covariances(
+                base, targets, batches, groups, options, plan.carried(number)
+            )
+            modules = factorise(groups, covariances, targets, config, chosen, processes, verbose)
+            part = CordaFactors(modules, config.corda_damping, config.corda_weighting)
+            if checkpoint is not None:
+                checkpoint.finish(number, part)
+        found.update(part.modules)
     factors = CordaFactors(
         modules={name: found[name] for name in targets},
-        method=config.corda_method,
         damping=config.corda_damping,
-        tokens=min(tokens),
+        weighting=config.corda_weighting,
     )
     config.corda_factors = factors
     return factors
 
 
 def initialize_corda(
-    model: PeftModel, dataloader: Iterable[Mapping[str, Any]], adapter_name: str | None = None
+    model: PeftModel,
+    dataloader: Iterable[Mapping[str, Any]],
+    adapter_name: str | None = None,
+    **options: Any,
 ) -> CordaFactors:
     """Calibrate and start a CORDA adapter that is already in place.
 
@@ -95,6 +141,7 @@ def initialize_corda(
         model: a `PeftModel` with a CORDA adapter.
         dataloader: as for `calibrate`.
         adapter_name: which adapter; the active one if None.
+        **options: further arguments of `calibrate`, such as `max_memory` and `checkpoint_dir`.
 
     Returns:
         The factors that the adapter now starts from.
@@ -116,28 +163,28 @@ def initialize_corda(
     tuner = model.base_model
     assert isinstance(tuner, CordaModel)  # follows from the config's type
     with model.disable_adapter():
-        factors = calibrate(model, config, dataloader)
+        factors = calibrate(model, config, dataloader, **options)
     tuner.start_adapter(name, factors)
     return factors
 
 
-@torch.no_grad()
-def _module_factors(
-    name: str, module: nn.Module, covariance: Covariance, rank: int, config: CordaConfig
-) -> ModuleFactors:
-    weight = dense_weight(name, module)
-    directions, singular_values = left_singular(
-        decomposable(weight),
-        damped(covariance.matrix.to(weight.device), config.corda_damping),
-        rank,
-        config.corda_method,
-    )
-    return ModuleFactors(
-        U=directions.cpu(),
-        S=singular_values.cpu(),
-        weight_sample=sample_of(weight),
-        shape=weight_shape(module),
-    )
+def _check_arguments(
+    config: Any, methods: Sequence[str] | None, dtype: torch.dtype
+) -> tuple[str, ...]:
+    """The methods to find directions for."""
+    if not isinstance(config, CordaConfig):
+        raise TypeError(f"config must be a peft_corda.CordaConfig, got {type(config).__name__}.")
+    chosen = (config.corda_method,) if methods is None else tuple(methods)
+    if not chosen or isinstance(methods, str) or any(name not in METHODS for name in chosen):
+        raise ValueError(f"methods must be some of {METHODS}, got {methods!r}.")
+    if config.corda_method not in chosen:
+        raise ValueError(
+            f"methods={methods!r} leaves out the config's own corda_method={config.corda_method!r}. "
+            "Add it, or change the config."
+        )
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}.")
+    return tuple(method for method in METHODS if method in chosen)
 
 
 def _first(batches: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -147,15 +194,3 @@ def _first(batches: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
         "The calibration data is empty: the dataloader yielded no batch. Pass an iterable of "
         "batches; an iterator or generator can be used only once."
     )
-
-
-def _check_single_process() -> None:
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return
-    if distributed.get_world_size() > 1:
-        raise RuntimeError(
-            f"calibrate runs in one process, but {distributed.get_world_size()} are running. Calibrate "
-            "once beforehand, factors.save(path), and train with CordaConfig(corda_factors=path): "
-            "every process then starts from the same file."
-        )

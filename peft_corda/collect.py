@@ -1,67 +1,53 @@
-"""Model and batches in, covariances out: the only file of the calibration that touches hooks."""
+"""Model and batches in, covariances out."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
-from accelerate.utils import send_to_device, tqdm
+from accelerate.utils import tqdm
 from torch import Tensor, nn
 
-from .masks import kept_rows, refuse_padding, token_mask
+from .blocks import Relay
+from .checkpoint import Snapshots
+from .groups import InputSharing
+from .masks import kept_rows
 from .passes import Group
+from .processes import Processes
+from .runner import Batch, Runner, evaluating, moves_weights, visiting
 from .statistics import Covariance, CovarianceAccumulator
 
-# Batch entries that only serve a loss.
-_LABEL_KEYS = {"labels", "label", "label_ids", "start_positions", "end_positions"}
 
-Batch = Mapping[str, Any]
-# Called with a module's name and its input.
-Visitor = Callable[[str, Tensor], None]
+@dataclass(frozen=True)
+class PassOptions:
+    """How one pass over the data is run.
 
-
-def discover_groups(
-    model: nn.Module, targets: Mapping[str, nn.Module], batch: Batch
-) -> list[Group]:
-    """Which target modules are given the very same tensor, found by running one batch.
-
-    Args:
-        model, targets: as for `collect_covariances`.
-        batch: any batch of the calibration data.
-
-    Returns:
-        The groups in the order of the forward pass; every called target is in one of them.
-
-    Raises:
-        TypeError, ValueError: as `collect_covariances`; also if a target was never called.
+    Attributes:
+        description: of the progress bar.
+        progress: whether to show it.
+        dtype: that products and sums are worked out in.
+        without_padding: see `Runner`.
+        snapshots: where to keep and find partial sums, if anywhere.
+        processes: that feed their own share of the data each.
     """
-    members: dict[str, list[str]] = {}
-    features: dict[str, int] = {}
-    calls: dict[str, int] = dict.fromkeys(targets, 0)
-    sharing = _InputSharing()
 
-    def visit(name: str, inputs: Tensor) -> None:
-        calls[name] += 1
-        leader = sharing.leader_of(name, inputs)
-        if calls[name] == 1:
-            members.setdefault(leader, []).append(name)
-            features[leader] = inputs.shape[-1]
+    description: str = "Calibrating"
+    progress: bool = True
+    dtype: torch.dtype = torch.float32
+    without_padding: bool = False
+    snapshots: Snapshots | None = None
+    processes: Processes = field(default_factory=Processes)
 
-    with _evaluating(model), _visiting(targets, visit):
-        _Runner(model, targets).run(batch)
-    unused = [name for name, count in calls.items() if count == 0]
-    if unused:
-        raise ValueError(
-            f"{unused[0]} ({len(unused)} in all) was never called during calibration. Leave it out "
-            "of target_modules, or give batches that use it."
-        )
-    return [
-        Group(tuple(names), features[leader], all(calls[name] == 1 for name in names))
-        for leader, names in members.items()
-    ]
+
+@dataclass(frozen=True)
+class Span:
+    """Blocks of a pass: of its first and last group, and of the first group of the next pass."""
+
+    first: int
+    last: int
+    following: int | None
 
 
 def collect_covariances(
@@ -69,7 +55,8 @@ def collect_covariances(
     targets: Mapping[str, nn.Module],
     batches: Iterable[Batch],
     groups: Sequence[Group],
-    description: str = "Calibrating",
+    options: PassOptions | None = None,
+    relay: tuple[Relay, Span] | None = None,
 ) -> dict[str, Covariance]:
     """Mean outer product of the inputs of each group, over the tokens that count.
 
@@ -81,11 +68,12 @@ def collect_covariances(
         targets: modules of the model by name.
         batches: mappings of tensors, as a collator yields them. Tokens where `attention_mask`
             (`(batch, tokens)`) is 0 are left out.
-        groups: from `discover_groups`; the covariance of a group is collected once.
-        description: of the progress bar.
+        groups: from `groups.discover`; the covariance of a group is collected once.
+        options: see `PassOptions`.
+        relay: carries hidden states over from and to other passes.
 
     Returns:
-        Covariances by the name of the group's first module.
+        Covariances by the name of the group's first module; the same on all processes.
 
     Raises:
         TypeError: if a batch is not a mapping.
@@ -93,14 +81,53 @@ def collect_covariances(
             module that saw one is named), an input shape that the mask cannot be laid over, or a
             group whose modules are given different inputs after all.
     """
-    leader_of = {name: group.leader for group in groups for name in group.members}
-    accumulators: dict[str, CovarianceAccumulator] = {}
-    sharing = _InputSharing()
-    watched = {name: targets[name] for name in leader_of}
-    runner = _Runner(model, targets, stop_after=_stopping_point(model, groups))
+    options = options or PassOptions()
+    runner = Runner(model, targets, options.without_padding)
+    runner.stop_after = _stopping_point(model, groups)
+    sums = _Sums(groups, runner, options)
+    watched = {name: targets[name] for group in groups for name in group.members}
+    with options.processes.together():
+        carried: AbstractContextManager[None] = nullcontext()
+        if relay is not None:
+            span = relay[1]
+            carried = relay[0].running(span.first, span.last, span.following, runner)
+        with evaluating(model), carried, visiting(watched, sums.visit):
+            done = sums.restore(options.snapshots)
+            if done and relay is not None:
+                # Batches passed over leave no hidden states behind.
+                relay[0].give_up()
+            bar = tqdm(batches, desc=options.description, disable=not options.progress)
+            for number, batch in enumerate(bar):
+                if options.snapshots is not None:
+                    options.snapshots.saw(batch)
+                if number < done:
+                    continue
+                for part in runner.parts(batch, number):
+                    if relay is not None:
+                        relay[0].next_part()
+                    sums.forget_input()
+                    runner.run(part)
+                sums.check_finite()
+                if options.snapshots is not None:
+                    options.snapshots.maybe_write(number + 1, sums.accumulators)
+            if options.snapshots is not None:
+                options.snapshots.saw_all()
+    return sums.finish()
 
-    def visit(name: str, inputs: Tensor) -> None:
-        found, leader = sharing.leader_of(name, inputs), leader_of[name]
+
+class _Sums:
+    """The accumulators of a pass, fed by the modules' hooks."""
+
+    def __init__(self, groups: Sequence[Group], runner: Runner, options: PassOptions) -> None:
+        self.accumulators: dict[str, CovarianceAccumulator] = {}
+        self._groups = groups
+        self._leader_of = {name: group.leader for group in groups for name in group.members}
+        self._runner = runner
+        self._options = options
+        self._sharing = InputSharing()
+
+    def visit(self, name: str, inputs: Tensor) -> None:
+        found, leader = self._sharing.leader_of(name, inputs), self._leader_of[name]
         if name != leader and found != leader:
             raise ValueError(
                 f"{name} had the same input as {leader} in one batch but not in another, so their "
@@ -108,142 +135,58 @@ def collect_covariances(
                 "target_modules for each."
             )
         if name == leader:
-            if name not in accumulators:
-                accumulators[name] = CovarianceAccumulator(inputs.shape[-1], inputs.device)
-            accumulators[name].update(kept_rows(name, inputs, runner.mask))
-        runner.visited(name)
+            accumulator = self._accumulator(name, inputs.shape[-1], inputs.device)
+            accumulator.update(kept_rows(name, inputs, self._runner.mask))
+        self._runner.visited(name)
 
-    count = 0
-    with _evaluating(model), _visiting(watched, visit):
-        for batch in tqdm(batches, desc=description):
-            sharing.forget()
-            runner.run(batch, count)
-            _check_finite(accumulators)
-            count += 1
-    _check_counted(accumulators)
-    return {name: accumulator.finish() for name, accumulator in accumulators.items()}
+    def forget_input(self) -> None:
+        self._sharing.forget()
 
+    def restore(self, snapshots: Snapshots | None) -> int:
+        """Take up partial sums, if there are any; returns how many batches they are of."""
+        if snapshots is None:
+            return 0
+        batches, sums = snapshots.read()
+        for group in self._groups:
+            if group.leader in sums:
+                matrix, tokens = sums[group.leader]
+                accumulator = self._accumulator(group.leader, group.features, self._runner.device)
+                accumulator.restore(matrix, tokens)
+        return batches
 
-class _InputSharing:
-    """Tells modules that are called one after the other with the very same tensor."""
+    def check_finite(self) -> None:
+        # In the order of the forward pass: the first one is where the trouble starts.
+        for name, accumulator in self.accumulators.items():
+            if not torch.isfinite(accumulator.energy()):
+                raise ValueError(
+                    f"The input of {name} has NaN or infinite values. Check the calibration data and "
+                    "the model in this dtype; float16 overflows easily, try bfloat16 or float32."
+                )
 
-    def __init__(self) -> None:
-        self._last: tuple[str, Tensor, int] | None = None
+    def finish(self) -> dict[str, Covariance]:
+        found: dict[str, Covariance] = {}
+        for group in self._groups:
+            name = group.leader
+            # A process without data has no accumulator yet.
+            accumulator = self._accumulator(name, group.features, self._runner.device)
+            accumulator.reduce(self._options.processes)
+            if accumulator.tokens == 0:
+                raise ValueError(
+                    f"The calibration data has no token that counts for {name}: every batch was empty "
+                    "or masked out by attention_mask. Check the tokenizer's padding and the mask."
+                )
+            found[name] = accumulator.finish()
+            del self.accumulators[name]
+        return found
 
-    def leader_of(self, name: str, inputs: Tensor) -> str:
-        """The first module of the run of calls with this tensor, unchanged, that `name` is in."""
-        last = self._last
-        if last is not None and last[1] is inputs and last[2] == inputs._version:
-            return last[0]
-        self._last = (name, inputs, inputs._version)
-        return name
-
-    def forget(self) -> None:
-        """Let go of the last tensor."""
-        self._last = None
-
-
-class _Done(Exception):
-    """Ends a forward pass behind the last module of interest."""
-
-
-class _Runner:
-    """Runs batches through the model, no further than needed."""
-
-    def __init__(
-        self, model: nn.Module, targets: Mapping[str, nn.Module], stop_after: str | None = None
-    ) -> None:
-        self._module = _shortest(model, targets)
-        self._takes_cache = "use_cache" in inspect.signature(self._module.forward).parameters
-        self._device = next(model.parameters()).device
-        self._two_sequences = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        self._stop_after = stop_after
-        self.mask: Tensor | None = None
-
-    def run(self, batch: Batch, number: int = 0) -> None:
-        if not isinstance(batch, Mapping):
-            raise TypeError(
-                f"Calibration batch {number} is a {type(batch).__name__}; expected a mapping from "
-                "argument names to tensors, such as {'input_ids': …, 'attention_mask': …}, as "
-                "tokenizers and collators give."
-            )
-        inputs = {key: value for key, value in batch.items() if key not in _LABEL_KEYS}
-        inputs = send_to_device(inputs, self._device)
-        self.mask = token_mask(inputs.get("attention_mask"))
-        if self._two_sequences:
-            refuse_padding(self.mask, token_mask(inputs.get("decoder_attention_mask")))
-        if self._takes_cache:
-            inputs["use_cache"] = False
-        with suppress(_Done):
-            self._module(**inputs)
-
-    def visited(self, name: str) -> None:
-        if name == self._stop_after:
-            raise _Done
-
-
-@contextmanager
-def _visiting(targets: Mapping[str, nn.Module], visit: Visitor) -> Iterator[None]:
-    """Call `visit` before each forward pass of each module."""
-    with ExitStack() as stack:
-        for name, module in targets.items():
-            handle = module.register_forward_pre_hook(
-                lambda _, args, kwargs, name=name: visit(
-                    name, args[0] if args else next(iter(kwargs.values()))
-                ),
-                with_kwargs=True,
-            )
-            stack.callback(handle.remove)
-        yield
+    def _accumulator(self, name: str, features: int, device: torch.device) -> CovarianceAccumulator:
+        if name not in self.accumulators:
+            self.accumulators[name] = CovarianceAccumulator(features, device, self._options.dtype)
+        return self.accumulators[name]
 
 
 def _stopping_point(model: nn.Module, groups: Sequence[Group]) -> str | None:
     """The module behind which nothing is left to see, if that is certain."""
-    if not all(group.called_once for group in groups):
-        return None
-    # accelerate's hooks move weights back after a module; they must not be cut off.
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+    if not all(group.called_once for group in groups) or moves_weights(model):
         return None
     return groups[-1].members[-1]
-
-
-def _check_finite(accumulators: Mapping[str, CovarianceAccumulator]) -> None:
-    # In the order of the forward pass: the first one is where the trouble starts.
-    for name, accumulator in accumulators.items():
-        if not torch.isfinite(accumulator.energy()):
-            raise ValueError(
-                f"The input of {name} has NaN or infinite values. Check the calibration data and the "
-                "model in this dtype; float16 overflows easily, try bfloat16 or float32."
-            )
-
-
-def _check_counted(accumulators: Mapping[str, CovarianceAccumulator]) -> None:
-    for name, accumulator in accumulators.items():
-        if accumulator.tokens == 0:
-            raise ValueError(
-                f"The calibration data has no token that counts for {name}: every batch was empty or "
-                "masked out by attention_mask. Check the tokenizer's padding and the mask."
-            )
-
-
-def _shortest(model: nn.Module, targets: Mapping[str, nn.Module]) -> nn.Module:
-    """The model without its head where no target lies in the head: the logits are not needed."""
-    prefix = getattr(model, "base_model_prefix", "")
-    backbone = getattr(model, prefix, None) if prefix else None
-    if isinstance(backbone, nn.Module) and all(name.startswith(prefix + ".") for name in targets):
-        return backbone
-    return model
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients; each module's own mode comes back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        # Not inference mode, whose tensors have no version to tell apart changed inputs by.
-        with torch.inference_mode(False), torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -8,9 +8,9 @@ from typing import Any
 
 from peft import LoraConfig, PeftType
 
+from .decomposition import METHODS, WEIGHTINGS
 from .factors import CordaFactors
 
-METHODS = ("kpm", "ipm")
 SCALINGS = ("balanced", "paper")
 
 # LoRA options that a CORDA adapter cannot honour, with the value that leaves them off.
@@ -43,6 +43,9 @@ class CordaConfig(LoraConfig):
         corda_scaling: ``"balanced"`` (default) spreads the singular values of the starting product
             `B A` evenly over both factors, whatever the scale of `C`; ``"paper"`` uses the paper's
             `B = U_r S_r^½`, `A = S_r^-½ U_rᵀ W`. `B A` is the same.
+        corda_weighting: ``"covariance"`` (the paper's) decomposes `W C`; ``"sqrt_covariance"``
+            decomposes `W C^½`, whose left vectors are the principal directions of the layer's
+            outputs.
         corda_damping: λ of `C + λ · mean(diag C) · I`, without unit.
         corda_factors: file written by `CordaFactors.save`, or a `CordaFactors`. Left at None,
             `calibrate(model, config, dataloader)` fills it in. Not stored with a saved adapter,
@@ -63,6 +66,10 @@ class CordaConfig(LoraConfig):
         default="balanced",
         metadata={"help": "How the start is spread over A and B: 'balanced' or 'paper'."},
     )
+    corda_weighting: str = field(
+        default="covariance",
+        metadata={"help": "What the weight is multiplied by: 'covariance' or 'sqrt_covariance'."},
+    )
     corda_damping: float = field(
         default=0.01,
         metadata={"help": "Multiple of the mean input energy added to the covariance's diagonal."},
@@ -77,6 +84,7 @@ class CordaConfig(LoraConfig):
         self.peft_type = PeftType["CORDA"]
         _check_choice("corda_method", self.corda_method, METHODS)
         _check_choice("corda_scaling", self.corda_scaling, SCALINGS)
+        _check_choice("corda_weighting", self.corda_weighting, WEIGHTINGS)
         if not (math.isfinite(self.corda_damping) and self.corda_damping >= 0):
             raise ValueError(
                 f"`corda_damping` must be a number of at least 0, got {self.corda_damping!r}. "

@@ -4,68 +4,87 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from .decomposition import METHODS, Directions
+from .files import atomic_save
+
 FORMAT = "peft_corda.factors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # Number of weight entries kept per module to recognise the base model again.
 SAMPLE_SIZE = 32
 # Two roundings of one weight to bfloat16 differ by less than this, relative to its size.
 SAMPLE_RTOL = 2.0**-7
+_PARTS = ("U", "S", "weight_norms")
 
 
 @dataclass(frozen=True, eq=False)
 class ModuleFactors:
-    """Singular directions of one linear layer with weight `W (out, in)`.
+    """What calibration found for one linear layer with weight `W (out, in)`.
 
     Attributes:
-        U: `(out, rank)`, orthonormal left singular vectors of `W C`, the most wanted first: largest
-            singular value first for ``ipm``, smallest first for ``kpm``. The first `r` columns are
-            the factors for any smaller rank `r`.
-        S: `(rank,)`, their singular values.
+        directions: by method, ``"kpm"`` or ``"ipm"``; of the largest rank asked for.
+        shape: `(out, in)` of `W`.
         weight_sample: `(SAMPLE_SIZE,)`, entries of `W` that tell whether a base model is the one
             that was calibrated.
-        shape: `(out, in)` of `W`.
+        energy: `‖W F‖²`, the sum of all squared singular values.
+        effective_rank: over how many directions the inputs are spread, between 1 and `in`
+            (`statistics.effective_rank`).
+        tokens: calibration tokens that the layer saw.
     """
 
-    U: Tensor
-    S: Tensor
-    weight_sample: Tensor
+    directions: Mapping[str, Directions]
     shape: tuple[int, int]
-
-    @property
-    def rank(self) -> int:
-        return self.U.shape[1]
+    weight_sample: Tensor
+    energy: float
+    effective_rank: float
+    tokens: int
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class CordaFactors:
     """Result of `calibrate`: the directions that adapters are cut along, for every target module.
 
+    Adapters of any smaller rank can be started from it, and of either method that it holds.
+
     Attributes:
         modules: factors by module name, as in `model.named_modules()` of the base model.
-        method: ``"kpm"`` or ``"ipm"``.
         damping: λ of the damped covariance.
-        tokens: calibration tokens seen (the fewest over the modules).
+        weighting: ``"covariance"`` or ``"sqrt_covariance"``.
     """
 
     modules: Mapping[str, ModuleFactors]
-    method: str
     damping: float
-    tokens: int
+    weighting: str = "covariance"
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Methods that every module has directions for."""
+        return tuple(
+            method
+            for method in METHODS
+            if all(method in module.directions for module in self.modules.values())
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens seen: the fewest over the modules."""
+        return min(module.tokens for module in self.modules.values())
+
+    def rank(self, name: str, method: str) -> int:
+        """Largest rank of an adapter that a module's directions are enough for."""
+        return self.modules[name].directions[method].rank
 
     def __repr__(self) -> str:
         return (
-            f"CordaFactors(method={self.method!r}, modules={len(self.modules)}, "
-            f"tokens={self.tokens}, damping={self.damping})"
+            f"CordaFactors(methods={self.methods}, modules={len(self.modules)}, "
+            f"tokens={self.tokens}, damping={self.damping}, weighting={self.weighting!r})"
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CordaFactors:
@@ -77,30 +96,30 @@ class CordaFactors:
         from . import __version__
 
         tensors: dict[str, Tensor] = {}
+        about: dict[str, Any] = {}
         for name, module in self.modules.items():
-            tensors[f"{name}.U"] = module.U.contiguous()
-            tensors[f"{name}.S"] = module.S.contiguous()
-            tensors[f"{name}.weight_sample"] = module.weight_sample.contiguous()
+            tensors[f"{name}.weight_sample"] = module.weight_sample
+            for method, found in module.directions.items():
+                for part in _PARTS:
+                    tensors[f"{name}.{method}.{part}"] = getattr(found, part)
+            about[name] = {
+                "methods": list(module.directions),
+                "shape": list(module.shape),
+                "energy": module.energy,
+                "effective_rank": module.effective_rank,
+                "tokens": module.tokens,
+            }
         metadata = {
             "format": FORMAT,
             "format_version": str(FORMAT_VERSION),
             "peft_corda_version": __version__,
-            "method": self.method,
+            "methods": json.dumps(self.methods),
             "damping": repr(self.damping),
+            "weighting": self.weighting,
             "tokens": str(self.tokens),
-            "shapes": json.dumps({name: m.shape for name, m in self.modules.items()}),
+            "modules": json.dumps(about),
         }
-        path = os.fspath(path)
-        directory = os.path.dirname(os.path.abspath(path))
-        os.makedirs(directory, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=".corda-", suffix=".tmp", dir=directory)
-        os.close(handle)
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-            os.replace(temporary, path)
-        finally:
-            if os.path.exists(temporary):
-                os.remove(temporary)
+        atomic_save(tensors, path, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CordaFactors:
@@ -108,7 +127,7 @@ class CordaFactors:
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if the file is not a factors file, or one of a newer format.
+            ValueError: if the file is not a factors file, or one of another format version.
         """
         path = os.fspath(path)
         if not os.path.isfile(path):
@@ -121,40 +140,40 @@ class CordaFactors:
                 metadata = file.metadata() or {}
                 _check_format(path, metadata)
                 modules = {
-                    name: ModuleFactors(
-                        U=file.get_tensor(f"{name}.U"),
-                        S=file.get_tensor(f"{name}.S"),
-                        weight_sample=file.get_tensor(f"{name}.weight_sample"),
-                        shape=(shape[0], shape[1]),
-                    )
-                    for name, shape in json.loads(metadata["shapes"]).items()
+                    name: _read_module(file.get_tensor, name, about)
+                    for name, about in json.loads(metadata["modules"]).items()
                 }
-        except SafetensorError as error:
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"{path!r} is not a readable factors file: {error}") from error
-        return cls(
-            modules=modules,
-            method=metadata["method"],
-            damping=float(metadata["damping"]),
-            tokens=int(metadata["tokens"]),
-        )
+        return cls(modules, float(metadata["damping"]), metadata["weighting"])
 
     def check_fits(
-        self, method: str, ranks: Mapping[str, int], weights: Mapping[str, tuple[Tensor, Any]]
+        self,
+        method: str,
+        weighting: str,
+        ranks: Mapping[str, int],
+        weights: Mapping[str, tuple[Tensor, Any]],
     ) -> None:
         """Raise unless the factors belong to this base model and reach these ranks.
 
         Args:
-            method: the method that the adapter asks for.
+            method, weighting: those that the adapter asks for.
             ranks: wanted rank by module name.
             weights: weight sample and weight shape by module name, of the base model at hand.
 
         Raises:
-            ValueError: naming what differs: the method, missing modules, shapes, weights or ranks.
+            ValueError: naming what differs: method, weighting, modules, shapes, weights or ranks.
         """
-        if self.method != method:
+        if method not in self.methods:
             raise ValueError(
-                f"The factors were made for corda_method={self.method!r}, but the config asks for "
-                f"{method!r}. Calibrate again with this config, or change its corda_method."
+                f"The factors were made for corda_method={' and '.join(map(repr, self.methods))}, but "
+                f"the config asks for {method!r}. Calibrate again with methods=('kpm', 'ipm'), or "
+                "change the config's corda_method."
+            )
+        if weighting != self.weighting:
+            raise ValueError(
+                f"The factors were made with corda_weighting={self.weighting!r}, but the config asks "
+                f"for {weighting!r}. Change the config's corda_weighting, or calibrate again."
             )
         missing = [name for name in weights if name not in self.modules]
         if missing:
@@ -184,9 +203,9 @@ class CordaFactors:
                 "those that were calibrated. Load the original base, or calibrate again."
             )
         short = [
-            f"{name}: rank {rank} wanted, {self.modules[name].rank} in the factors"
+            f"{name}: rank {rank} wanted, {self.rank(name, method)} in the factors"
             for name, rank in ranks.items()
-            if rank > self.modules[name].rank
+            if rank > self.rank(name, method)
         ]
         if short:
             raise ValueError(
@@ -208,16 +227,33 @@ def _same_sample(ours: Tensor, theirs: Tensor) -> bool:
     return bool(torch.allclose(ours, theirs, rtol=SAMPLE_RTOL, atol=float(scale) * 1e-6))
 
 
+def _read_module(
+    read: Callable[[str], Tensor], name: str, about: Mapping[str, Any]
+) -> ModuleFactors:
+    return ModuleFactors(
+        directions={
+            method: Directions(**{part: read(f"{name}.{method}.{part}") for part in _PARTS})
+            for method in about["methods"]
+        },
+        shape=(about["shape"][0], about["shape"][1]),
+        weight_sample=read(f"{name}.weight_sample"),
+        energy=about["energy"],
+        effective_rank=about["effective_rank"],
+        tokens=about["tokens"],
+    )
+
+
 def _check_format(path: str, metadata: Mapping[str, str]) -> None:
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"{path!r} is a safetensors file, but not a factors file of peft_corda. Pass a file "
             "written by CordaFactors.save; a saved adapter is loaded with PeftModel.from_pretrained."
         )
-    if int(metadata["format_version"]) > FORMAT_VERSION:
+    if metadata["format_version"] != str(FORMAT_VERSION):
         raise ValueError(
             f"{path!r} has format version {metadata['format_version']}, this version of peft_corda "
-            f"reads up to {FORMAT_VERSION}. Update peft-corda."
+            f"reads version {FORMAT_VERSION}. It was written by peft-corda "
+            f"{metadata.get('peft_corda_version')}: use that version, or calibrate again."
         )
 
 

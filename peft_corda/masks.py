@@ -2,41 +2,39 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
 def token_mask(attention_mask: Any) -> Tensor | None:
     """Which tokens count, bool `(batch, tokens)`; None if all do.
 
+    Args:
+        attention_mask: `(batch, tokens)`, 1 for tokens that count; or `(batch, heads or 1, tokens,
+            tokens)` as used for packed sequences, True or 0 where a token looks at another and
+            False or very negative elsewhere: tokens that look at themselves count.
+
     Raises:
-        ValueError: if the mask is not of that shape.
+        ValueError: if the mask is of another shape.
     """
     if attention_mask is None:
         return None
-    if getattr(attention_mask, "ndim", None) != 2:
+    shape = tuple(getattr(attention_mask, "shape", ()))
+    if len(shape) == 4 and shape[2] == shape[3]:
+        itself = attention_mask[:, 0].diagonal(dim1=1, dim2=2)
+        mask = itself if itself.dtype == torch.bool else itself > torch.finfo(itself.dtype).min / 2
+    elif len(shape) == 2:
+        mask = attention_mask.bool()
+    else:
         raise ValueError(
-            "attention_mask must have shape (batch, tokens), got "
-            f"{tuple(getattr(attention_mask, 'shape', ()))}. Give a mask that is 1 for tokens that "
-            "count and 0 for padding."
+            f"attention_mask must have shape (batch, tokens), or (batch, 1, tokens, tokens) for packed "
+            f"sequences, got {shape}. Give a mask that is 1 for tokens that count and 0 for padding."
         )
-    mask = attention_mask.bool()
     return None if bool(mask.all()) else mask
-
-
-def refuse_padding(*masks: Tensor | None) -> None:
-    """Refuse masks that leave tokens out, for models that run on two sequences at once.
-
-    Raises:
-        ValueError: if any of the masks does.
-    """
-    if any(mask is not None for mask in masks):
-        raise ValueError(
-            "Calibration batches of an encoder-decoder model must have no padding: whether a module "
-            "sees the encoder's or the decoder's tokens cannot be told from its input. Give batches "
-            "of sequences of equal length, or a batch size of 1."
-        )
 
 
 def kept_rows(name: str, inputs: Tensor, mask: Tensor | None) -> Tensor:
@@ -56,12 +54,90 @@ def kept_rows(name: str, inputs: Tensor, mask: Tensor | None) -> Tensor:
         return rows
     mask = mask.to(inputs.device)
     leading = tuple(inputs.shape[:-1])
-    if leading == tuple(mask.shape) or leading == (mask.numel(),):
-        return rows[mask.reshape(-1)]
-    if leading == (mask.shape[0],):
+    if not laid_over(leading, (mask.shape[0], mask.shape[1])):
+        raise ValueError(
+            f"The input of {name} has shape {tuple(inputs.shape)}, which the attention_mask of shape "
+            f"{tuple(mask.shape)} cannot be laid over, so padding cannot be told from text. Leave the "
+            "module out of target_modules, or give batches without padding and without "
+            "attention_mask."
+        )
+    if leading == (mask.shape[0],) and mask.shape[1] != 1:
         return rows[mask.any(dim=1)]
-    raise ValueError(
-        f"The input of {name} has shape {tuple(inputs.shape)}, which the attention_mask of shape "
-        f"{tuple(mask.shape)} cannot be laid over, so padding cannot be told from text. Leave the "
-        "module out of target_modules, or give batches without padding and without attention_mask."
-    )
+    return rows[mask.reshape(-1)]
+
+
+def laid_over(leading: tuple[int, ...], tokens: tuple[int, int]) -> bool:
+    """Whether a mask `(batch, tokens)` tells which rows of an input with these dimensions count."""
+    batch, length = tokens
+    return leading in (tokens, (batch * length,), (batch,))
+
+
+def unpadded(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A batch cut into parts without padding: sequences of equal length stay together.
+
+    Args:
+        batch: with `attention_mask` and, for models of two sequences, `decoder_attention_mask`, each
+            `(batch, tokens)`. Tensors `(batch, tokens, …)` are cut like the mask of their side.
+
+    Returns:
+        Batches without masks, in the order of their first sequences; the batch itself if it has no
+        padding.
+
+    Raises:
+        ValueError: if a mask leaves out tokens between others.
+    """
+    sides = {
+        prefix: token_mask(batch.get(prefix + "attention_mask")) for prefix in ("", "decoder_")
+    }
+    if all(mask is None for mask in sides.values()):
+        return [dict(batch)]
+    if any(mask is not None and mask.ndim != 2 for mask in sides.values()):
+        raise ValueError("expected masks of shape (batch, tokens)")
+    count = next(len(mask) for mask in sides.values() if mask is not None)
+    together: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for row in range(count):
+        spans = tuple(_span(mask, row) for mask in sides.values())
+        if all(span is None or span[0] < span[1] for span in spans):
+            together[spans].append(row)
+    lengths = {prefix: None if mask is None else mask.shape[1] for prefix, mask in sides.items()}
+    return [
+        {
+            key: _cut(key, value, rows, dict(zip(sides, spans, strict=True)), lengths, count)
+            for key, value in batch.items()
+            if not key.endswith("attention_mask")
+        }
+        for spans, rows in together.items()
+    ]
+
+
+def _span(mask: Tensor | None, row: int) -> tuple[int, int] | None:
+    """First and behind the last token of a sequence; None without a mask."""
+    if mask is None:
+        return None
+    kept = mask[row].nonzero().flatten().tolist()
+    if not kept:
+        return 0, 0
+    if kept[-1] - kept[0] + 1 != len(kept):
+        raise ValueError(
+            "An attention_mask leaves out tokens in the middle of a sequence. For this model padding "
+            "is cut off, which is possible only at the ends. Give sequences padded on one side."
+        )
+    return kept[0], kept[-1] + 1
+
+
+def _cut(
+    key: str,
+    value: Any,
+    rows: list[int],
+    spans: Mapping[str, tuple[int, int] | None],
+    lengths: Mapping[str, int | None],
+    count: int,
+) -> Any:
+    if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != count:
+        return value
+    value = value[rows]
+    side = "decoder_" if key.startswith("decoder_") else ""
+    span = spans[side]
+    if span is None or value.ndim < 2 or value.shape[1] != lengths[side]:
+        return value
+    return value[:, span[0] : span[1]]

@@ -96,11 +96,12 @@ class CordaModel(LoraModel):
         config = self._config_of(adapter_name)
         for name, layer in self.adapter_layers(adapter_name).items():
             weight = dense_weight(name, layer.get_base_layer())
-            module, rank = factors.modules[name], layer.r[adapter_name]
+            directions = factors.modules[name].directions[config.corda_method]
+            rank = layer.r[adapter_name]
             factor_a, factor_b = starting_factors(
                 decomposable(weight),
-                module.U[:, :rank].to(weight.device),
-                module.S[:rank].to(weight.device),
+                directions.U[:, :rank].to(weight.device),
+                directions.S[:rank].to(weight.device),
                 config.corda_scaling,
                 layer.scaling[adapter_name],
             )
@@ -155,6 +156,7 @@ def _factors_of(config: CordaConfig) -> CordaFactors | None:
 def _check_fits(factors: CordaFactors, targets: dict[str, nn.Module], config: CordaConfig) -> None:
     factors.check_fits(
         method=config.corda_method,
+        weighting=config.corda_weighting,
         ranks={name: rank_of(config, name) for name in targets},
         weights={
             name: (sample_of(dense_weight(name, module)), weight_shape(module))

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Sums are kept in float32.
-_BYTES = 4
+_FLOAT32 = 4
 
 
 @dataclass(frozen=True)
@@ -28,14 +27,20 @@ class Group:
         """The module whose input is looked at."""
         return self.members[0]
 
-    @property
-    def bytes(self) -> int:
+    def bytes(self, itemsize: int = _FLOAT32) -> int:
         """Memory of the covariance while it is summed."""
-        return _BYTES * self.features**2
+        return itemsize * self.features**2
 
 
-def plan_passes(groups: Sequence[Group], max_memory: int) -> list[list[Group]]:
+def plan_passes(
+    groups: Sequence[Group], max_memory: int, itemsize: int = _FLOAT32
+) -> list[list[Group]]:
     """Cut groups, in order, into the fewest runs whose covariances fit into `max_memory` bytes.
+
+    Args:
+        groups: in the order of the forward pass.
+        max_memory: bytes.
+        itemsize: bytes of one number of a covariance.
 
     Raises:
         ValueError: if one group alone does not fit.
@@ -43,15 +48,16 @@ def plan_passes(groups: Sequence[Group], max_memory: int) -> list[list[Group]]:
     passes: list[list[Group]] = []
     left = 0
     for group in groups:
-        if group.bytes > max_memory:
+        size = group.bytes(itemsize)
+        if size > max_memory:
             raise ValueError(
                 f"max_memory of {max_memory:,} bytes is too small: the statistics of {group.leader} "
-                f"with {group.features:,} inputs take {group.bytes:,} bytes. Raise max_memory to at "
+                f"with {group.features:,} inputs take {size:,} bytes. Raise max_memory to at "
                 "least that, or leave the module out of target_modules."
             )
-        if group.bytes > left:
+        if size > left:
             passes.append([])
             left = max_memory
         passes[-1].append(group)
-        left -= group.bytes
+        left -= size
     return passes

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# How a symmetric product is cut into rows of blocks.
-_BLOCKS = 8
-_LEAST_BLOCK = 192
+from .eigen import add_lower_gram, from_lower
+from .processes import Processes
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,29 +31,46 @@ class Covariance:
 class CovarianceAccumulator:
     """Sums `x xᵀ` over batches; `finish` divides by the number of tokens.
 
-    Products and sums are float32 whatever the dtype of the inputs. Every token has the same weight,
-    in whichever batch it comes.
+    Every token has the same weight, in whichever batch it comes.
+
+    Args:
+        features: input dimensions.
+        device: where sums are kept.
+        dtype: that products and sums are worked out in, whatever the dtype of the inputs.
+
+    Attributes:
+        sum: `(features, features)`; only blocks on and below the diagonal are kept up.
+        tokens: rows added so far.
     """
 
-    def __init__(self, features: int, device: torch.device | None = None) -> None:
-        self._sum = torch.zeros(features, features, dtype=torch.float32, device=device)
+    def __init__(
+        self,
+        features: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.sum = torch.zeros(features, features, dtype=dtype, device=device)
         self.tokens = 0
 
     def update(self, inputs: Tensor) -> None:
         """Add inputs of shape `(tokens, in)`."""
-        rows = inputs.detach().to(torch.float32)
-        columns = rows.T.contiguous()
-        features = rows.shape[1]
-        # Only blocks on and below the diagonal: nearly half of a plain product is saved.
-        step = max(_LEAST_BLOCK, -(-features // _BLOCKS))
-        for start in range(0, features, step):
-            stop = start + step
-            self._sum[start:stop, :stop].addmm_(columns[start:stop], rows[:, :stop])
-        self.tokens += rows.shape[0]
+        with _full_precision(inputs):
+            add_lower_gram(self.sum, inputs.detach().to(self.sum.dtype))
+        self.tokens += inputs.shape[0]
+
+    def restore(self, total: Tensor, tokens: int) -> None:
+        """Go on from sums that were kept."""
+        self.sum.copy_(total)
+        self.tokens = tokens
+
+    def reduce(self, processes: Processes) -> None:
+        """Add up what several processes have."""
+        self.sum = processes.add(self.sum)
+        self.tokens = int(processes.add(torch.tensor(self.tokens)))
 
     def energy(self) -> Tensor:
         """Sum of squares so far, a scalar tensor: not finite once an input was not."""
-        return self._sum.diagonal().sum()
+        return self.sum.diagonal().sum()
 
     def finish(self) -> Covariance:
         """The mean outer product.
@@ -62,8 +80,41 @@ class CovarianceAccumulator:
         """
         if self.tokens == 0:
             raise ValueError("no token was added, so there is no mean outer product")
-        lower = torch.tril(self._sum)
-        return Covariance((lower + torch.tril(lower, -1).T) / self.tokens, self.tokens)
+        return Covariance(from_lower(self.sum).div_(self.tokens), self.tokens)
+
+
+@contextmanager
+def _full_precision(inputs: Tensor) -> Iterator[None]:
+    """No TensorFloat-32 products of float32 inputs, whatever is allowed elsewhere.
+
+    16-bit inputs fit into TensorFloat-32 without loss, and use it.
+    """
+    if inputs.device.type != "cuda":
+        yield
+        return
+    settings = torch.backends.cuda.matmul
+    lossless = inputs.dtype in (torch.bfloat16, torch.float16)
+    # PyTorch 2.9 has a new name for the setting, and warns of the old one.
+    if hasattr(settings, "fp32_precision"):
+        name, value = "fp32_precision", "tf32" if lossless else "ieee"
+    else:
+        name, value = "allow_tf32", lossless  # type: ignore[assignment]
+    before = getattr(settings, name)
+    setattr(settings, name, value)
+    try:
+        yield
+    finally:
+        setattr(settings, name, before)
+
+
+def effective_rank(covariance: Tensor) -> float:
+    """`(tr C)² / ‖C‖²`, between 1 and `in`: over how many directions the inputs' energy is spread.
+
+    The participation ratio of the eigenvalues, which needs none of them.
+    """
+    matrix = covariance.double()
+    trace, squares = float(matrix.diagonal().sum()), float(matrix.square().sum())
+    return trace**2 / squares if squares > 0 else 0.0
 
 
 def damped(covariance: Tensor, damping: float) -> Tensor:

@@ -14,7 +14,8 @@ from transformers import (
 )
 
 from peft_corda import CordaConfig
-from peft_corda.collect import collect_covariances, discover_groups
+from peft_corda.collect import collect_covariances
+from peft_corda.groups import discover
 from peft_corda.statistics import Covariance
 
 VOCABULARY = 99
@@ -106,6 +107,6 @@ def train_steps(model: nn.Module, batch: dict, steps: int = 3, rate: float = 1e-
 
 def covariances_of(model: nn.Module, targets: dict, batches: list[dict]) -> dict[str, Covariance]:
     """Covariances by module name, modules of a group having the same one."""
-    groups = discover_groups(model, targets, batches[0])
+    groups = discover(model, targets, batches[0]).groups
     found = collect_covariances(model, targets, batches, groups)
     return {name: found[group.leader] for group in groups for name in group.members}

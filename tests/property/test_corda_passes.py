@@ -14,9 +14,9 @@ groups = st.lists(st.integers(1, 50), min_size=1, max_size=30).map(
 
 @given(groups=groups, spare=st.integers(0, 50_000))
 def test_plan(groups, spare):
-    limit = max(group.bytes for group in groups) + spare
+    limit = max(group.bytes() for group in groups) + spare
     passes = plan_passes(groups, limit)
     assert [group for part in passes for group in part] == groups
-    assert all(sum(group.bytes for group in part) <= limit for part in passes)
+    assert all(sum(group.bytes() for group in part) <= limit for part in passes)
     for part, following in pairwise(passes):
-        assert sum(group.bytes for group in part) + following[0].bytes > limit
+        assert sum(group.bytes() for group in part) + following[0].bytes() > limit

@@ -122,7 +122,7 @@ def test_calibration_of_a_model_agrees_with_the_oracle(kind, method):
         expected_a, expected_b = oracle.adapter(
             weight, oracle.damp(covariances[name].matrix), 8, method
         )
-        found = factors.modules[name]
+        found = factors.modules[name].directions[method]
         a, b = starting_factors(weight, found.U, found.S, "balanced", 1.0)
         expected = expected_b @ expected_a
         error = torch.linalg.norm(b.double() @ a.double() - expected) / torch.linalg.norm(expected)

@@ -52,7 +52,7 @@ def test_start_is_the_projection_of_the_weight_whatever_the_scaling(options, sca
     model, config = calibrated("llama", corda_scaling=scaling, **options)
     adapted = get_peft_model(model, config)
     for name, layer in adapted.base_model.adapter_layers("default").items():
-        directions = config.corda_factors.modules[name].U
+        directions = config.corda_factors.modules[name].directions[config.corda_method].U
         expected = directions @ directions.T @ layer.get_base_layer().weight
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         torch.testing.assert_close(layer.scaling["default"] * b @ a, expected, rtol=1e-4, atol=1e-6)
@@ -62,7 +62,7 @@ def test_adapter_of_a_bfloat16_base_starts_from_float32_factors():
     model, config = calibrated("llama", torch.bfloat16)
     adapted = get_peft_model(model, config)
     for name, layer in adapted.base_model.adapter_layers("default").items():
-        directions = config.corda_factors.modules[name].U
+        directions = config.corda_factors.modules[name].directions[config.corda_method].U
         expected = directions @ directions.T @ layer.get_base_layer().weight.float()
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         assert a.dtype == b.dtype == torch.float32
@@ -223,7 +223,7 @@ def test_smaller_rank_starts_from_the_same_factors():
     smaller = make_config(r=3, lora_alpha=3, corda_factors=config.corda_factors)
     adapted = get_peft_model(model, smaller)
     for name, layer in adapted.base_model.adapter_layers("default").items():
-        directions = config.corda_factors.modules[name].U[:, :3]
+        directions = config.corda_factors.modules[name].directions[config.corda_method].U[:, :3]
         expected = directions @ directions.T @ layer.get_base_layer().weight
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         torch.testing.assert_close(b @ a, expected, rtol=1e-4, atol=1e-6)

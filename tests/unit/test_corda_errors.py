@@ -95,10 +95,8 @@ class TestCalibrationData:
 
     def test_mask_of_another_shape(self):
         ids = torch.ones(2, 5, dtype=torch.long)
-        batch = {"input_ids": ids, "attention_mask": torch.ones(2, 1, 5, 5)}
-        with pytest.raises(
-            ValueError, match=r"must have shape \(batch, tokens\), got \(2, 1, 5, 5\)"
-        ):
+        batch = {"input_ids": ids, "attention_mask": torch.ones(2, 5, 5)}
+        with pytest.raises(ValueError, match=r"must have shape .*, got \(\d, 5, 5\)"):
             self.calibrate([batch])
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -179,7 +177,9 @@ class TestFactors:
             tmp_path / "new.safetensors",
             metadata={"format": "peft_corda.factors", "format_version": "99"},
         )
-        with pytest.raises(ValueError, match="format version 99.*Update peft-corda"):
+        with pytest.raises(
+            ValueError, match="format version 99, this version of peft_corda reads version"
+        ):
             CordaFactors.load(tmp_path / "new.safetensors")
 
     def test_failed_save_leaves_nothing_and_keeps_what_was_there(self, tmp_path, monkeypatch):
@@ -190,7 +190,7 @@ class TestFactors:
         def failing(*args, **kwargs):
             raise OSError("no space left")
 
-        monkeypatch.setattr("peft_corda.factors.save_file", failing)
+        monkeypatch.setattr("peft_corda.files.save_file", failing)
         with pytest.raises(OSError, match="no space left"):
             factors.save(path)
         assert [p.name for p in tmp_path.iterdir()] == ["factors.safetensors"]

@@ -1,0 +1,205 @@
+"""What an interrupted calibration leaves on disk, and takes up again.
+
+A folder with the plan (`plan.json`), the factors of every finished pass (`pass-0000.safetensors`) and,
+per process, the sums of the pass that was running (`sums-0.safetensors`). Each file is written under
+a temporary name and then renamed, so that it is whole or not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .config import CordaConfig
+from .factors import CordaFactors, sample_of
+from .files import atomic_save, replacing
+from .passes import Group
+from .processes import Processes
+from .statistics import CovarianceAccumulator
+from .targets import rank_of
+from .weights import dense_weight
+
+# A snapshot is put off until it has taken no more than this share of the time.
+_SHARE = 0.1
+
+
+class Checkpoint:
+    """The folder of one calibration.
+
+    Args:
+        directory: made if it is not there.
+        plan: all that the result depends on, but the data; JSON-ready.
+        seconds: least time between two snapshots of a running pass.
+        processes: taking part; the main process writes what they share.
+
+    Raises:
+        ValueError: if the folder holds the checkpoint of another calibration, naming what differs.
+    """
+
+    def __init__(
+        self, directory: str | Path, plan: Mapping[str, Any], seconds: float, processes: Processes
+    ) -> None:
+        self._directory = Path(directory)
+        self._seconds = seconds
+        self._processes = processes
+        path = self._directory / "plan.json"
+        with processes.together():
+            if path.exists():
+                self._compare(path, json.loads(json.dumps(plan)))
+            elif processes.is_main:
+                self._directory.mkdir(parents=True, exist_ok=True)
+                with replacing(path) as temporary:
+                    Path(temporary).write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+
+    def finished(self, number: int) -> CordaFactors | None:
+        """The factors of a finished pass; None if it is still to be done."""
+        path = self._pass_file(number)
+        return CordaFactors.load(path) if path.exists() else None
+
+    def finish(self, number: int, factors: CordaFactors) -> None:
+        """Keep the factors of a pass; its sums are no longer needed."""
+        if self._processes.is_main:
+            factors.save(self._pass_file(number))
+        self._processes.wait()
+        self._sums_file().unlink(missing_ok=True)
+
+    def snapshots(self, number: int) -> Snapshots:
+        """The partial sums of a pass."""
+        return Snapshots(self._sums_file(), number, self._seconds)
+
+    def _pass_file(self, number: int) -> Path:
+        return self._directory / f"pass-{number:04d}.safetensors"
+
+    def _sums_file(self) -> Path:
+        return self._directory / f"sums-{self._processes.rank}.safetensors"
+
+    def _compare(self, path: Path, plan: Mapping[str, Any]) -> None:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not a calibration plan: {error}") from error
+        differing = sorted(k for k in {*plan, *found} if plan.get(k) != found.get(k))
+        if differing:
+            raise ValueError(
+                f"checkpoint_dir={str(self._directory)!r} holds the checkpoint of another calibration: "
+                f"{', '.join(differing)} differ. Use the same model and settings as then to go on with "
+                "it, or another folder to start anew."
+            )
+
+
+def identity(
+    config: CordaConfig,
+    methods: Sequence[str],
+    targets: Mapping[str, nn.Module],
+    passes: Sequence[Sequence[Group]],
+    dtype: torch.dtype,
+    processes: Processes,
+) -> dict[str, Any]:
+    """All that the factors depend on, but the data: what a checkpoint is recognised by."""
+    weights = hashlib.sha256()
+    for name, module in targets.items():
+        weights.update(sample_of(dense_weight(name, module)).numpy().tobytes())
+    return {
+        "methods": list(methods),
+        "corda_weighting": config.corda_weighting,
+        "corda_damping": config.corda_damping,
+        "ranks": {name: rank_of(config, name) for name in targets},
+        "model's weights": weights.hexdigest(),
+        "dtype": str(dtype),
+        "max_memory (passes)": [[group.leader for group in groups] for groups in passes],
+        "number of processes": processes.count,
+    }
+
+
+class Snapshots:
+    """Partial sums of a running pass, written from time to time.
+
+    Args:
+        path: the file.
+        number: of the pass.
+        seconds: least time between two snapshots.
+    """
+
+    def __init__(self, path: Path, number: int, seconds: float) -> None:
+        self._path = path
+        self._number = number
+        self._seconds = seconds
+        self._last = time.monotonic()
+        self._cost = 0.0
+        self._digest = ""
+        self._seen = 0
+        self._expected: tuple[int, str] = (0, "")
+
+    def read(self) -> tuple[int, dict[str, tuple[Tensor, int]]]:
+        """How many batches were counted, and sums and tokens by module; 0 and none at the start."""
+        if not self._path.exists():
+            return 0, {}
+        try:
+            with safe_open(self._path, framework="pt") as file:
+                state = json.loads((file.metadata() or {})["state"])
+                if state["pass"] != self._number:
+                    return 0, {}
+                tokens = state["tokens"]
+                sums = {name: (file.get_tensor(name), tokens[name]) for name in tokens}
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{self._path} is not a snapshot of a calibration: {error}") from error
+        self._expected = (state["batches"], state["data"])
+        return state["batches"], sums
+
+    def saw(self, batch: Mapping[str, Any]) -> None:
+        """Take note of a batch, counted or passed over.
+
+        Raises:
+            ValueError: if the batches passed over are not those that the sums are of.
+        """
+        digest = hashlib.sha256(self._digest.encode())
+        if isinstance(batch, Mapping):
+            for key in sorted(batch):
+                value = batch[key]
+                if isinstance(value, Tensor):
+                    flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+                    digest.update(f"{key} {tuple(value.shape)}".encode() + flat.numpy().tobytes())
+        self._digest = digest.hexdigest()
+        self._seen += 1
+        if self._seen == self._expected[0] and self._digest != self._expected[1]:
+            self._refuse()
+
+    def saw_all(self) -> None:
+        """To be called behind the last batch.
+
+        Raises:
+            ValueError: if there were fewer batches than the sums are of.
+        """
+        if self._seen < self._expected[0]:
+            self._refuse()
+
+    def _refuse(self) -> None:
+        raise ValueError(
+            f"The calibration data differs from that of the interrupted run in its first "
+            f"{self._expected[0]} batches, so it cannot be gone on with. Give the same data in the same "
+            "order (no shuffling, or a seeded one), or another checkpoint_dir to start anew."
+        )
+
+    def maybe_write(self, batches: int, sums: Mapping[str, CovarianceAccumulator]) -> None:
+        """Write the sums of that many batches, unless the last time was a moment ago."""
+        now = time.monotonic()
+        if now - self._last < max(self._seconds, self._cost / _SHARE if self._seconds else 0):
+            return
+        state = {
+            "pass": self._number,
+            "batches": batches,
+            "data": self._digest,
+            "tokens": {name: accumulator.tokens for name, accumulator in sums.items()},
+        }
+        tensors = {name: accumulator.sum.cpu() for name, accumulator in sums.items()}
+        atomic_save(tensors, self._path, {"state": json.dumps(state)})
+        self._last = time.monotonic()
+        self._cost = self._last - now

@@ -1,0 +1,71 @@
+"""Eigenvectors, Gram matrices and orthonormal bases of dense matrices. Pure."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# How a symmetric product is cut into rows of blocks.
+_BLOCKS = 8
+_LEAST_BLOCK = 192
+
+
+def largest_eigenvectors(symmetric: Tensor, count: int) -> Tensor:
+    """`(n, count)` eigenvectors of the largest eigenvalues of `(n, n)`, largest first."""
+    vectors = torch.linalg.eigh(symmetric).eigenvectors  # ascending
+    return vectors[:, len(symmetric) - count :].flip(1)
+
+
+def orthonormal(columns: Tensor) -> Tensor:
+    """An orthonormal basis `(n, k)` of the span of `(n, k)`."""
+    return torch.linalg.qr(columns).Q
+
+
+def add_lower_gram(total: Tensor, columns: Tensor) -> None:
+    """Add `Xᵀ X` to `total (n, n)`, in blocks on and below the diagonal alone.
+
+    Nearly half of a plain product is saved. What stands above the diagonal blocks is left as it is.
+
+    Args:
+        total: changed in place.
+        columns: `X (rows, n)`, of the dtype of `total`.
+    """
+    rows = columns.T.contiguous()
+    size = columns.shape[1]
+    step = max(_LEAST_BLOCK, -(-size // _BLOCKS))
+    for start in range(0, size, step):
+        stop = start + step
+        total[start:stop, :stop].addmm_(rows[start:stop], columns[:, :stop])
+
+
+def from_lower(lower: Tensor) -> Tensor:
+    """The symmetric matrix with this lower triangle; what stands above is not looked at."""
+    lower = torch.tril(lower)
+    return lower + torch.tril(lower, -1).T
+
+
+def gram(columns: Tensor) -> Tensor:
+    """`Xᵀ X (n, n)` of `X (rows, n)`."""
+    total = columns.new_zeros(columns.shape[1], columns.shape[1])
+    add_lower_gram(total, columns)
+    return from_lower(total)
+
+
+def energy_of(matrix: Tensor) -> float:
+    """Sum of squares."""
+    return float(matrix.double().square().sum())
+
+
+def spread(triangle: Tensor) -> float:
+    """Largest over smallest entry of the diagonal of a triangular matrix.
+
+    A lower bound of its condition number, and rarely far below.
+    """
+    diagonal = triangle.diagonal().abs()
+    least = float(diagonal.min())
+    return float(diagonal.max()) / least if least > 0 else float("inf")
+
+
+def is_singular(triangle: Tensor) -> bool:
+    """Whether a triangular matrix is singular to working precision."""
+    return not spread(triangle) * len(triangle) * torch.finfo(triangle.dtype).eps < 1

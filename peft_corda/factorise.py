@@ -1,0 +1,143 @@
+"""From the covariances of a pass to the factors of its modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from accelerate.utils import tqdm
+from torch import Tensor, nn
+
+from .config import CordaConfig
+from .decomposition import Directions, decompose, right_factor
+from .factors import SAMPLE_SIZE, ModuleFactors, sample_of
+from .passes import Group
+from .processes import Processes
+from .statistics import Covariance, damped, effective_rank
+from .targets import rank_of
+from .weights import decomposable, dense_weight, weight_shape
+
+
+@torch.no_grad()
+def factorise(
+    groups: Sequence[Group],
+    covariances: dict[str, Covariance],
+    targets: Mapping[str, nn.Module],
+    config: CordaConfig,
+    methods: Sequence[str],
+    processes: Processes,
+    progress: bool = True,
+) -> dict[str, ModuleFactors]:
+    """Decompose every module of these groups; the work is shared out over the processes.
+
+    Args:
+        groups: of the pass.
+        covariances: by the group's leader; emptied, so that each is freed once it has been used.
+        targets: modules by name.
+        config: ranks, damping and weighting are used.
+        methods: what to find directions for.
+        processes: taking part; all have the same covariances, and get the same factors.
+        progress: whether to show a progress bar.
+
+    Returns:
+        Factors by module name, on the CPU.
+    """
+    owners = processes.owners([_cost(group, targets) for group in groups])
+    found: dict[str, ModuleFactors] = {}
+    with processes.together():
+        bar = tqdm(list(zip(groups, owners, strict=True)), desc="Decomposing", disable=not progress)
+        for group, owner in bar:
+            covariance = covariances.pop(group.leader)
+            mine = owner == processes.rank
+            own = _decomposed if mine else _placeholders
+            found.update(own(group, covariance, targets, config, methods))
+    if processes.count > 1:
+        for group, owner in zip(groups, owners, strict=True):
+            for name in group.members:
+                found[name] = _shared(found[name], owner, processes)
+    return found
+
+
+def _decomposed(
+    group: Group,
+    covariance: Covariance,
+    targets: Mapping[str, nn.Module],
+    config: CordaConfig,
+    methods: Sequence[str],
+) -> dict[str, ModuleFactors]:
+    factor = right_factor(damped(covariance.matrix, config.corda_damping), config.corda_weighting)
+    spread = effective_rank(covariance.matrix)
+    found = {}
+    for name in group.members:
+        weight = dense_weight(name, targets[name])
+        # Where the weight is, so that everything runs on its device.
+        factor = factor.to(weight.device)
+        energy, directions = 0.0, {}
+        for method in methods:
+            directions[method], energy = decompose(
+                decomposable(weight), factor, rank_of(config, name), method
+            )
+        found[name] = ModuleFactors(
+            directions={method: _on_cpu(own) for method, own in directions.items()},
+            shape=weight_shape(targets[name]),
+            weight_sample=sample_of(weight),
+            energy=energy,
+            effective_rank=spread,
+            tokens=covariance.tokens,
+        )
+    return found
+
+
+def _placeholders(
+    group: Group,
+    covariance: Covariance,
+    targets: Mapping[str, nn.Module],
+    config: CordaConfig,
+    methods: Sequence[str],
+) -> dict[str, ModuleFactors]:
+    """Of the right shapes, for what another process works out."""
+    found = {}
+    for name in group.members:
+        shape, rank = weight_shape(targets[name]), rank_of(config, name)
+        empty = Directions(torch.zeros(shape[0], rank), torch.zeros(rank), torch.zeros(rank))
+        found[name] = ModuleFactors(
+            dict.fromkeys(methods, empty), shape, torch.zeros(SAMPLE_SIZE), 0, 0, covariance.tokens
+        )
+    return found
+
+
+def _shared(module: ModuleFactors, owner: int, processes: Processes) -> ModuleFactors:
+    def share(tensor: Tensor) -> Tensor:
+        return processes.from_owner(tensor, owner)
+
+    numbers = share(torch.tensor([module.energy, module.effective_rank], dtype=torch.float64))
+    return ModuleFactors(
+        directions={
+            method: Directions(share(own.U), share(own.S), share(own.weight_norms))
+            for method, own in module.directions.items()
+        },
+        shape=module.shape,
+        weight_sample=share(module.weight_sample),
+        energy=float(numbers[0]),
+        effective_rank=float(numbers[1]),
+        tokens=module.tokens,
+    )
+
+
+def _on_cpu(own: Directions) -> Directions:
+    # Contiguous copies: a view would keep all of the eigenvectors alive.
+    return Directions(
+        U=own.U.cpu().contiguous().clone(),
+        S=own.S.cpu().clone(),
+        weight_norms=own.weight_norms.cpu().clone(),
+    )
+
+
+def _cost(group: Group, targets: Mapping[str, nn.Module]) -> float:
+    """Roughly the arithmetic of a group's decompositions."""
+    cost = 0.0
+    for name in group.members:
+        rows, columns = weight_shape(targets[name])
+        least = min(rows, columns)
+        cost += 2.0 * rows * columns * columns + 20.0 * least**3
+    return cost

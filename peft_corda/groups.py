@@ -1,0 +1,110 @@
+"""Which target modules share an input, and in which order they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .masks import laid_over
+from .passes import Group
+from .runner import Batch, Runner, evaluating, first_example, visiting
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What one run of the model shows about its target modules.
+
+    Attributes:
+        groups: in the order of the forward pass; every target is in one of them.
+        masked: whether an attention mask tells for each of them which input rows are padding.
+    """
+
+    groups: list[Group]
+    masked: bool
+
+
+class InputSharing:
+    """Tells modules that are called one after the other with the very same tensor."""
+
+    def __init__(self) -> None:
+        self._last: tuple[str, Tensor, int] | None = None
+
+    def leader_of(self, name: str, inputs: Tensor) -> str:
+        """The first module of the run of calls with this tensor, unchanged, that `name` is in."""
+        last = self._last
+        if last is not None and last[1] is inputs and last[2] == inputs._version:
+            return last[0]
+        self._last = (name, inputs, inputs._version)
+        return name
+
+    def forget(self) -> None:
+        """Let go of the last tensor."""
+        self._last = None
+
+
+def discover(model: nn.Module, targets: Mapping[str, nn.Module], batch: Batch) -> Layout:
+    """Find out by running one example which target modules are given the very same tensor.
+
+    Args:
+        model, targets: as for `collect.collect_covariances`.
+        batch: any batch of the calibration data; all of it is run only if its first example does
+            not reach every target (as with experts that are chosen by token).
+
+    Raises:
+        TypeError, ValueError: as `collect.collect_covariances`; also if a target was never called.
+    """
+    runner = Runner(model, targets)
+    parts = runner.parts(batch)
+    example = first_example(parts[0])
+    calls = _Calls(targets, runner)
+    with evaluating(model), visiting(targets, lambda *seen: calls.visit(*seen)):
+        if example is not None:
+            runner.run(example)
+        if calls.missing():
+            calls = _Calls(targets, runner)
+            for part in parts:
+                runner.run(part)
+    missing = calls.missing()
+    if missing:
+        raise ValueError(
+            f"{missing[0]} ({len(missing)} in all) was never called during calibration. Leave it out "
+            "of target_modules, or give batches that use it."
+        )
+    return calls.layout()
+
+
+class _Calls:
+    """Keeps account of which target was called with what."""
+
+    def __init__(self, targets: Mapping[str, nn.Module], runner: Runner) -> None:
+        self._counts = dict.fromkeys(targets, 0)
+        self._members: dict[str, list[str]] = {}
+        self._features: dict[str, int] = {}
+        self._sharing = InputSharing()
+        self._runner = runner
+        self._masked = True
+
+    def visit(self, name: str, inputs: Tensor) -> None:
+        self._counts[name] += 1
+        tokens = self._runner.tokens
+        self._masked &= tokens is None or laid_over(tuple(inputs.shape[:-1]), tokens)
+        leader = self._sharing.leader_of(name, inputs)
+        if self._counts[name] == 1:
+            self._members.setdefault(leader, []).append(name)
+            self._features[leader] = inputs.shape[-1]
+
+    def missing(self) -> list[str]:
+        return [name for name, count in self._counts.items() if count == 0]
+
+    def layout(self) -> Layout:
+        groups = [
+            Group(
+                tuple(names),
+                self._features[leader],
+                all(self._counts[name] == 1 for name in names),
+            )
+            for leader, names in self._members.items()
+        ]
+        return Layout(groups, self._masked)

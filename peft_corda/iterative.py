@@ -1,0 +1,120 @@
+"""Subspace iteration for the few wanted directions of a large layer. Pure.
+
+A random block of vectors, a little wider than wanted, is multiplied by the matrix and its transpose
+until the energy it captures no longer changes (Halko, Martinsson and Tropp, arXiv 0909.4061, Section
+4.5). Real layers have quickly falling spectra: two or three rounds are usual for the largest
+directions. The start is seeded, so results can be repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .eigen import gram, is_singular, largest_eigenvectors, orthonormal
+
+# When to stop: relative change of the captured energy in a round (ipm), estimated rest of the leaked
+# energy above the optimum (kpm).
+IPM_TOLERANCE = 1e-4
+KPM_TOLERANCE = 2e-3
+_MOST_ROUNDS = 30
+# From which size and size / rank on iterating is faster, measured by benchmarks/corda_crossover.py.
+_LEAST_SIZE = 384
+_LEAST_RATIO = {"ipm": 3, "kpm": 8}
+_PROBES = 32
+_SEED = 0
+
+
+def pays(size: int, rank: int, method: str) -> bool:
+    """Whether iterating is faster than working out all eigenpairs of a `size × size` matrix."""
+    return size >= _LEAST_SIZE and rank * _LEAST_RATIO[method] <= size
+
+
+def largest_left(weight: Tensor, factor: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """Left singular vectors of `W F` with the largest singular values, in float32 arithmetic.
+
+    Args:
+        weight: `W (out, in)`.
+        factor: `F (in, in)`.
+        rank: how many.
+
+    Returns:
+        `U (out, rank)` in float64, largest first; its image `Uᵀ W F (rank, in)`; and `‖W F‖²`: what
+        the block captures, and an estimate from 32 random probes of the rest.
+    """
+    weight, factor = weight.float(), factor.float()
+    width = min(*weight.shape, rank + max(16, rank // 4))
+    forward, backward = _products(weight, factor, width)
+    block = orthonormal(_random(weight.shape[1], width, weight))
+    captured = 0.0
+    for _ in range(_MOST_ROUNDS):
+        left = orthonormal(forward(block))
+        right = backward(left)
+        energies = torch.linalg.eigvalsh(gram(right.double())).flip(0)
+        before, captured = captured, float(energies[:rank].sum())
+        if captured - before <= IPM_TOLERANCE * captured:
+            break
+        block = orthonormal(right)
+    rotation = largest_eigenvectors(gram(right.double()), rank)
+    # Float32 leaves the columns orthonormal to 1e-6 only.
+    vectors = orthonormal(left.double() @ rotation)
+    energy = float(energies.sum()) + _rest(left, forward, weight)
+    return vectors, backward(vectors.float()).T, energy
+
+
+def smallest_right(triangle: Tensor, rank: int) -> Tensor:
+    """Right singular vectors of `R` with the smallest singular values, in float64 arithmetic.
+
+    The inverse of `Rᵀ R` is applied by two triangular solves; there the wanted directions are the
+    largest.
+
+    Args:
+        triangle: `R (n, n)`, upper triangular, float64.
+        rank: how many.
+
+    Returns:
+        `(n, rank)`, smallest first.
+    """
+    if is_singular(triangle):
+        return torch.linalg.svd(triangle).Vh[-rank:].flip(0).T
+    # The smallest singular values of a real layer lie closely: a wide block saves rounds.
+    width = min(len(triangle), rank + max(16, rank))
+    block = _inverse_gram(triangle, orthonormal(_random(len(triangle), width, triangle)))
+    excess = 0.5
+    while excess > KPM_TOLERANCE:
+        block = orthonormal(_inverse_gram(triangle, orthonormal(block)))
+        energies, rotation = torch.linalg.eigh(gram(triangle @ block))
+        # A round brings what does not belong, of energy `energies[-1]` and more, down by this much.
+        gain = float(energies[rank - 1] / energies[-1]) ** 2
+        excess = min(excess * gain, 0.9 * excess)
+    return block @ rotation[:, :rank]
+
+
+def _inverse_gram(triangle: Tensor, block: Tensor) -> Tensor:
+    """`(Rᵀ R)⁻¹ X`."""
+    half = torch.linalg.solve_triangular(triangle.T, block, upper=False)
+    return torch.linalg.solve_triangular(triangle, half, upper=True)
+
+
+def _products(
+    weight: Tensor, factor: Tensor, width: int
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """`X → W F X` and `Y → Fᵀ Wᵀ Y`; `W F` is formed where that costs less than a few rounds."""
+    if weight.shape[0] < 6 * width:
+        product = weight @ factor
+        return lambda x: product @ x, lambda y: product.T @ y
+    return lambda x: weight @ (factor @ x), lambda y: factor.T @ (weight.T @ y)
+
+
+def _rest(left: Tensor, forward: Callable[[Tensor], Tensor], weight: Tensor) -> float:
+    """Estimated energy of `W F` outside the span of `left`, from random probes."""
+    probed = forward(_random(weight.shape[1], _PROBES, weight))
+    outside = probed - left @ (left.T @ probed)
+    return float(outside.double().square().sum()) / _PROBES
+
+
+def _random(rows: int, columns: int, like: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(_SEED)
+    return torch.randn(rows, columns, generator=generator, dtype=like.dtype).to(like.device)

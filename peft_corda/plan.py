@@ -1,0 +1,135 @@
+"""How a calibration is run: its passes over the data and what each keeps in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from .blocks import Chain, Relay, find_chain
+from .collect import Span
+from .groups import Layout
+from .passes import Group, plan_passes
+from .processes import Processes
+from .runner import Batch, Runner, first_example, token_shape
+
+# A model of which a quarter is less than this is small enough not to save.
+_LEAST_DEFAULT = 64 * 2**20
+# Batches are rarely all as long as the first one; more than this is not reckoned with.
+_MARGIN = 1.25
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Passes over the data.
+
+    Attributes:
+        passes: groups of modules whose covariances are collected together, in the order of the
+            forward pass.
+        spans: blocks of each pass, where hidden states are carried from pass to pass; else None.
+        relay: what carries them.
+        itemsize: bytes of one number of a covariance.
+        hidden_bytes: what the hidden states take at most.
+    """
+
+    passes: list[list[Group]]
+    spans: list[Span] | None
+    relay: Relay | None
+    itemsize: int
+    hidden_bytes: int
+
+    def carried(self, number: int) -> tuple[Relay, Span] | None:
+        """What carries hidden states into and out of a pass, if anything."""
+        if self.relay is None or self.spans is None:
+            return None
+        return self.relay, self.spans[number]
+
+    def __str__(self) -> str:
+        sizes = [sum(group.bytes(self.itemsize) for group in groups) for groups in self.passes]
+        modules = sum(len(group.members) for groups in self.passes for group in groups)
+        text = (
+            f"Calibrating {modules} modules: {sum(map(len, self.passes))} covariances of "
+            f"{_megabytes(sum(sizes))} in {len(self.passes)} pass{'es' * (len(self.passes) > 1)}"
+        )
+        if len(self.passes) == 1:
+            return text + "."
+        text += f" of up to {_megabytes(max(sizes))}"
+        if self.relay is None:
+            return text + ", each from the start of the model."
+        return (
+            text
+            + f", each from where the last one ended (hidden states: {_megabytes(self.hidden_bytes)})."
+        )
+
+
+def make_plan(
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    batches: Iterable[Batch],
+    first: Batch,
+    layout: Layout,
+    limit: int,
+    itemsize: int,
+    processes: Processes,
+) -> Plan:
+    """The fewest passes whose covariances, and hidden states carried over, fit into `limit` bytes.
+
+    Args:
+        model, targets: as for `collect.collect_covariances`.
+        batches: the calibration data.
+        first: the first of them.
+        layout: from `groups.discover`.
+        limit: bytes.
+        itemsize: bytes of one number of a covariance.
+        processes: taking part; all get the same plan.
+
+    Raises:
+        ValueError: if the covariance of one group alone does not fit.
+    """
+    passes = plan_passes(layout.groups, limit, itemsize)
+    plain = Plan(passes, None, None, itemsize, 0)
+    if len(passes) == 1:
+        return plain
+    example = first_example(Runner(model, targets).parts(first)[0])
+    chain = None if example is None else find_chain(model, targets, example)
+    hidden = None if chain is None else _hidden_bytes(chain, batches, first)
+    largest = max(group.bytes(itemsize) for group in layout.groups)
+    # All processes must come to the same plan, whatever share of the data each has.
+    needed = processes.largest(limit if hidden is None else hidden)
+    if chain is None or needed + largest > limit:
+        return plain
+    passes = plan_passes(layout.groups, limit - needed, itemsize)
+    spans = _spans(chain, layout.groups, passes)
+    return Plan(passes, spans, Relay(chain, needed), itemsize, needed)
+
+
+def default_memory(model: nn.Module, groups: Sequence[Group], itemsize: int) -> int:
+    """A quarter of what the model's weights take, and enough for any group of modules."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    largest = max(group.bytes(itemsize) for group in groups)
+    return max(weights // 4, 2 * largest, _LEAST_DEFAULT)
+
+
+def _spans(chain: Chain, groups: Sequence[Group], passes: Sequence[Sequence[Group]]) -> list[Span]:
+    positions = iter(chain.positions(groups))
+    blocks = [[next(positions) for _ in groups] for groups in passes]
+    following = [blocks[number + 1][0] for number in range(len(blocks) - 1)] + [None]
+    return [Span(own[0], own[-1], after) for own, after in zip(blocks, following, strict=True)]
+
+
+def _hidden_bytes(chain: Chain, batches: Iterable[Batch], first: Batch) -> int | None:
+    """What the hidden states of all batches take; None if that cannot be told beforehand."""
+    if isinstance(batches, Sequence):
+        shapes = [token_shape(batch) for batch in batches]
+        if any(shape is None for shape in shapes):
+            return None
+        return chain.bytes_per_token * sum(shape[0] * shape[1] for shape in shapes if shape)
+    shape = token_shape(first)
+    if shape is None or (not isinstance(batches, Collection) and not hasattr(batches, "__len__")):
+        return None
+    return int(_MARGIN * chain.bytes_per_token * shape[0] * shape[1] * len(batches))
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"

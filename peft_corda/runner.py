@@ -1,0 +1,155 @@
+"""Runs calibration batches through a model and shows what its modules are given.
+
+This and `blocks.py` are the only files of the calibration that touch a model's hooks and forwards.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from .masks import token_mask, unpadded
+
+# Batch entries that only serve a loss.
+_LABEL_KEYS = {"labels", "label", "label_ids", "start_positions", "end_positions"}
+
+Batch = Mapping[str, Any]
+# Called with a module's name and its input.
+Visitor = Callable[[str, Tensor], None]
+
+
+class _Done(Exception):
+    """Ends a forward pass behind the last module of interest."""
+
+
+class Runner:
+    """Runs batches through a model, no further than needed.
+
+    Attributes:
+        mask: of the batch that is running: bool `(batch, tokens)`, or None if all tokens count.
+        tokens: `(batch, tokens)` of the batch that is running, where known.
+        stop_after: name of the module behind which the run of a batch ends, if any.
+        device: that batches are moved to.
+    """
+
+    def __init__(
+        self, model: nn.Module, targets: Mapping[str, nn.Module], without_padding: bool = False
+    ) -> None:
+        """
+        Args:
+            model: takes a batch as keyword arguments.
+            targets: modules of interest by name; where none is in the model's head, the head is
+                left out.
+            without_padding: cut padding off and run sequences of equal length together, for models
+                whose modules do not tell which tokens they are given.
+        """
+        self._module = _shortest(model, targets)
+        self._takes_cache = "use_cache" in inspect.signature(self._module.forward).parameters
+        self.device = next(model.parameters()).device
+        two_sequences = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        self._without_padding = without_padding or two_sequences
+        self.stop_after: str | None = None
+        self.mask: Tensor | None = None
+        self.tokens: tuple[int, int] | None = None
+
+    def parts(self, batch: Batch, number: int = 0) -> list[dict[str, Any]]:
+        """What a batch is run as: itself without labels, or cut into parts without padding.
+
+        Raises:
+            TypeError: if the batch is not a mapping.
+            ValueError: if its mask is of an unknown shape, or has holes that cannot be cut out.
+        """
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"Calibration batch {number} is a {type(batch).__name__}; expected a mapping from "
+                "argument names to tensors, such as {'input_ids': …, 'attention_mask': …}, as "
+                "tokenizers and collators give."
+            )
+        inputs = {key: value for key, value in batch.items() if key not in _LABEL_KEYS}
+        return unpadded(inputs) if self._without_padding else [inputs]
+
+    def run(self, part: dict[str, Any]) -> None:
+        """Run the model on one of the `parts` of a batch."""
+        inputs = dict(send_to_device(part, self.device))
+        self.mask = token_mask(inputs.get("attention_mask"))
+        self.tokens = token_shape(inputs)
+        if self._takes_cache:
+            inputs["use_cache"] = False
+        with suppress(_Done):
+            self._module(**inputs)
+
+    def visited(self, name: str) -> None:
+        """To be told of each visited module: ends the run behind `stop_after`."""
+        if name == self.stop_after:
+            self.finish()
+
+    def finish(self) -> None:
+        """Called in a hook: end the run of this batch here."""
+        raise _Done
+
+
+@contextmanager
+def visiting(modules: Mapping[str, nn.Module], visit: Visitor) -> Iterator[None]:
+    """Call `visit` before each forward pass of each module."""
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            handle = module.register_forward_pre_hook(
+                lambda _, args, kwargs, name=name: visit(
+                    name, args[0] if args else next(iter(kwargs.values()))
+                ),
+                with_kwargs=True,
+            )
+            stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients; each module's own mode comes back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        # Not inference mode, whose tensors have no version to tell apart changed inputs by.
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def first_example(batch: Batch) -> dict[str, Any] | None:
+    """The first row of a batch whose tensors all have as many rows; None if they do not."""
+    tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+    rows = {value.shape[0] if value.ndim else 0 for value in tensors.values()}
+    if len(tensors) != len(batch) or len(rows) != 1 or rows == {0}:
+        return None
+    return {key: value[:1] for key, value in tensors.items()}
+
+
+def moves_weights(model: nn.Module) -> bool:
+    """Whether accelerate's hooks bring weights in before a module and take them away after it."""
+    return any(hasattr(module, "_hf_hook") for module in model.modules())
+
+
+def token_shape(inputs: Mapping[str, Any]) -> tuple[int, int] | None:
+    """`(batch, tokens)` of a batch; None if nothing in it tells."""
+    for key in ("input_ids", "inputs_embeds", "attention_mask"):
+        value = inputs.get(key)
+        if isinstance(value, Tensor) and value.ndim >= 2 and value.ndim < 4:
+            return value.shape[0], value.shape[1]
+    return None
+
+
+def _shortest(model: nn.Module, targets: Mapping[str, nn.Module]) -> nn.Module:
+    """The model without its head where no target lies in the head: the logits are not needed."""
+    prefix = getattr(model, "base_model_prefix", "")
+    backbone = getattr(model, prefix, None) if prefix else None
+    if isinstance(backbone, nn.Module) and all(name.startswith(prefix + ".") for name in targets):
+        return backbone
+    return model
