@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 
 from torch import nn
@@ -126,7 +126,7 @@ def _hidden_bytes(chain: Chain, batches: Iterable[Batch], first: Batch) -> int |
             return None
         return chain.bytes_per_token * sum(shape[0] * shape[1] for shape in shapes if shape)
     shape = token_shape(first)
-    if shape is None or (not isinstance(batches, Collection) and not hasattr(batches, "__len__")):
+    if shape is None or not isinstance(batches, Sized):
         return None
     return int(_MARGIN * chain.bytes_per_token * shape[0] * shape[1] * len(batches))
 
