@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 # How a symmetric product is cut into rows of blocks.
-_BLOCKS = 8
-_LEAST_BLOCK = 192
+_BLOCKS = 12
+_LEAST_BLOCK = 128
 
 
 def largest_eigenvectors(symmetric: Tensor, count: int) -> Tensor:
@@ -30,12 +30,11 @@ def add_lower_gram(total: Tensor, columns: Tensor) -> None:
         total: changed in place.
         columns: `X (rows, n)`, of the dtype of `total`.
     """
-    rows = columns.T.contiguous()
     size = columns.shape[1]
     step = max(_LEAST_BLOCK, -(-size // _BLOCKS))
     for start in range(0, size, step):
         stop = start + step
-        total[start:stop, :stop].addmm_(rows[start:stop], columns[:, :stop])
+        total[start:stop, :stop].addmm_(columns[:, start:stop].T, columns[:, :stop])
 
 
 def from_lower(lower: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ from .masks import token_mask, unpadded
 
 # Batch entries that only serve a loss.
 _LABEL_KEYS = {"labels", "label", "label_ids", "start_positions", "end_positions"}
+_TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
+_FEW_TOKENS = 16
 
 Batch = Mapping[str, Any]
 # Called with a module's name and its input.
@@ -124,12 +126,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def first_example(batch: Batch) -> dict[str, Any] | None:
-    """The first row of a batch whose tensors all have as many rows; None if they do not."""
+    """The first row of a batch, and of plain text no more than a few of its tokens.
+
+    None if the batch's tensors differ in their number of rows.
+    """
     tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
     rows = {value.shape[0] if value.ndim else 0 for value in tensors.values()}
     if len(tensors) != len(batch) or len(rows) != 1 or rows == {0}:
         return None
-    return {key: value[:1] for key, value in tensors.items()}
+    if len({value.shape for value in tensors.values()}) > 1 or set(tensors) - _TEXT_KEYS:
+        return {key: value[:1] for key, value in tensors.items()}
+    mask = tensors.get("attention_mask", tensors["input_ids"].new_ones(tensors["input_ids"].shape))
+    kept = mask[0].nonzero().flatten()[:_FEW_TOKENS]
+    return {key: value[:1, kept] for key, value in tensors.items()} if len(kept) else None
 
 
 def moves_weights(model: nn.Module) -> bool:
