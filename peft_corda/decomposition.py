@@ -97,22 +97,43 @@ def decompose(
     iterate = iterative.pays(size, rank, method) and not exact
     if method == "ipm" and iterate:
         vectors, image, energy = iterative.largest_left(weight, factor, rank)
+        return _directions(vectors, image, weight), energy
+    rows, lift = thin_rows(weight.double())
+    if method == "ipm":
+        product = rows @ factor.double()
+        thin = largest_eigenvectors(gram(product.T), rank)
     else:
-        rows, lift = thin_rows(weight.double())
-        if method == "ipm":
-            product = rows @ factor.double()
-            thin = largest_eigenvectors(gram(product.T), rank)
-        else:
-            product, triangle = triangle_of(rows, factor.double(), exact)
-            find = iterative.smallest_right if iterate else _smallest_right
-            thin = find(triangle, rank)
-        vectors, image, energy = lift(thin), thin.T.to(product) @ product, energy_of(product)
+        product, triangle = triangle_of(rows, factor.double(), exact)
+        find = iterative.smallest_right if iterate else _smallest_right
+        thin = find(triangle, rank)
+    image = thin.T.to(product) @ product
+    return _directions(lift(thin), image, weight), energy_of(product)
+
+
+def decompose_product(product: Tensor, weight: Tensor, rank: int) -> tuple[Directions, float]:
+    """As `decompose` for ``ipm``, where `W C` itself is known.
+
+    Args:
+        product: `W C (out, in)`, no more rows than columns.
+        weight: `W (out, in)`.
+        rank: how many; at most `out`.
+    """
+    if iterative.pays(len(product), rank, "ipm"):
+        vectors, image, energy = iterative.largest_left(product, None, rank)
+        return _directions(vectors, image, weight), energy
+    product = product.double()
+    vectors = largest_eigenvectors(gram(product.T), rank)
+    return _directions(vectors, vectors.T @ product, weight), energy_of(product)
+
+
+def _directions(vectors: Tensor, image: Tensor, weight: Tensor) -> Directions:
+    """From `U (out, rank)` and `Uᵀ W F (rank, in)`."""
     directions = vectors.float()
     return Directions(
         U=directions,
         S=image.norm(dim=1).float(),
         weight_norms=(directions.T @ weight.float()).norm(dim=1),
-    ), energy
+    )
 
 
 def left_singular(

@@ -32,19 +32,19 @@ def pays(size: int, rank: int, method: str) -> bool:
     return size >= _LEAST_SIZE and rank * _LEAST_RATIO[method] <= size
 
 
-def largest_left(weight: Tensor, factor: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+def largest_left(weight: Tensor, factor: Tensor | None, rank: int) -> tuple[Tensor, Tensor, float]:
     """Left singular vectors of `W F` with the largest singular values, in float32 arithmetic.
 
     Args:
         weight: `W (out, in)`.
-        factor: `F (in, in)`.
+        factor: `F (in, in)`; None for the identity.
         rank: how many.
 
     Returns:
         `U (out, rank)` in float64, largest first; its image `Uᵀ W F (rank, in)`; and `‖W F‖²`: what
         the block captures, and an estimate from 32 random probes of the rest.
     """
-    weight, factor = weight.float(), factor.float()
+    weight = weight.float()
     width = min(*weight.shape, rank + max(16, rank // 4))
     forward, backward = _products(weight, factor, width)
     block = orthonormal(_random(weight.shape[1], width, weight))
@@ -99,9 +99,12 @@ def _inverse_gram(triangle: Tensor, block: Tensor) -> Tensor:
 
 
 def _products(
-    weight: Tensor, factor: Tensor, width: int
+    weight: Tensor, factor: Tensor | None, width: int
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """`X → W F X` and `Y → Fᵀ Wᵀ Y`; `W F` is formed where that costs less than a few rounds."""
+    if factor is None:
+        return lambda x: weight @ x, lambda y: weight.T @ y
+    factor = factor.float()
     if weight.shape[0] < 6 * width:
         product = weight @ factor
         return lambda x: product @ x, lambda y: product.T @ y

@@ -6,7 +6,7 @@ This and `blocks.py` are the only files of the calibration that touch a model's 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -22,8 +22,8 @@ _TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
 _FEW_TOKENS = 16
 
 Batch = Mapping[str, Any]
-# Called with a module's name and its input.
-Visitor = Callable[[str, Tensor], None]
+# Called with a module's name, its input and, where that is asked for, its output.
+Visitor = Callable[[str, Tensor, Tensor | None], None]
 
 
 class _Done(Exception):
@@ -97,17 +97,24 @@ class Runner:
 
 
 @contextmanager
-def visiting(modules: Mapping[str, nn.Module], visit: Visitor) -> Iterator[None]:
-    """Call `visit` before each forward pass of each module."""
+def visiting(
+    modules: Mapping[str, nn.Module], visit: Visitor, with_output: Container[str] = ()
+) -> Iterator[None]:
+    """Call `visit` before each forward pass of each module, or after it if its output is wanted."""
     with ExitStack() as stack:
         for name, module in modules.items():
-            handle = module.register_forward_pre_hook(
-                lambda _, args, kwargs, name=name: visit(
-                    name, args[0] if args else next(iter(kwargs.values()))
-                ),
-                with_kwargs=True,
+
+            def see(
+                _: nn.Module, args: Any, kwargs: Any, output: Any = None, name: str = name
+            ) -> None:
+                visit(name, args[0] if args else next(iter(kwargs.values())), output)
+
+            register = (
+                module.register_forward_hook
+                if name in with_output
+                else module.register_forward_pre_hook
             )
-            stack.callback(handle.remove)
+            stack.callback(register(see, with_kwargs=True).remove)
         yield
 
 

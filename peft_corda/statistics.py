@@ -83,6 +83,65 @@ class CovarianceAccumulator:
         return Covariance(from_lower(self.sum).div_(self.tokens), self.tokens)
 
 
+@dataclass(frozen=True, eq=False)
+class CrossCovariance:
+    """Mean outer product of a layer's outputs and inputs, `Σ y xᵀ / tokens = W C`.
+
+    Attributes:
+        matrix: `(out, in)`.
+        energy: mean of the diagonal of `C`.
+        tokens: number of rows summed over.
+    """
+
+    matrix: Tensor
+    energy: float
+    tokens: int
+
+
+class CrossAccumulator(CovarianceAccumulator):
+    """Sums `y xᵀ` over batches, and in a last row the squares of `x`.
+
+    Args:
+        features: input dimensions.
+        outputs: output dimensions.
+        device, dtype: as for `CovarianceAccumulator`.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        outputs: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.sum = torch.zeros(outputs + 1, features, dtype=dtype, device=device)
+        self.tokens = 0
+
+    def update_pair(self, inputs: Tensor, outputs: Tensor) -> None:
+        """Add inputs `(tokens, in)` and the outputs `(tokens, out)` for them, without bias."""
+        rows = inputs.detach().to(self.sum.dtype)
+        with _full_precision(inputs):
+            self.sum[:-1].addmm_(outputs.detach().to(self.sum.dtype).T, rows)
+        self.sum[-1] += rows.square().sum(dim=0)
+        self.tokens += rows.shape[0]
+
+    def energy(self) -> Tensor:
+        return self.sum[-1].sum()
+
+    def finish(self) -> CrossCovariance:  # type: ignore[override]
+        if self.tokens == 0:
+            raise ValueError("no token was added, so there is no mean outer product")
+        mean = self.sum / self.tokens
+        return CrossCovariance(mean[:-1], float(mean[-1].double().mean()), self.tokens)
+
+
+def damped_cross(cross: CrossCovariance, weight: Tensor, damping: float) -> Tensor:
+    """`W (C + damping · mean(diag C) · I)`, `(out, in)` in float32; `W` if every input was zero."""
+    if cross.energy == 0:
+        return weight.float()
+    return cross.matrix.float() + damping * cross.energy * weight.float()
+
+
 @contextmanager
 def _full_precision(inputs: Tensor) -> Iterator[None]:
     """No TensorFloat-32 products of float32 inputs, whatever is allowed elsewhere.
