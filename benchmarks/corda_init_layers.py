@@ -135,6 +135,7 @@ class LayerCase:
             "covariance": kind,
             "tokens": tokens,
             "rank": rank,
+            "our_damping": DAMPING,
             "seconds": {"ours kpm": [], "ours ipm": [], "peft": []},
         }
 
@@ -152,15 +153,17 @@ class LayerCase:
         self.found["peft", "ipm"] = vectors[:, : self.rank].clone()
 
     def judge(self) -> None:
-        """Energies relative to the best that is possible, all under the default damping."""
-        product = self.weight.double() @ damped(self.covariance, DAMPING)
-        squares = exact_values(product).square()
-        best = {"ipm": squares[: self.rank].sum(), "kpm": squares[-self.rank :].sum()}
-        self.record["energy_relative_to_optimum"] = {
-            f"{side} {method}": energy(directions, product) / float(best[method])
-            for (side, method), directions in self.found.items()
-        }
-        self.record["condition"] = float((squares[0] / squares[-1]).sqrt())
+        """Energies relative to the best that is possible, under the damping of either side."""
+        found: dict[str, float] = {}
+        for damping in sorted({DAMPING, self.record["peft_damping"]}):
+            product = self.weight.double() @ damped(self.covariance, damping)
+            squares = exact_values(product).square()
+            best = {"ipm": squares[: self.rank].sum(), "kpm": squares[-self.rank :].sum()}
+            for (side, method), directions in self.found.items():
+                relative = energy(directions, product) / float(best[method])
+                found[f"{side} {method}, damping {damping:g}"] = relative
+            self.record.setdefault("condition", float((squares[0] / squares[-1]).sqrt()))
+        self.record["energy_relative_to_optimum"] = found
 
 
 def measure_layer(shape: str, kind: str, args: argparse.Namespace) -> dict:

@@ -126,9 +126,9 @@ def layers_table(part: dict) -> list[str]:
     lines = [
         "Synthetic layers, float32, r = "
         f"{part['cells'][0]['rank']}, CPU seconds, median of {part['repeats']}. Energy: of the "
-        "directions found, relative to the float64 optimum: for ipm what they capture (1 is best, "
-        "less is worse), for kpm what leaks through them (1 is best, more is worse). Covariance: of "
-        "more tokens than dimensions (full) or of few.",
+        "directions found, relative to the float64 optimum for the side's own damping: for ipm what "
+        "they capture (1 is best, less is worse), for kpm what leaks through them (1 is best, more is "
+        "worse). Covariance: of more tokens than dimensions (full) or of few.",
         "",
         *head(
             *("out x in", "covariance", "adapter", "ours", "PEFT", "PEFT / ours"),
@@ -140,7 +140,11 @@ def layers_table(part: dict) -> list[str]:
         energy = cell.get("energy_relative_to_optimum", {})
         for method in ("kpm", "ipm"):
             ours, peft = middle(seconds[f"ours {method}"]), middle(seconds["peft"])
-            found = [energy.get(f"{side} {method}") for side in ("ours", "peft")]
+            dampings = {"ours": cell["our_damping"], "peft": cell["peft_damping"]}
+            found = [
+                energy.get(f"{side} {method}, damping {damping:g}")
+                for side, damping in dampings.items()
+            ]
             lines.append(
                 row(
                     *(cell["shape"], cell["covariance"], method),
