@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 from corda_init_layers import measure_layer
-from corda_init_memory import child_main, measure_memory
+from corda_init_memory import SIDES, child_main, measure_memory
 from corda_init_sides import (
     Sample,
     forward,
@@ -184,6 +184,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--batch-size", type=int, default=8, help="of the sequences, for ours")
     add("--question-counts", nargs="*", type=int, default=[64, 256])
     add("--question-batch-size", type=int, default=32, help="for ours")
+    add("--sides", nargs="+", default=list(SIDES), choices=SIDES, help="of the memory part")
     add("--memory-method", default="kpm", choices=METHODS)
     add("--memory-repeats", type=int, default=1)
     add("--shapes", nargs="+", default=list(LAYER_SHAPES), help="of layers, OUTxIN")

@@ -12,14 +12,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from corda_init_sides import Sample, forward, load, run_ours, run_peft
+from corda_init_sides import Sample, forward, load, run_ours, run_peft, time_forward
 from transformers import PreTrainedModel
 
 from peft_corda import CordaConfig, CordaFactors
 from peft_corda.collect import discover_groups
 from peft_corda.targets import find_targets
 
-SIDES = ("peft", "ours", "ours, least memory")
+# "forward" is the floor: the batches are run through the model and nothing is kept.
+SIDES = ("forward", "peft", "ours", "ours-least")
 STATUS = Path("/proc/self/status")
 RESET = Path("/proc/self/clear_refs")
 
@@ -65,23 +66,22 @@ def fingerprint(factors: CordaFactors) -> str:
 def measure_child(model: PreTrainedModel, sample: Sample, args: argparse.Namespace) -> dict:
     """Run one side at one rank in this process, and say what it took."""
     rank = args.ranks[0]
-    limit = least_memory(model, sample) if args.child == "ours, least memory" else None
+    limit = least_memory(model, sample) if args.child == "ours-least" else None
     # Memory that the libraries take once and for all is not a side's own.
     forward(model, sample.batches[:1])
     before = settle()
-    if args.child == "peft":
-        phases, _ = run_peft(model, args.memory_method, rank, sample.singles)
+    factors = None
+    if args.child == "forward":
+        seconds = time_forward(model, sample.batches)
+    elif args.child == "peft":
+        seconds = run_peft(model, args.memory_method, rank, sample.singles)[0]["total"]
     else:
         options = {} if limit is None else {"max_memory": limit}
-        phases, factors = run_ours(model, args.memory_method, rank, sample.batches, **options)
-    record = {
-        "side": args.child,
-        "rank": rank,
-        "before": before,
-        "peak_above": resident("VmHWM") - before,
-        "seconds": phases["total"],
-    }
-    if args.child != "peft":
+        times, factors = run_ours(model, args.memory_method, rank, sample.batches, **options)
+        seconds = times["total"]
+    above = resident("VmHWM") - before
+    record = {"side": args.child, "before": before, "peak_above": above, "seconds": seconds}
+    if factors is not None:
         record |= {"max_memory": limit or "default", "factors_sha256": fingerprint(factors)}
     return record
 
@@ -109,10 +109,12 @@ def measure_memory(
     }
     for rank in args.ranks:
         runs = [
-            run_child(side, rank, arguments) for _ in range(args.memory_repeats) for side in SIDES
+            run_child(side, rank, arguments)
+            for _ in range(args.memory_repeats)
+            for side in args.sides
         ]
-        ours = {run["factors_sha256"] for run in runs if run["side"] != "peft"}
-        cell = {"rank": rank, "identical_factors": len(ours) == 1, "runs": runs}
+        hashes = {run["factors_sha256"] for run in runs if "factors_sha256" in run}
+        cell = {"rank": rank, "identical_factors": len(hashes) == 1, "runs": runs}
         part["cells"].append(cell)
         print(json.dumps(cell), file=sys.stderr, flush=True)
         save(part)

@@ -93,8 +93,9 @@ def memory_table(part: dict) -> list[str]:
     lines = [
         f"{where['model']}, {part['method']}, {part['dtype']}, the sequences of the time table. Peak "
         "of the memory in use above that of the loaded model and data, each run in its own process, "
-        f"median of {part['repeats']}. Identical: factors equal to those of the default limit, byte "
-        "by byte.",
+        f"median of {part['repeats']}. forward: a forward pass over the batches alone; ours-least: "
+        "the smallest max_memory that works; identical: its factors are those of the default limit, "
+        "byte by byte.",
         "",
         *head(
             *("r", "side", "max_memory, MiB", "peak, MiB", "PEFT's / this"),
@@ -108,15 +109,16 @@ def memory_table(part: dict) -> list[str]:
         peaks = {side: median(run["peak_above"] for run in runs) for side, runs in sides.items()}
         for side, runs in sides.items():
             limit = runs[0].get("max_memory", "")
+            against = side.startswith("ours") and "peft" in peaks
+            identical = "yes" if cell["identical_factors"] else "NO"
             lines.append(
                 row(
-                    cell["rank"],
-                    side,
+                    *(cell["rank"], side),
                     f"{limit / MIB:.1f}" if isinstance(limit, int) else limit,
                     f"{peaks[side] / MIB:.0f}",
-                    times(peaks["peft"] / peaks[side]),
+                    times(peaks["peft"] / peaks[side]) if against else "",
                     amount(middle(run["seconds"] for run in runs)),
-                    "" if side == "peft" else "yes" if cell["identical_factors"] else "NO",
+                    identical if side == "ours-least" else "",
                 )
             )
     return lines
