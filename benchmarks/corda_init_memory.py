@@ -16,7 +16,7 @@ from corda_init_sides import Sample, forward, load, run_ours, run_peft, time_for
 from transformers import PreTrainedModel
 
 from peft_corda import CordaConfig, CordaFactors
-from peft_corda.collect import discover_groups
+from peft_corda.groups import discover
 from peft_corda.targets import find_targets
 
 # "forward" is the floor: the batches are run through the model and nothing is kept.
@@ -48,18 +48,25 @@ def settle() -> int:
 
 
 def least_memory(model: PreTrainedModel, sample: Sample) -> int:
-    """The smallest `max_memory` that works: the statistics of the largest layer."""
+    """The smallest `max_memory` at which no block is run twice.
+
+    The statistics of the largest layer, and the hidden states of all tokens.
+    """
     config = CordaConfig(target_modules="all-linear", r=1)
-    groups = discover_groups(model, find_targets(model, config), sample.batches[0])
-    return max(group.bytes for group in groups)
+    groups = discover(model, find_targets(model, config), sample.batches[0]).groups
+    tokens = sum(batch["input_ids"].numel() for batch in sample.batches)
+    hidden = tokens * model.config.hidden_size * model.dtype.itemsize
+    # A margin, as the length of batches to come is not known beforehand.
+    return max(group.bytes() for group in groups) + int(1.3 * hidden)
 
 
 def fingerprint(factors: CordaFactors) -> str:
     digest = hashlib.sha256()
     for name, module in factors.modules.items():
         digest.update(name.encode())
-        for tensor in (module.U, module.S):
-            digest.update(tensor.contiguous().numpy().tobytes())
+        for found in module.directions.values():
+            for tensor in (found.U, found.S):
+                digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

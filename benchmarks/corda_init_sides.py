@@ -49,19 +49,28 @@ class Stopwatch:
 
 
 class Watched:
-    """Batches that note the time whenever they have been run through to the end.
+    """Batches that add up the time it takes to run them through.
 
-    `calibrate` decomposes after it has seen all data, so this tells its two phases apart without
-    knowledge of how it works.
+    What comes before the first complete run, and every complete run, is the statistics phase; what
+    comes between runs and behind them is decomposition.
     """
 
-    def __init__(self, batches: Iterable[Inputs], watch: Stopwatch) -> None:
+    def __init__(self, batches: list[Inputs], watch: Stopwatch) -> None:
         self._batches, self._watch = batches, watch
-        self.finished: Seconds | None = None
+        self.statistics: Seconds | None = None
+
+    def __len__(self) -> int:
+        return len(self._batches)
 
     def __iter__(self) -> Iterator[Inputs]:
+        start = self._watch.read()
         yield from self._batches
-        self.finished = self._watch.read()
+        end = self._watch.read()
+        if self.statistics is None:
+            self.statistics = end
+        else:
+            for clock in end:
+                self.statistics[clock] += end[clock] - start[clock]
 
 
 @dataclass
@@ -141,13 +150,13 @@ def run_ours(
     method: str,
     rank: int,
     batches: list[Inputs],
-    max_memory: int | str = "4GiB",
+    max_memory: int | str | None = None,
 ) -> tuple[dict[str, Seconds], CordaFactors]:
     config = CordaConfig(corda_method=method, r=rank, target_modules="all-linear")
     watch = Stopwatch()
     data = Watched(batches, watch)
-    factors = calibrate(model, config, data, max_memory)
-    return phases(data.finished, watch.read()), factors
+    factors = calibrate(model, config, data, max_memory, verbose=False)
+    return phases(data.statistics, watch.read()), factors
 
 
 def run_peft(
@@ -155,8 +164,7 @@ def run_peft(
 ) -> tuple[dict[str, Seconds], int]:
     """Also returns the number of modules that PEFT has worked out a start for.
 
-    Its callback leaves out the model's head, which PEFT's own example runs, and takes no cache:
-    in favour of PEFT.
+    Its callback runs the model as PEFT's own example does, head included, but takes no cache.
     """
     config = LoraConfig(
         r=rank,
@@ -168,7 +176,7 @@ def run_peft(
     watch = Stopwatch()
 
     def run_model() -> None:
-        forward(model, singles)
+        forward(model, singles, head=True)
         finished.append(watch.read())
 
     preprocess_corda(model, config, run_model=run_model)

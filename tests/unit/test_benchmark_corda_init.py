@@ -24,11 +24,11 @@ def test_ratios_are_of_medians_phase_by_phase():
 def test_phases_end_when_the_data_has_been_seen_in_full():
     watched = Watched([{}, {}], Stopwatch())
     next(iter(watched))  # a look at the first batch is no pass over the data
-    assert watched.finished is None
+    assert watched.statistics is None
     with pytest.raises(RuntimeError, match="never run through"):
-        phases(watched.finished, seconds(1.0))
+        phases(watched.statistics, seconds(1.0))
     assert len(list(watched)) == 2
-    assert watched.finished is not None
+    assert watched.statistics is not None
 
 
 def test_rotation_is_orthogonal():
