@@ -97,7 +97,7 @@ def decompose(
     iterate = iterative.pays(size, rank, method) and not exact
     if method == "ipm" and iterate:
         vectors, image, energy = iterative.largest_left(weight, factor, rank)
-        return _directions(vectors, image, weight), energy
+        return _directions(vectors, image, vectors.float().T @ weight.float()), energy
     rows, lift = thin_rows(weight.double())
     if method == "ipm":
         product = rows @ factor.double()
@@ -107,7 +107,7 @@ def decompose(
         find = iterative.smallest_right if iterate else _smallest_right
         thin = find(triangle, rank)
     image = thin.T.to(product) @ product
-    return _directions(lift(thin), image, weight), energy_of(product)
+    return _directions(lift(thin), image, thin.T @ rows), energy_of(product)
 
 
 def decompose_product(product: Tensor, weight: Tensor, rank: int) -> tuple[Directions, float]:
@@ -120,19 +120,20 @@ def decompose_product(product: Tensor, weight: Tensor, rank: int) -> tuple[Direc
     """
     if iterative.pays(len(product), rank, "ipm"):
         vectors, image, energy = iterative.largest_left(product, None, rank)
-        return _directions(vectors, image, weight), energy
+        return _directions(vectors, image, vectors.float().T @ weight.float()), energy
     product = product.double()
     vectors = largest_eigenvectors(gram(product.T), rank)
-    return _directions(vectors, vectors.T @ product, weight), energy_of(product)
+    return _directions(vectors, vectors.T @ product, vectors.T @ weight.double()), energy_of(
+        product
+    )
 
 
-def _directions(vectors: Tensor, image: Tensor, weight: Tensor) -> Directions:
-    """From `U (out, rank)` and `Uᵀ W F (rank, in)`."""
-    directions = vectors.float()
+def _directions(vectors: Tensor, image: Tensor, projected: Tensor) -> Directions:
+    """From `U (out, rank)`, `Uᵀ W F`, and `Uᵀ W` or something with rows of the same length."""
     return Directions(
-        U=directions,
+        U=vectors.float(),
         S=image.norm(dim=1).float(),
-        weight_norms=(directions.T @ weight.float()).norm(dim=1),
+        weight_norms=projected.norm(dim=1).float(),
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .eigen import add_lower_gram, from_lower
+from .eigen import add_lower_gram, energy_of, mirror_lower
 from .processes import Processes
 
 
@@ -73,14 +73,15 @@ class CovarianceAccumulator:
         return self.sum.diagonal().sum()
 
     def finish(self) -> Covariance:
-        """The mean outer product.
+        """The mean outer product; ends the accumulator, whose memory it takes over.
 
         Raises:
             ValueError: if nothing was added.
         """
         if self.tokens == 0:
             raise ValueError("no token was added, so there is no mean outer product")
-        return Covariance(from_lower(self.sum).div_(self.tokens), self.tokens)
+        # In place: the sums may be most of the memory in use.
+        return Covariance(mirror_lower(self.sum).div_(self.tokens), self.tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,8 +172,7 @@ def effective_rank(covariance: Tensor) -> float:
 
     The participation ratio of the eigenvalues, which needs none of them.
     """
-    matrix = covariance.double()
-    trace, squares = float(matrix.diagonal().sum()), float(matrix.square().sum())
+    trace, squares = float(covariance.diagonal().double().sum()), energy_of(covariance)
     return trace**2 / squares if squares > 0 else 0.0
 
 
@@ -182,10 +182,9 @@ def damped(covariance: Tensor, damping: float) -> Tensor:
     Keeps `C` positive definite with fewer tokens than dimensions. A covariance of zeros (a layer
     that only ever saw zeros) becomes the identity, which makes the decomposition that of the weight.
     """
-    matrix = covariance.double()
-    level = matrix.diagonal().mean()
+    matrix = covariance.to(torch.float64, copy=True)
+    level = float(matrix.diagonal().mean())
     if level == 0:
-        return torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
-    return matrix + damping * level * torch.eye(
-        matrix.shape[0], dtype=matrix.dtype, device=matrix.device
-    )
+        return torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    matrix.diagonal().add_(damping * level)
+    return matrix
