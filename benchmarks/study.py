@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_corda import CordaConfig
-from peft_corda.collect import collect_covariances, discover_groups
+from peft_corda.collect import collect_covariances
+from peft_corda.groups import discover
 from peft_corda.targets import find_targets
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -73,7 +74,7 @@ def covariances(
 ) -> dict[str, Tensor]:
     """Mean outer product of each layer's inputs; layers with one input share one tensor."""
     batches = [{"input_ids": ids} for ids in windows.split(batch_size)]
-    groups = discover_groups(model, targets, batches[0])
+    groups = discover(model, targets, batches[0]).groups
     found = collect_covariances(model, targets, batches, groups)
     return {name: found[group.leader].matrix for group in groups for name in group.members}
 

@@ -19,6 +19,7 @@ from .decomposition import METHODS
 from .factorise import factorise
 from .factors import CordaFactors, ModuleFactors
 from .groups import discover, with_cross
+from .memory import give_back
 from .model import CordaModel
 from .plan import default_memory, make_plan
 from .processes import Processes
@@ -117,6 +118,7 @@ def calibrate(
                 base, targets, batches, groups, options, plan.carried(number)
             )
             modules = factorise(groups, covariances, targets, config, chosen, processes, verbose)
+            give_back()
             part = CordaFactors(modules, config.corda_damping, config.corda_weighting)
             if checkpoint is not None:
                 checkpoint.finish(number, part)
