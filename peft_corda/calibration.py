@@ -18,7 +18,7 @@ from .config import CordaConfig
 from .decomposition import METHODS
 from .factorise import factorise
 from .factors import CordaFactors, ModuleFactors
-from .groups import discover
+from .groups import discover, with_cross
 from .model import CordaModel
 from .plan import default_memory, make_plan
 from .processes import Processes
@@ -85,12 +85,15 @@ def calibrate(
     with processes.together():
         first = _first(batches)
         layout = discover(base, targets, first)
+    groups = layout.groups
+    if chosen == ("ipm",) and config.corda_weighting == "covariance":
+        groups = with_cross(groups, targets)
     limit = (
-        default_memory(base, layout.groups, dtype.itemsize)
+        default_memory(base, groups, dtype.itemsize)
         if max_memory is None
         else convert_file_size_to_int(max_memory)
     )
-    plan = make_plan(base, targets, batches, first, layout, limit, dtype.itemsize, processes)
+    plan = make_plan(base, targets, batches, first, groups, limit, dtype.itemsize, processes)
     checkpoint = None
     if checkpoint_dir is not None:
         about = identity(config, chosen, targets, plan.passes, dtype, processes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,7 +46,11 @@ class Checkpoint:
     """
 
     def __init__(
-        self, directory: str | Path, plan: Mapping[str, Any], seconds: float, processes: Processes
+        self,
+        directory: str | os.PathLike[str],
+        plan: Mapping[str, Any],
+        seconds: float,
+        processes: Processes,
     ) -> None:
         self._directory = Path(directory)
         self._seconds = seconds

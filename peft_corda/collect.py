@@ -17,7 +17,7 @@ from .masks import kept_rows
 from .passes import Group
 from .processes import Processes
 from .runner import Batch, Runner, evaluating, moves_weights, visiting
-from .statistics import Covariance, CovarianceAccumulator
+from .statistics import Covariance, CovarianceAccumulator, CrossAccumulator, CrossCovariance
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def collect_covariances(
     groups: Sequence[Group],
     options: PassOptions | None = None,
     relay: tuple[Relay, Span] | None = None,
-) -> dict[str, Covariance]:
+) -> dict[str, Covariance | CrossCovariance]:
     """Mean outer product of the inputs of each group, over the tokens that count.
 
     The model is run in evaluation mode without gradients, as far as the last of the groups, and left
@@ -73,7 +73,8 @@ def collect_covariances(
         relay: carries hidden states over from and to other passes.
 
     Returns:
-        Covariances by the name of the group's first module; the same on all processes.
+        Covariances by the name of the group's first module (cross-covariances of outputs and inputs
+        for groups that have `outputs`); the same on all processes.
 
     Raises:
         TypeError: if a batch is not a mapping.
@@ -84,14 +85,15 @@ def collect_covariances(
     options = options or PassOptions()
     runner = Runner(model, targets, options.without_padding)
     runner.stop_after = _stopping_point(model, groups)
-    sums = _Sums(groups, runner, options)
     watched = {name: targets[name] for group in groups for name in group.members}
+    with_output = {group.leader for group in groups if group.outputs is not None}
+    sums = _Sums(groups, watched, runner, options)
     with options.processes.together():
         carried: AbstractContextManager[None] = nullcontext()
         if relay is not None:
             span = relay[1]
             carried = relay[0].running(span.first, span.last, span.following, runner)
-        with evaluating(model), carried, visiting(watched, sums.visit):
+        with evaluating(model), carried, visiting(watched, sums.visit, with_output):
             done = sums.restore(options.snapshots)
             if done and relay is not None:
                 # Batches passed over leave no hidden states behind.
@@ -118,15 +120,23 @@ def collect_covariances(
 class _Sums:
     """The accumulators of a pass, fed by the modules' hooks."""
 
-    def __init__(self, groups: Sequence[Group], runner: Runner, options: PassOptions) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        modules: Mapping[str, nn.Module],
+        runner: Runner,
+        options: PassOptions,
+    ) -> None:
         self.accumulators: dict[str, CovarianceAccumulator] = {}
         self._groups = groups
+        self._modules = modules
+        self._by_leader = {group.leader: group for group in groups}
         self._leader_of = {name: group.leader for group in groups for name in group.members}
         self._runner = runner
         self._options = options
         self._sharing = InputSharing()
 
-    def visit(self, name: str, inputs: Tensor) -> None:
+    def visit(self, name: str, inputs: Tensor, output: Tensor | None = None) -> None:
         found, leader = self._sharing.leader_of(name, inputs), self._leader_of[name]
         if name != leader and found != leader:
             raise ValueError(
@@ -135,8 +145,15 @@ class _Sums:
                 "target_modules for each."
             )
         if name == leader:
-            accumulator = self._accumulator(name, inputs.shape[-1], inputs.device)
-            accumulator.update(kept_rows(name, inputs, self._runner.mask))
+            accumulator = self._accumulator(name, inputs.device)
+            rows = kept_rows(name, inputs, self._runner.mask)
+            if isinstance(accumulator, CrossAccumulator):
+                assert output is not None  # modules of cross-covariances are visited after
+                given = kept_rows(name, output, self._runner.mask).float()
+                bias = getattr(self._modules[name], "bias", None)
+                accumulator.update_pair(rows, given if bias is None else given - bias.float())
+            else:
+                accumulator.update(rows)
         self._runner.visited(name)
 
     def forget_input(self) -> None:
@@ -150,7 +167,7 @@ class _Sums:
         for group in self._groups:
             if group.leader in sums:
                 matrix, tokens = sums[group.leader]
-                accumulator = self._accumulator(group.leader, group.features, self._runner.device)
+                accumulator = self._accumulator(group.leader, self._runner.device)
                 accumulator.restore(matrix, tokens)
         return batches
 
@@ -163,12 +180,12 @@ class _Sums:
                     "the model in this dtype; float16 overflows easily, try bfloat16 or float32."
                 )
 
-    def finish(self) -> dict[str, Covariance]:
-        found: dict[str, Covariance] = {}
+    def finish(self) -> dict[str, Covariance | CrossCovariance]:
+        found: dict[str, Covariance | CrossCovariance] = {}
         for group in self._groups:
             name = group.leader
             # A process without data has no accumulator yet.
-            accumulator = self._accumulator(name, group.features, self._runner.device)
+            accumulator = self._accumulator(name, self._runner.device)
             accumulator.reduce(self._options.processes)
             if accumulator.tokens == 0:
                 raise ValueError(
@@ -179,9 +196,14 @@ class _Sums:
             del self.accumulators[name]
         return found
 
-    def _accumulator(self, name: str, features: int, device: torch.device) -> CovarianceAccumulator:
+    def _accumulator(self, name: str, device: torch.device) -> CovarianceAccumulator:
         if name not in self.accumulators:
-            self.accumulators[name] = CovarianceAccumulator(features, device, self._options.dtype)
+            group, dtype = self._by_leader[name], self._options.dtype
+            if group.outputs is None:
+                new = CovarianceAccumulator(group.features, device, dtype)
+            else:
+                new = CrossAccumulator(group.features, group.outputs, device, dtype)
+            self.accumulators[name] = new
         return self.accumulators[name]
 
 

@@ -97,22 +97,44 @@ def decompose(
     iterate = iterative.pays(size, rank, method) and not exact
     if method == "ipm" and iterate:
         vectors, image, energy = iterative.largest_left(weight, factor, rank)
+        return _directions(vectors, image, vectors.float().T @ weight.float()), energy
+    rows, lift = thin_rows(weight.double())
+    if method == "ipm":
+        product = rows @ factor.double()
+        thin = largest_eigenvectors(gram(product.T), rank)
     else:
-        rows, lift = thin_rows(weight.double())
-        if method == "ipm":
-            product = rows @ factor.double()
-            thin = largest_eigenvectors(gram(product.T), rank)
-        else:
-            product, triangle = triangle_of(rows, factor.double(), exact)
-            find = iterative.smallest_right if iterate else _smallest_right
-            thin = find(triangle, rank)
-        vectors, image, energy = lift(thin), thin.T.to(product) @ product, energy_of(product)
-    directions = vectors.float()
+        product, triangle = triangle_of(rows, factor.double(), exact)
+        find = iterative.smallest_right if iterate else _smallest_right
+        thin = find(triangle, rank)
+    image = thin.T.to(product) @ product
+    return _directions(lift(thin), image, thin.T @ rows), energy_of(product)
+
+
+def decompose_product(product: Tensor, weight: Tensor, rank: int) -> tuple[Directions, float]:
+    """As `decompose` for ``ipm``, where `W C` itself is known.
+
+    Args:
+        product: `W C (out, in)`, no more rows than columns.
+        weight: `W (out, in)`.
+        rank: how many; at most `out`.
+    """
+    if iterative.pays(len(product), rank, "ipm"):
+        vectors, image, energy = iterative.largest_left(product, None, rank)
+        return _directions(vectors, image, vectors.float().T @ weight.float()), energy
+    product = product.double()
+    vectors = largest_eigenvectors(gram(product.T), rank)
+    return _directions(vectors, vectors.T @ product, vectors.T @ weight.double()), energy_of(
+        product
+    )
+
+
+def _directions(vectors: Tensor, image: Tensor, projected: Tensor) -> Directions:
+    """From `U (out, rank)`, `Uᵀ W F`, and `Uᵀ W` or something with rows of the same length."""
     return Directions(
-        U=directions,
+        U=vectors.float(),
         S=image.norm(dim=1).float(),
-        weight_norms=(directions.T @ weight.float()).norm(dim=1),
-    ), energy
+        weight_norms=projected.norm(dim=1).float(),
+    )
 
 
 def left_singular(

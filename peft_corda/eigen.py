@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 # How a symmetric product is cut into rows of blocks.
-_BLOCKS = 8
-_LEAST_BLOCK = 192
+_BLOCKS = 12
+_LEAST_BLOCK = 128
 
 
 def largest_eigenvectors(symmetric: Tensor, count: int) -> Tensor:
@@ -30,30 +30,37 @@ def add_lower_gram(total: Tensor, columns: Tensor) -> None:
         total: changed in place.
         columns: `X (rows, n)`, of the dtype of `total`.
     """
-    rows = columns.T.contiguous()
     size = columns.shape[1]
-    step = max(_LEAST_BLOCK, -(-size // _BLOCKS))
+    step = _step(size)
     for start in range(0, size, step):
         stop = start + step
-        total[start:stop, :stop].addmm_(rows[start:stop], columns[:, :stop])
+        total[start:stop, :stop].addmm_(columns[:, start:stop].T, columns[:, :stop])
 
 
-def from_lower(lower: Tensor) -> Tensor:
-    """The symmetric matrix with this lower triangle; what stands above is not looked at."""
-    lower = torch.tril(lower)
-    return lower + torch.tril(lower, -1).T
+def mirror_lower(total: Tensor) -> Tensor:
+    """Fill in, in place, what `add_lower_gram` leaves out."""
+    size = len(total)
+    step = _step(size)
+    for start in range(0, size, step):
+        stop = start + step
+        total[start:stop, stop:] = total[stop:, start:stop].T
+    return total
+
+
+def _step(size: int) -> int:
+    return max(_LEAST_BLOCK, -(-size // _BLOCKS))
 
 
 def gram(columns: Tensor) -> Tensor:
     """`Xᵀ X (n, n)` of `X (rows, n)`."""
     total = columns.new_zeros(columns.shape[1], columns.shape[1])
     add_lower_gram(total, columns)
-    return from_lower(total)
+    return mirror_lower(total)
 
 
 def energy_of(matrix: Tensor) -> float:
     """Sum of squares."""
-    return float(matrix.double().square().sum())
+    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
 
 
 def spread(triangle: Tensor) -> float:

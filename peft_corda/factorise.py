@@ -9,11 +9,11 @@ from accelerate.utils import tqdm
 from torch import Tensor, nn
 
 from .config import CordaConfig
-from .decomposition import Directions, decompose, right_factor
+from .decomposition import Directions, decompose, decompose_product, right_factor
 from .factors import SAMPLE_SIZE, ModuleFactors, sample_of
 from .passes import Group
 from .processes import Processes
-from .statistics import Covariance, damped, effective_rank
+from .statistics import Covariance, CrossCovariance, damped, damped_cross, effective_rank
 from .targets import rank_of
 from .weights import decomposable, dense_weight, weight_shape
 
@@ -21,7 +21,7 @@ from .weights import decomposable, dense_weight, weight_shape
 @torch.no_grad()
 def factorise(
     groups: Sequence[Group],
-    covariances: dict[str, Covariance],
+    covariances: dict[str, Covariance | CrossCovariance],
     targets: Mapping[str, nn.Module],
     config: CordaConfig,
     methods: Sequence[str],
@@ -60,25 +60,33 @@ def factorise(
 
 def _decomposed(
     group: Group,
-    covariance: Covariance,
+    covariance: Covariance | CrossCovariance,
     targets: Mapping[str, nn.Module],
     config: CordaConfig,
     methods: Sequence[str],
 ) -> dict[str, ModuleFactors]:
-    factor = right_factor(damped(covariance.matrix, config.corda_damping), config.corda_weighting)
-    spread = effective_rank(covariance.matrix)
+    factor, spread = None, None
+    if isinstance(covariance, Covariance):
+        factor = right_factor(
+            damped(covariance.matrix, config.corda_damping), config.corda_weighting
+        )
+        spread = effective_rank(covariance.matrix)
     found = {}
     for name in group.members:
         weight = dense_weight(name, targets[name])
-        # Where the weight is, so that everything runs on its device.
-        factor = factor.to(weight.device)
-        energy, directions = 0.0, {}
+        rank, directions, energy = rank_of(config, name), {}, 0.0
         for method in methods:
-            directions[method], energy = decompose(
-                decomposable(weight), factor, rank_of(config, name), method
-            )
+            if isinstance(covariance, CrossCovariance):
+                product = damped_cross(covariance, weight, config.corda_damping)
+                own, energy = decompose_product(product, decomposable(weight), rank)
+            else:
+                assert factor is not None
+                # Where the weight is, so that everything runs on its device.
+                factor = factor.to(weight.device)
+                own, energy = decompose(decomposable(weight), factor, rank, method)
+            directions[method] = _on_cpu(own)
         found[name] = ModuleFactors(
-            directions={method: _on_cpu(own) for method, own in directions.items()},
+            directions=directions,
             shape=weight_shape(targets[name]),
             weight_sample=sample_of(weight),
             energy=energy,
@@ -90,7 +98,7 @@ def _decomposed(
 
 def _placeholders(
     group: Group,
-    covariance: Covariance,
+    covariance: Covariance | CrossCovariance,
     targets: Mapping[str, nn.Module],
     config: CordaConfig,
     methods: Sequence[str],
@@ -110,7 +118,8 @@ def _shared(module: ModuleFactors, owner: int, processes: Processes) -> ModuleFa
     def share(tensor: Tensor) -> Tensor:
         return processes.from_owner(tensor, owner)
 
-    numbers = share(torch.tensor([module.energy, module.effective_rank], dtype=torch.float64))
+    spread = float("nan") if module.effective_rank is None else module.effective_rank
+    numbers = share(torch.tensor([module.energy, spread], dtype=torch.float64))
     return ModuleFactors(
         directions={
             method: Directions(share(own.U), share(own.S), share(own.weight_norms))
@@ -119,7 +128,7 @@ def _shared(module: ModuleFactors, owner: int, processes: Processes) -> ModuleFa
         shape=module.shape,
         weight_sample=share(module.weight_sample),
         energy=float(numbers[0]),
-        effective_rank=float(numbers[1]),
+        effective_rank=None if numbers[1].isnan() else float(numbers[1]),
         tokens=module.tokens,
     )
 

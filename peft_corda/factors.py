@@ -35,7 +35,7 @@ class ModuleFactors:
             that was calibrated.
         energy: `‖W F‖²`, the sum of all squared singular values.
         effective_rank: over how many directions the inputs are spread, between 1 and `in`
-            (`statistics.effective_rank`).
+            (`statistics.effective_rank`); None where only a cross-covariance was collected.
         tokens: calibration tokens that the layer saw.
     """
 
@@ -43,7 +43,7 @@ class ModuleFactors:
     shape: tuple[int, int]
     weight_sample: Tensor
     energy: float
-    effective_rank: float
+    effective_rank: float | None
     tokens: int
 
 

@@ -15,12 +15,15 @@ class Group:
     Attributes:
         members: names, in the order of the forward pass.
         features: input dimensions.
+        outputs: output dimensions, where the cross-covariance of outputs and inputs is collected in
+            place of the covariance of the inputs; else None.
         called_once: whether each was called exactly once in a forward pass.
     """
 
     members: tuple[str, ...]
     features: int
     called_once: bool = True
+    outputs: int | None = None
 
     @property
     def leader(self) -> str:
@@ -29,7 +32,8 @@ class Group:
 
     def bytes(self, itemsize: int = _FLOAT32) -> int:
         """Memory of the covariance while it is summed."""
-        return itemsize * self.features**2
+        rows = self.features if self.outputs is None else self.outputs + 1
+        return itemsize * self.features * rows
 
 
 def plan_passes(

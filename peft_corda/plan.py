@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 
 from torch import nn
 
 from .blocks import Chain, Relay, find_chain
 from .collect import Span
-from .groups import Layout
 from .passes import Group, plan_passes
 from .processes import Processes
 from .runner import Batch, Runner, first_example, token_shape
@@ -68,7 +67,7 @@ def make_plan(
     targets: Mapping[str, nn.Module],
     batches: Iterable[Batch],
     first: Batch,
-    layout: Layout,
+    groups: Sequence[Group],
     limit: int,
     itemsize: int,
     processes: Processes,
@@ -79,7 +78,7 @@ def make_plan(
         model, targets: as for `collect.collect_covariances`.
         batches: the calibration data.
         first: the first of them.
-        layout: from `groups.discover`.
+        groups: in the order of the forward pass.
         limit: bytes.
         itemsize: bytes of one number of a covariance.
         processes: taking part; all get the same plan.
@@ -87,20 +86,20 @@ def make_plan(
     Raises:
         ValueError: if the covariance of one group alone does not fit.
     """
-    passes = plan_passes(layout.groups, limit, itemsize)
+    passes = plan_passes(groups, limit, itemsize)
     plain = Plan(passes, None, None, itemsize, 0)
     if len(passes) == 1:
         return plain
     example = first_example(Runner(model, targets).parts(first)[0])
     chain = None if example is None else find_chain(model, targets, example)
     hidden = None if chain is None else _hidden_bytes(chain, batches, first)
-    largest = max(group.bytes(itemsize) for group in layout.groups)
+    largest = max(group.bytes(itemsize) for group in groups)
     # All processes must come to the same plan, whatever share of the data each has.
     needed = processes.largest(limit if hidden is None else hidden)
     if chain is None or needed + largest > limit:
         return plain
-    passes = plan_passes(layout.groups, limit - needed, itemsize)
-    spans = _spans(chain, layout.groups, passes)
+    passes = plan_passes(groups, limit - needed, itemsize)
+    spans = _spans(chain, groups, passes)
     return Plan(passes, spans, Relay(chain, needed), itemsize, needed)
 
 
@@ -126,7 +125,7 @@ def _hidden_bytes(chain: Chain, batches: Iterable[Batch], first: Batch) -> int |
             return None
         return chain.bytes_per_token * sum(shape[0] * shape[1] for shape in shapes if shape)
     shape = token_shape(first)
-    if shape is None or (not isinstance(batches, Collection) and not hasattr(batches, "__len__")):
+    if shape is None or not isinstance(batches, Sized):
         return None
     return int(_MARGIN * chain.bytes_per_token * shape[0] * shape[1] * len(batches))
 

@@ -6,7 +6,7 @@ This and `blocks.py` are the only files of the calibration that touch a model's 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -18,10 +18,12 @@ from .masks import token_mask, unpadded
 
 # Batch entries that only serve a loss.
 _LABEL_KEYS = {"labels", "label", "label_ids", "start_positions", "end_positions"}
+_TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
+_FEW_TOKENS = 16
 
 Batch = Mapping[str, Any]
-# Called with a module's name and its input.
-Visitor = Callable[[str, Tensor], None]
+# Called with a module's name, its input and, where that is asked for, its output.
+Visitor = Callable[[str, Tensor, Tensor | None], None]
 
 
 class _Done(Exception):
@@ -95,17 +97,24 @@ class Runner:
 
 
 @contextmanager
-def visiting(modules: Mapping[str, nn.Module], visit: Visitor) -> Iterator[None]:
-    """Call `visit` before each forward pass of each module."""
+def visiting(
+    modules: Mapping[str, nn.Module], visit: Visitor, with_output: Container[str] = ()
+) -> Iterator[None]:
+    """Call `visit` before each forward pass of each module, or after it if its output is wanted."""
     with ExitStack() as stack:
         for name, module in modules.items():
-            handle = module.register_forward_pre_hook(
-                lambda _, args, kwargs, name=name: visit(
-                    name, args[0] if args else next(iter(kwargs.values()))
-                ),
-                with_kwargs=True,
+
+            def see(
+                _: nn.Module, args: Any, kwargs: Any, output: Any = None, name: str = name
+            ) -> None:
+                visit(name, args[0] if args else next(iter(kwargs.values())), output)
+
+            register = (
+                module.register_forward_hook
+                if name in with_output
+                else module.register_forward_pre_hook
             )
-            stack.callback(handle.remove)
+            stack.callback(register(see, with_kwargs=True).remove)
         yield
 
 
@@ -124,12 +133,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def first_example(batch: Batch) -> dict[str, Any] | None:
-    """The first row of a batch whose tensors all have as many rows; None if they do not."""
+    """The first row of a batch, and of plain text no more than a few of its tokens.
+
+    None if the batch's tensors differ in their number of rows.
+    """
     tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
     rows = {value.shape[0] if value.ndim else 0 for value in tensors.values()}
     if len(tensors) != len(batch) or len(rows) != 1 or rows == {0}:
         return None
-    return {key: value[:1] for key, value in tensors.items()}
+    if len({value.shape for value in tensors.values()}) > 1 or set(tensors) - _TEXT_KEYS:
+        return {key: value[:1] for key, value in tensors.items()}
+    mask = tensors.get("attention_mask", tensors["input_ids"].new_ones(tensors["input_ids"].shape))
+    kept = mask[0].nonzero().flatten()[:_FEW_TOKENS]
+    return {key: value[:1, kept] for key, value in tensors.items()} if len(kept) else None
 
 
 def moves_weights(model: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .eigen import add_lower_gram, from_lower
+from .eigen import add_lower_gram, energy_of, mirror_lower
 from .processes import Processes
 
 
@@ -73,14 +73,74 @@ class CovarianceAccumulator:
         return self.sum.diagonal().sum()
 
     def finish(self) -> Covariance:
-        """The mean outer product.
+        """The mean outer product; ends the accumulator, whose memory it takes over.
 
         Raises:
             ValueError: if nothing was added.
         """
         if self.tokens == 0:
             raise ValueError("no token was added, so there is no mean outer product")
-        return Covariance(from_lower(self.sum).div_(self.tokens), self.tokens)
+        # In place: the sums may be most of the memory in use.
+        return Covariance(mirror_lower(self.sum).div_(self.tokens), self.tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class CrossCovariance:
+    """Mean outer product of a layer's outputs and inputs, `Σ y xᵀ / tokens = W C`.
+
+    Attributes:
+        matrix: `(out, in)`.
+        energy: mean of the diagonal of `C`.
+        tokens: number of rows summed over.
+    """
+
+    matrix: Tensor
+    energy: float
+    tokens: int
+
+
+class CrossAccumulator(CovarianceAccumulator):
+    """Sums `y xᵀ` over batches, and in a last row the squares of `x`.
+
+    Args:
+        features: input dimensions.
+        outputs: output dimensions.
+        device, dtype: as for `CovarianceAccumulator`.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        outputs: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.sum = torch.zeros(outputs + 1, features, dtype=dtype, device=device)
+        self.tokens = 0
+
+    def update_pair(self, inputs: Tensor, outputs: Tensor) -> None:
+        """Add inputs `(tokens, in)` and the outputs `(tokens, out)` for them, without bias."""
+        rows = inputs.detach().to(self.sum.dtype)
+        with _full_precision(inputs):
+            self.sum[:-1].addmm_(outputs.detach().to(self.sum.dtype).T, rows)
+        self.sum[-1] += rows.square().sum(dim=0)
+        self.tokens += rows.shape[0]
+
+    def energy(self) -> Tensor:
+        return self.sum[-1].sum()
+
+    def finish(self) -> CrossCovariance:  # type: ignore[override]
+        if self.tokens == 0:
+            raise ValueError("no token was added, so there is no mean outer product")
+        mean = self.sum / self.tokens
+        return CrossCovariance(mean[:-1], float(mean[-1].double().mean()), self.tokens)
+
+
+def damped_cross(cross: CrossCovariance, weight: Tensor, damping: float) -> Tensor:
+    """`W (C + damping · mean(diag C) · I)`, `(out, in)` in float32; `W` if every input was zero."""
+    if cross.energy == 0:
+        return weight.float()
+    return cross.matrix.float() + damping * cross.energy * weight.float()
 
 
 @contextmanager
@@ -112,8 +172,7 @@ def effective_rank(covariance: Tensor) -> float:
 
     The participation ratio of the eigenvalues, which needs none of them.
     """
-    matrix = covariance.double()
-    trace, squares = float(matrix.diagonal().sum()), float(matrix.square().sum())
+    trace, squares = float(covariance.diagonal().double().sum()), energy_of(covariance)
     return trace**2 / squares if squares > 0 else 0.0
 
 
@@ -123,10 +182,9 @@ def damped(covariance: Tensor, damping: float) -> Tensor:
     Keeps `C` positive definite with fewer tokens than dimensions. A covariance of zeros (a layer
     that only ever saw zeros) becomes the identity, which makes the decomposition that of the weight.
     """
-    matrix = covariance.double()
-    level = matrix.diagonal().mean()
+    matrix = covariance.to(torch.float64, copy=True)
+    level = float(matrix.diagonal().mean())
     if level == 0:
-        return torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
-    return matrix + damping * level * torch.eye(
-        matrix.shape[0], dtype=matrix.dtype, device=matrix.device
-    )
+        return torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    matrix.diagonal().add_(damping * level)
+    return matrix

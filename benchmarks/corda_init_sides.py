@@ -1,0 +1,216 @@
+"""The two sides that `corda_init.py` compares, the data both are given, and the clock."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora.config import CordaConfig as PeftCordaConfig
+from peft.tuners.lora.corda import preprocess_corda
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from peft_corda import CordaConfig, CordaFactors, calibrate
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+import local_text
+from corda_finetune import load_model, load_tokenizer
+
+# What PEFT leaves on the modules, or would leave after an error.
+PEFT_ATTRIBUTES = ("eigens", "covariance_matrix", "sample_count", "corda_method", "rank")
+
+Seconds = dict[str, float]  # "cpu" and "wall"
+Inputs = dict[str, Tensor]
+
+
+class Stopwatch:
+    """CPU time of this process (all threads) and wall time since it was made."""
+
+    def __init__(self) -> None:
+        gc.collect()
+        self._start = self._now()
+
+    def read(self) -> Seconds:
+        cpu, wall = self._now()
+        return {"cpu": cpu - self._start[0], "wall": wall - self._start[1]}
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        return time.process_time(), time.perf_counter()
+
+
+class Watched:
+    """Batches that add up the time it takes to run them through.
+
+    What comes before the first complete run, and every complete run, is the statistics phase; what
+    comes between runs and behind them is decomposition.
+    """
+
+    def __init__(self, batches: list[Inputs], watch: Stopwatch) -> None:
+        self._batches, self._watch = batches, watch
+        self.statistics: Seconds | None = None
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Inputs]:
+        start = self._watch.read()
+        yield from self._batches
+        end = self._watch.read()
+        if self.statistics is None:
+            self.statistics = end
+        else:
+            for clock in end:
+                self.statistics[clock] += end[clock] - start[clock]
+
+
+@dataclass
+class Sample:
+    """Calibration data, as each side takes it."""
+
+    name: str
+    batches: list[Inputs]  # padded where needed, for ours
+    singles: list[Inputs]  # one sequence each, unpadded: PEFT's hook squeezes the batch away
+    batch_size: int
+
+    def describe(self) -> dict:
+        return {
+            "data": self.name,
+            "sequences": len(self.singles),
+            "tokens": sum(inputs["input_ids"].numel() for inputs in self.singles),
+            "batch_size": self.batch_size,
+        }
+
+
+def make_sample(
+    name: str, rows: list[list[int]], tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> Sample:
+    batches = [
+        dict(tokenizer.pad({"input_ids": rows[start : start + batch_size]}, return_tensors="pt"))
+        for start in range(0, len(rows), batch_size)
+    ]
+    singles = [{"input_ids": torch.tensor([row])} for row in rows]
+    return Sample(name, batches, singles, batch_size)
+
+
+def read_samples(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
+    """Long sequences of running text, and two sizes of short questions."""
+    text = args.text.read_text(encoding="utf-8") if args.text else "\n".join(local_text.manual())
+    ids, length, count = tokenizer(text).input_ids, args.length, args.sequences
+    rows = [ids[start : start + length] for start in range(0, length * count, length)]
+    if len(rows[-1]) < length:
+        sys.exit(f"The text has {len(ids)} tokens; {count} sequences of {length} were asked for.")
+    samples = [make_sample(f"{count} x {length} tokens", rows, tokenizer, args.batch_size)]
+    for count in args.question_counts:
+        rows = tokenizer(read_questions(args, count)).input_ids
+        samples.append(make_sample(f"{count} questions", rows, tokenizer, args.question_batch_size))
+    return samples
+
+
+def read_questions(args: argparse.Namespace, count: int) -> list[str]:
+    if not args.questions:
+        return [question for question, _ in local_text.word_problems(count, seed=0)]
+    with args.questions.open(encoding="utf-8") as lines:
+        questions = [json.loads(line)[args.field] for line in islice(lines, count)]
+    if len(questions) < count:
+        sys.exit(f"{args.questions.name} has {len(questions)} questions; {count} were asked for.")
+    return questions
+
+
+def load(args: argparse.Namespace, dtype: str) -> tuple[PreTrainedModel, list[Sample]]:
+    tokenizer = load_tokenizer(args.model)
+    return load_model(args.model, getattr(torch, dtype)), read_samples(args, tokenizer)
+
+
+@torch.no_grad()
+def forward(model: PreTrainedModel, data: Iterable[Inputs], head: bool = False) -> None:
+    """Run the data through the model, by default without its head."""
+    module = model if head else model.base_model
+    for inputs in data:
+        module(**inputs, use_cache=False)
+
+
+def time_forward(model: PreTrainedModel, data: list[Inputs], head: bool = False) -> Seconds:
+    watch = Stopwatch()
+    forward(model, data, head)
+    return watch.read()
+
+
+def run_ours(
+    model: PreTrainedModel,
+    method: str,
+    rank: int,
+    batches: list[Inputs],
+    max_memory: int | str | None = None,
+) -> tuple[dict[str, Seconds], CordaFactors]:
+    config = CordaConfig(corda_method=method, r=rank, target_modules="all-linear")
+    watch = Stopwatch()
+    data = Watched(batches, watch)
+    factors = calibrate(model, config, data, max_memory, verbose=False)
+    return phases(data.statistics, watch.read()), factors
+
+
+def run_peft(
+    model: PreTrainedModel, method: str, rank: int, singles: list[Inputs]
+) -> tuple[dict[str, Seconds], int]:
+    """Also returns the number of modules that PEFT has worked out a start for.
+
+    Its callback runs the model as PEFT's own example does, head included, but takes no cache.
+    """
+    config = LoraConfig(
+        r=rank,
+        init_lora_weights="corda",
+        corda_config=PeftCordaConfig(corda_method=method),
+        target_modules=sorted(linear_endings(model)),
+    )
+    finished: list[Seconds] = []
+    watch = Stopwatch()
+
+    def run_model() -> None:
+        forward(model, singles, head=True)
+        finished.append(watch.read())
+
+    preprocess_corda(model, config, run_model=run_model)
+    total = watch.read()
+    return phases(finished[0], total), clear_peft(model)
+
+
+def linear_endings(model: PreTrainedModel) -> set[str]:
+    """What "all-linear" stands for: `preprocess_corda` would take that for a module's name."""
+    return {
+        name.rpartition(".")[2]
+        for name, module in model.base_model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+def clear_peft(model: nn.Module) -> int:
+    """Take PEFT's results off the modules; how many modules had any."""
+    count = 0
+    for module in model.modules():
+        count += "eigens" in vars(module)
+        for name in PEFT_ATTRIBUTES:
+            vars(module).pop(name, None)
+    return count
+
+
+def phases(statistics: Seconds | None, total: Seconds) -> dict[str, Seconds]:
+    if statistics is None:
+        raise RuntimeError("the calibration data was never run through to the end")
+    rest = {clock: total[clock] - statistics[clock] for clock in total}
+    return {"statistics": statistics, "decomposition": rest, "total": total}
+
+
+def in_turn(round_number: int, sides: list[Callable[[], None]]) -> None:
+    """Run the sides, the order turned round every other time, so that drift falls on both."""
+    for side in sides if round_number % 2 == 0 else reversed(sides):
+        side()
