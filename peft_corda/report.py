@@ -38,7 +38,8 @@ class ModuleReport:
         energy_share: `Σ S_r² / ‖W F‖²`, between 0 and 1: what part of the layer's response to the
             calibration data lies in the adapter's directions. For ``ipm`` it is captured, and should
             be large; for ``kpm`` it is exposed to training (leaks), and should be small.
-        effective_rank: over how many directions the layer's inputs are spread.
+        effective_rank: over how many directions the layer's inputs are spread; None where the
+            calibration did not collect what tells it.
         tokens: calibration tokens that the layer saw.
         norm_ratio: `‖A‖ / ‖B‖` (Frobenius) of the start: 1 if the scaling is ``"balanced"``.
     """
@@ -49,7 +50,7 @@ class ModuleReport:
     rank: int
     parameters: int
     energy_share: float
-    effective_rank: float
+    effective_rank: float | None
     tokens: int
     norm_ratio: float
 
@@ -162,7 +163,7 @@ class CordaReport:
                 f"{module.shape[0]} × {module.shape[1]}",
                 str(module.rank),
                 _percent(module.energy_share),
-                f"{module.effective_rank:.1f}",
+                "—" if module.effective_rank is None else f"{module.effective_rank:.1f}",
                 f"{module.tokens:,}",
                 f"{module.norm_ratio:.3g}",
             )

@@ -1,6 +1,7 @@
 """`report`: its numbers are those of the start that adapters really get."""
 
 import builtins
+import dataclasses
 import io
 import json
 
@@ -93,6 +94,16 @@ def test_table_and_json(factors, tmp_path):
     assert len(written["modules"]) == 14 and written["modules"][0]["shape"] == [48, 48]
 
 
+def test_unknown_effective_rank(factors):
+    modules = dict(factors.modules)
+    modules[NAME] = dataclasses.replace(modules[NAME], effective_rank=None)
+    found = report(CordaFactors(modules, factors.damping), method="ipm")
+    assert row(found).effective_rank is None
+    out = io.StringIO()
+    Console(file=out, width=150).print(found.table())
+    assert "—" in next(line for line in out.getvalue().splitlines() if NAME in line)
+
+
 def test_plot_has_a_panel_per_type_and_leaves_the_backend_alone(factors, tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
@@ -146,20 +157,11 @@ def test_wrong_input(factors, options, message):
 
 
 def test_method_that_the_factors_lack(factors):
-    kpm_only = CordaFactors(
-        {
-            name: type(module)(
-                {"kpm": module.directions["kpm"]},
-                module.shape,
-                module.weight_sample,
-                module.energy,
-                module.effective_rank,
-                module.tokens,
-            )
-            for name, module in factors.modules.items()
-        },
-        factors.damping,
-    )
+    modules = {
+        name: dataclasses.replace(module, directions={"kpm": module.directions["kpm"]})
+        for name, module in factors.modules.items()
+    }
+    kpm_only = CordaFactors(modules, factors.damping)
     assert report(kpm_only).method == "kpm"
     with pytest.raises(ValueError, match="factors hold 'kpm', but method='ipm' was asked for"):
         report(kpm_only, method="ipm")
