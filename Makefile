@@ -45,7 +45,7 @@ $(VENV)/.demo: $(VENV)/.models
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.models
-	$(INSTALL) --editable '.[test,demo]'
+	$(INSTALL) --editable '.[test,demo,plots]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.base

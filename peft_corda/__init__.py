@@ -7,11 +7,13 @@ adapter that was saved from one.
 Method: CorDA, arXiv 2406.05223 (NeurIPS 2024).
 """
 
+from .allocation import allocate_ranks, apply_ranks
 from .calibration import calibrate, initialize_corda
 from .config import CordaConfig
 from .factors import CordaFactors, ModuleFactors
 from .model import CordaModel
 from .registration import register_corda
+from .report import CordaReport, report
 
 __version__ = "0.1.0"
 
@@ -19,9 +21,13 @@ __all__ = [
     "CordaConfig",
     "CordaFactors",
     "CordaModel",
+    "CordaReport",
     "ModuleFactors",
+    "allocate_ranks",
+    "apply_ranks",
     "calibrate",
     "initialize_corda",
+    "report",
 ]
 
 register_corda()

@@ -22,7 +22,7 @@ def arguments(folder):
 
 def test_readme_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    corda, reload, prune = python_blocks()
+    corda, reload, spend, prune = python_blocks()
     batches = make_batches()
     ids = batches[0]["input_ids"]
 
@@ -39,6 +39,11 @@ def test_readme_code_runs(tmp_path, monkeypatch):
     with torch.no_grad():
         expected = trained.cpu().eval()(input_ids=ids).logits
         assert torch.equal(names["model"].eval()(input_ids=ids).logits, expected)
+
+    names["model"] = make_model("llama")
+    exec(spend, names)
+    sizes = sum(sum(module.shape) for module in names["factors"].modules.values())
+    assert 7.5 * sizes < names["model"].num_parameters(only_trainable=True) <= 8 * sizes
 
     names = {
         "classifier": make_model("bert"),

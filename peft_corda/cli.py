@@ -1,0 +1,182 @@
+"""The command `peft-corda`: calibrate a model, and look at what was found.
+
+    peft-corda calibrate --model org/name --data texts.jsonl --output factors.safetensors
+    peft-corda report factors.safetensors --mean_rank 16
+    peft-corda calibrate --config calibrate.yaml   # made by: peft-corda calibrate ... --print_config
+
+The dataclasses are the options; this file imports nothing that they do not need.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from jsonargparse import ArgumentParser, Namespace
+
+Task = Literal[
+    "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"
+]
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """Run calibration data through a model and write the factors that CorDA adapters start from.
+
+    Args:
+        model: Hub id or local path of the base model.
+        data: Text to calibrate on: a .txt, .md, .json, .jsonl, .csv, .tsv or .parquet file, or the id
+            of a data set on the hub. For kpm, what the model should keep; for ipm, the task.
+        output: Factors file to write, such as factors.safetensors.
+        task: What the model is for, as PEFT names it; decides the Auto class that loads it.
+        revision: Branch, tag or commit of the model on the hub.
+        gguf_file: Name of the GGUF file in the model's folder, to load that.
+        dtype: To load the weights in; "auto" is how they are stored.
+        device: Where to put the model, such as cpu or cuda:1; by default a GPU if there is one.
+        device_map: How transformers spreads the model over devices, such as auto; not with device.
+        trust_remote_code: Run code that comes with the model. Only for a source that you trust.
+        data_name: Configuration of the data set on the hub.
+        split: Of the data set on the hub.
+        text_field: Field with the text; several fields are joined by line breaks.
+        target_field: Field with the decoder's text, for encoder-decoder models only.
+        num_samples: Sequences to calibrate on.
+        max_length: Tokens per sequence at most.
+        batch_size: Sequences per batch.
+        pack: Put the texts one behind the other and cut them into sequences of max_length tokens. By
+            default each row is a sequence, cut off or padded.
+        seed: Of the choice of rows; null takes the first ones.
+        r: Largest rank that adapters can be started with from the factors.
+        corda_method: "kpm" for directions that the data uses least, "ipm" for those that it uses most.
+        target_modules: Names of linear layers, as in a LoraConfig.
+        exclude_modules: Names of modules to leave out.
+        rank_pattern: Ranks for some modules in place of r, by name.
+        corda_damping: Multiple of the mean input energy that is added to the covariance's diagonal.
+        corda_weighting: What the weight is multiplied by before it is decomposed.
+        max_memory: What the statistics may take at a time, such as 4GiB; more passes if need be.
+        checkpoint_dir: Folder that an interrupted calibration goes on from.
+        report: JSON file to write the report to.
+    """
+
+    model: str
+    data: str
+    output: str
+    task: Task = "CAUSAL_LM"
+    revision: str | None = None
+    gguf_file: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str | None = None
+    device_map: str | None = None
+    trust_remote_code: bool = False
+    data_name: str | None = None
+    split: str = "train"
+    text_field: list[str] | str = "text"
+    target_field: list[str] | str | None = None
+    num_samples: int = 256
+    max_length: int = 512
+    batch_size: int = 8
+    pack: bool = False
+    seed: int | None = 0
+    r: int = 16
+    corda_method: Literal["kpm", "ipm", "both"] = "kpm"
+    target_modules: list[str] | str = "all-linear"
+    exclude_modules: list[str] | str | None = None
+    rank_pattern: dict[str, int] | None = None
+    corda_damping: float = 0.01
+    corda_weighting: Literal["covariance", "sqrt_covariance"] = "covariance"
+    max_memory: int | str | None = None
+    checkpoint_dir: str | None = None
+    report: str | None = None
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Print what a factors file holds, and how a budget of parameters is best spent.
+
+    Args:
+        factors: File written by calibrate.
+        method: "kpm" or "ipm"; needed if the file holds both.
+        r: Rank of the adapters; by default the largest that the file is enough for.
+        corda_scaling: How the start is spread over A and B.
+        json: File to write the report to.
+        plot: Picture of the spectra to write; needs matplotlib.
+        budget: Print a rank_pattern of at most so many trainable parameters.
+        mean_rank: Print a rank_pattern of at most what this uniform rank takes.
+        min_rank: Least rank in the rank_pattern.
+    """
+
+    factors: str
+    method: Literal["kpm", "ipm"] | None = None
+    r: int | None = None
+    corda_scaling: Literal["balanced", "paper"] = "balanced"
+    json: str | None = None
+    plot: str | None = None
+    budget: int | None = None
+    mean_rank: float | None = None
+    min_rank: int = 1
+
+
+# Options that take no value on the command line.
+FLAGS = {
+    "trust_remote_code": "Run code that comes with the model. Only for a source that you trust.",
+    "pack": "Put the texts one behind the other and cut them into sequences of max_length tokens.",
+}
+COMMANDS = {"calibrate": CalibrateOptions, "report": ReportOptions}
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of the command line and of YAML files."""
+    parser = ArgumentParser(
+        prog="peft-corda",
+        description="CorDA: adapters cut out of a model's weights along its data.",
+    )
+    commands = parser.add_subcommands(dest="command", required=True)
+    for name, options in COMMANDS.items():
+        about = (options.__doc__ or "").partition("\n")[0]
+        command = ArgumentParser(description=about)
+        command.add_argument("--config", action="config", help="YAML file with options.")
+        own = [field.name for field in fields(options)]
+        command.add_class_arguments(
+            options,
+            as_positional=name == "report",
+            as_group=False,
+            skip=set(FLAGS).intersection(own),
+        )
+        for flag in filter(own.__contains__, FLAGS):
+            command.add_argument(f"--{flag}", action="store_true", help=FLAGS[flag])
+        commands.add_subcommand(name, command, help=about)
+    return parser
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        args: arguments; those of the process if None.
+
+    Raises:
+        SystemExit: with a message, if the arguments or the files they name are of no use. Nothing is
+            written then.
+    """
+    parsed = build_parser().parse_args(args)
+    name = parsed.command
+    options = COMMANDS[name](**_given(parsed[name]))
+    # PyTorch and transformers take their time: not for --help or a mistyped option.
+    from . import commands
+
+    try:
+        if isinstance(options, CalibrateOptions):
+            commands.run_calibrate(options)
+        else:
+            commands.run_report(options)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"peft-corda {name}: error: {error}")
+
+
+def _given(parsed: Namespace) -> dict[str, object]:
+    return {key: value for key, value in vars(parsed).items() if key != "config"}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""What the subcommands of `peft-corda` do."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from rich.console import Console
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer
+
+from .allocation import allocate_ranks
+from .calibration import calibrate
+from .config import CordaConfig
+from .data import Batch, load_rows, packed_batches, padded_batches, read_texts
+from .decomposition import METHODS
+from .factors import CordaFactors
+from .files import replacing
+from .report import CordaReport, report
+from .spectra import pick_method
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from .cli import CalibrateOptions, ReportOptions
+
+# By PEFT's task type.
+AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+def run_calibrate(options: CalibrateOptions) -> CordaFactors:
+    """`peft-corda calibrate`: write the factors and print a summary.
+
+    Raises:
+        ValueError, OSError: if an option or file is of no use; nothing is written then.
+    """
+    methods = METHODS if options.corda_method == "both" else (options.corda_method,)
+    config = CordaConfig(
+        r=options.r,
+        corda_method=methods[0],
+        corda_damping=options.corda_damping,
+        corda_weighting=options.corda_weighting,
+        target_modules=options.target_modules,
+        exclude_modules=options.exclude_modules,
+        rank_pattern=options.rank_pattern or {},
+        task_type=options.task,
+    )
+    _check_options(options)
+    # What costs nothing first, so that a mistake is found before the model is loaded.
+    source = _source(options)
+    about = AutoConfig.from_pretrained(options.model, **source)
+    tokenizer = AutoTokenizer.from_pretrained(options.model, **source)
+    batches = _batches(options, tokenizer, about)
+    factors = calibrate(
+        load_model(options),
+        config,
+        batches,
+        options.max_memory,
+        methods=methods,
+        checkpoint_dir=options.checkpoint_dir,
+    )
+    reports = [report(factors, config, method) for method in methods]
+    _write(factors, options.output, reports, options.report)
+    for own in reports:
+        print(own)
+    print(
+        f"Wrote {options.output}. Use it with CordaConfig(corda_factors={options.output!r}, ...)."
+    )
+    return factors
+
+
+def run_report(options: ReportOptions) -> CordaReport:
+    """`peft-corda report`: print the table, and write what was asked for.
+
+    Raises:
+        ValueError, OSError, ImportError: if an option or file is of no use.
+    """
+    factors = CordaFactors.load(options.factors)
+    method = pick_method(factors, options.method)
+    config = None
+    if options.r is not None:
+        config = CordaConfig(r=options.r, corda_method=method, corda_weighting=factors.weighting)
+    own = report(factors, config, method, scaling=options.corda_scaling)
+    ranks = None
+    if options.budget is not None or options.mean_rank is not None:
+        ranks = allocate_ranks(
+            factors,
+            options.budget,
+            method,
+            min_rank=options.min_rank,
+            mean_rank=options.mean_rank,
+        )
+    if options.plot is not None:
+        own.plot(options.plot)
+    if options.json is not None:
+        own.save_json(options.json)
+    # In a file or pipe there is no width to fit into: names are not to be cut off there.
+    Console(width=None if sys.stdout.isatty() else 200).print(own)
+    if ranks is not None:
+        print(json.dumps({"rank_pattern": ranks}, indent=1))
+    return own
+
+
+def load_model(options: CalibrateOptions) -> nn.Module:
+    """The base model, in evaluation mode, where the options want it."""
+    auto_class = getattr(transformers, AUTO_CLASSES[options.task])
+    placed: dict[str, Any] = {"device_map": options.device_map} if options.device_map else {}
+    model = auto_class.from_pretrained(
+        options.model, dtype=_dtype(options.dtype), **_source(options), **placed
+    )
+    if options.gguf_file is not None and hasattr(model, "hf_quantizer"):
+        # The weights were expanded on loading, but the model is still marked as quantised.
+        model.hf_quantizer.remove_quantization_config(model)
+    if options.device_map is None:
+        model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model.eval()
+
+
+def _source(options: CalibrateOptions) -> dict[str, Any]:
+    source: dict[str, Any] = {
+        "revision": options.revision,
+        "gguf_file": options.gguf_file,
+        "trust_remote_code": options.trust_remote_code,
+    }
+    return {key: value for key, value in source.items() if value is not None}
+
+
+def _dtype(name: str) -> str | torch.dtype:
+    return name if name == "auto" else getattr(torch, name)
+
+
+def _check_options(options: CalibrateOptions) -> None:
+    for name in ("num_samples", "max_length", "batch_size"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(options, name)}.")
+    if options.device is not None and options.device_map is not None:
+        raise ValueError("Give either device or device_map, not both.")
+    for path in (options.output, options.report):
+        if path is not None and os.path.isdir(path):
+            raise ValueError(f"{path!r} is a folder; give the path of the file to write.")
+    if options.pack and options.target_field is not None:
+        raise ValueError("pack is for models that read one text; leave out pack or target_field.")
+
+
+def _batches(
+    options: CalibrateOptions, tokenizer: PreTrainedTokenizerBase, about: PretrainedConfig
+) -> list[Batch]:
+    _check_length(options.max_length, about)
+    start = _decoder_start(options, about)
+    rows = load_rows(
+        options.data, name=options.data_name, split=options.split, whole_texts=options.pack
+    )
+    fields = [_listed(options.text_field)]
+    if options.target_field is not None:
+        fields.append(_listed(options.target_field))
+    texts = read_texts(rows, fields, seed=options.seed)
+    sizes = (options.num_samples, options.max_length, options.batch_size)
+    if options.pack:
+        return packed_batches(texts, tokenizer, *sizes, seed=options.seed)
+    return padded_batches(texts, tokenizer, *sizes, decoder_start=start)
+
+
+def _check_length(max_length: int, about: PretrainedConfig) -> None:
+    most = getattr(about.get_text_config(), "max_position_embeddings", None)
+    if most is not None and 0 < most < max_length:
+        raise ValueError(
+            f"max_length={max_length} is more than the {most} positions that the model has. Lower it."
+        )
+
+
+def _decoder_start(options: CalibrateOptions, about: PretrainedConfig) -> int | None:
+    """The token that a decoder's text starts with; None for models that read one text."""
+    if not about.is_encoder_decoder:
+        if options.target_field is not None:
+            raise ValueError(
+                "target_field is for encoder-decoder models, and this one reads one text. Give several "
+                "fields as text_field in its place."
+            )
+        return None
+    if options.target_field is None or options.pack:
+        raise ValueError(
+            "The model is an encoder-decoder, which reads two texts. Name the field with the decoder's "
+            "text as target_field, and leave out pack."
+        )
+    for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
+        token = getattr(about, name, None)
+        if token is not None:
+            return token
+    raise ValueError("The model's config has no decoder_start_token_id. Set it and save the model.")
+
+
+def _listed(fields: list[str] | str) -> list[str]:
+    return [fields] if isinstance(fields, str) else fields
+
+
+def _write(
+    factors: CordaFactors, output: str, reports: list[CordaReport], report_path: str | None
+) -> None:
+    """Both files or none."""
+    if report_path is None:
+        factors.save(output)
+        return
+    contents: Any = reports[0].to_dict()
+    if len(reports) > 1:
+        contents = {own.method: own.to_dict() for own in reports}
+    with replacing(report_path) as temporary:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(contents, file, indent=1)
+        factors.save(output)

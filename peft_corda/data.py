@@ -1,0 +1,217 @@
+"""Calibration batches from files and data sets of text."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+# Endings of local files, and the `datasets` loader and options that read them.
+FILE_LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".txt": ("text", {}),
+    ".md": ("text", {}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".parquet": ("parquet", {}),
+}
+
+Batch = dict[str, Tensor]
+
+
+def load_rows(
+    source: str, *, name: str | None = None, split: str = "train", whole_texts: bool = False
+) -> Dataset:
+    """A local file, or a data set from the hub, as a `datasets.Dataset`.
+
+    Args:
+        source: file that ends in one of `FILE_LOADERS`, folder, or data set id.
+        name: configuration of the data set.
+        split: of the data set; a file has only ``"train"``.
+        whole_texts: read a text file as one row, not as a row for each line.
+
+    Raises:
+        FileNotFoundError: if there is no such file or data set.
+        ValueError: if a local file's kind is unknown, or the data set has no such split.
+    """
+    from datasets import load_dataset
+
+    path = Path(source).expanduser()
+    loader = FILE_LOADERS.get(path.suffix.lower())
+    if loader is not None and not path.is_file():
+        raise FileNotFoundError(
+            f"No data file at {source!r}. Give the path of a {', '.join(FILE_LOADERS)} file, or the id "
+            "of a data set on the Hugging Face hub."
+        )
+    if loader is None:
+        if path.is_file():
+            raise ValueError(
+                f"The data file {source!r} is of an unknown kind. Known are: {', '.join(FILE_LOADERS)}."
+            )
+        return load_dataset(source, name, split=split)
+    kind, options = loader
+    if kind == "text" and whole_texts:
+        options = {"sample_by": "document"}
+    return load_dataset(kind, data_files=str(path), split=split, **options)
+
+
+def read_texts(
+    rows: Dataset, fields: Sequence[Sequence[str]], *, seed: int | None = 0
+) -> Iterator[tuple[str, ...]]:
+    """Texts of a data set, one tuple per row; rows with a blank text are left out.
+
+    Args:
+        rows: from `load_rows`.
+        fields: columns of each text: several are joined by line breaks, as question and answer.
+        seed: of the order of the rows; None for the order that they are in.
+
+    Raises:
+        ValueError: if there is no such column, or it does not hold text.
+    """
+    wanted = list(dict.fromkeys(column for columns in fields for column in columns))
+    unknown = [column for column in wanted if column not in rows.column_names]
+    if unknown:
+        raise ValueError(
+            f"The data has no field {unknown[0]!r}; its fields are {', '.join(rows.column_names)}. "
+            "Name the one with the text as text_field."
+        )
+    rows = rows.select_columns(wanted)
+    if seed is not None:
+        rows = rows.shuffle(seed=seed)
+    for row in rows:
+        for column in wanted:
+            if not isinstance(row[column], str | None):
+                raise ValueError(
+                    f"The field {column!r} holds a {type(row[column]).__name__}, expected text. Name a "
+                    "field of strings as text_field."
+                )
+        texts = tuple("\n".join(row[c] for c in columns if row[c]) for columns in fields)
+        if all(text.strip() for text in texts):
+            yield texts
+
+
+def padded_batches(
+    texts: Iterable[tuple[str, ...]],
+    tokenizer: PreTrainedTokenizerBase,
+    num_samples: int,
+    max_length: int,
+    batch_size: int,
+    decoder_start: int | None = None,
+) -> list[Batch]:
+    """One sequence per row, cut off at `max_length` tokens, padded on the right.
+
+    Args:
+        texts: from `read_texts`, of one text each; of two, the second being the decoder's, if
+            `decoder_start` is given.
+        tokenizer: adds its special tokens.
+        num_samples: sequences.
+        max_length: tokens per sequence at most.
+        batch_size: sequences per batch.
+        decoder_start: token that the decoder's sequences start with, for encoder-decoder models.
+
+    Returns:
+        Batches of `input_ids` and `attention_mask` `(batch, tokens)`, and their `decoder_` versions.
+
+    Raises:
+        ValueError: if there are fewer texts than `num_samples`.
+    """
+    rows: list[tuple[list[int], ...]] = []
+    for row in texts:
+        if len(rows) == num_samples:
+            break
+        encoded = tuple(
+            tokenizer(text, truncation=True, max_length=max_length).input_ids for text in row
+        )
+        if all(encoded):
+            rows.append(encoded)
+    if len(rows) < num_samples:
+        raise ValueError(
+            f"The data has {len(rows)} rows with text, fewer than num_samples={num_samples}. Give more "
+            "data, or lower num_samples."
+        )
+    # The order of sequences does not change a mean: those of like lengths need less padding.
+    rows.sort(key=lambda row: len(row[0]))
+    batches = []
+    for start in range(0, num_samples, batch_size):
+        part = rows[start : start + batch_size]
+        batch = _padded([row[0] for row in part], "", tokenizer)
+        if decoder_start is not None:
+            shifted = [[decoder_start, *row[1]][:max_length] for row in part]
+            batch |= _padded(shifted, "decoder_", tokenizer)
+        batches.append(batch)
+    return batches
+
+
+def packed_batches(
+    texts: Iterable[tuple[str, ...]],
+    tokenizer: PreTrainedTokenizerBase,
+    num_samples: int,
+    max_length: int,
+    batch_size: int,
+    seed: int | None = 0,
+) -> list[Batch]:
+    """Texts one behind the other, cut into windows of exactly `max_length` tokens.
+
+    An end-of-text token stands behind each text, and no special token elsewhere. Texts are read until
+    there are enough windows; of a single long text, windows are chosen at random.
+
+    Args:
+        texts: from `read_texts`, of one text each.
+        tokenizer: whose `eos_token` (or `sep_token`) ends a text.
+        num_samples: windows.
+        max_length: tokens per window.
+        batch_size: windows per batch.
+        seed: of the choice of windows; None for the first ones.
+
+    Returns:
+        Batches of `input_ids` and `attention_mask`, `(batch, max_length)`.
+
+    Raises:
+        ValueError: if the texts are too short for `num_samples` windows.
+    """
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    tokens: list[int] = []
+    for (text,) in texts:
+        # Not verbose: that a text is longer than the model takes is no matter here.
+        tokens += tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        tokens += [] if end is None else [end]
+        if len(tokens) >= num_samples * max_length:
+            break
+    count = len(tokens) // max_length
+    if count < num_samples:
+        raise ValueError(
+            f"The data has {len(tokens):,} tokens, enough for {count} windows of {max_length} tokens "
+            f"and not for num_samples={num_samples}. Give more data, or lower num_samples or max_length."
+        )
+    chosen = list(range(num_samples))
+    if seed is not None:
+        chosen = sorted(random.Random(seed).sample(range(count), num_samples))
+    windows = torch.tensor([tokens[i * max_length : (i + 1) * max_length] for i in chosen])
+    return [
+        {"input_ids": part, "attention_mask": torch.ones_like(part)}
+        for part in windows.split(batch_size)
+    ]
+
+
+def _padded(rows: list[list[int]], prefix: str, tokenizer: PreTrainedTokenizerBase) -> Batch:
+    # Any token will do, as the mask leaves it out.
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    ids = [torch.tensor(row) for row in rows]
+    masks = [torch.ones_like(row) for row in ids]
+
+    def stack(tensors: list[Tensor], value: int) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+
+    return {
+        f"{prefix}input_ids": stack(ids, padding),
+        f"{prefix}attention_mask": stack(masks, 0),
+    }

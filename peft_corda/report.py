@@ -1,0 +1,263 @@
+"""`report`: what a calibration found and where adapters will start, per module, as a table or JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .config import SCALINGS, CordaConfig
+from .decomposition import Directions
+from .factors import CordaFactors
+from .files import replacing
+from .spectra import energy_shares, module_types, pick_method, rank_cost
+from .targets import rank_of
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One module, at the rank of its adapter.
+
+    Attributes:
+        name: of the module.
+        type: what it has in common with modules of other layers: ``q_proj``.
+        shape: `(out, in)` of its weight.
+        rank: of the adapter.
+        parameters: trainable ones, `rank · (out + in)`.
+        energy_share: `Σ S_r² / ‖W F‖²`, between 0 and 1: what part of the layer's response to the
+            calibration data lies in the adapter's directions. For ``ipm`` it is captured, and should
+            be large; for ``kpm`` it is exposed to training (leaks), and should be small.
+        effective_rank: over how many directions the layer's inputs are spread; None where the
+            calibration did not collect what tells it.
+        tokens: calibration tokens that the layer saw.
+        norm_ratio: `‖A‖ / ‖B‖` (Frobenius) of the start: 1 if the scaling is ``"balanced"``.
+    """
+
+    name: str
+    type: str
+    shape: tuple[int, int]
+    rank: int
+    parameters: int
+    energy_share: float
+    effective_rank: float | None
+    tokens: int
+    norm_ratio: float
+
+
+@dataclass(frozen=True)
+class TypeSummary:
+    """Modules of one type. `worst_energy_share` is the smallest for ``ipm``, the largest for ``kpm``."""
+
+    type: str
+    modules: int
+    parameters: int
+    median_energy_share: float
+    worst_energy_share: float
+
+
+@dataclass(frozen=True)
+class CordaReport:
+    """Result of `report`; ``str()`` is a summary, and rich prints it with a table of all modules.
+
+    Attributes:
+        method: ``"kpm"`` or ``"ipm"``.
+        scaling: ``"balanced"`` or ``"paper"``, which `norm_ratio` depends on.
+        weighting, damping: of the calibration.
+        modules: in the order of the factors.
+        spectra: by module name, `S_i² / ‖W F‖²` of all directions that the factors hold, `(rank,)`.
+    """
+
+    method: str
+    scaling: str
+    weighting: str
+    damping: float
+    modules: tuple[ModuleReport, ...]
+    spectra: Mapping[str, Tensor] = field(repr=False, compare=False)
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters of all adapters."""
+        return sum(module.parameters for module in self.modules)
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens: the fewest over the modules."""
+        return min(module.tokens for module in self.modules)
+
+    @property
+    def types(self) -> tuple[TypeSummary, ...]:
+        """Summaries by type of module, in the order in which the types first come."""
+        worst = min if self.method == "ipm" else max
+        found: dict[str, list[ModuleReport]] = {}
+        for module in self.modules:
+            found.setdefault(module.type, []).append(module)
+        return tuple(
+            TypeSummary(
+                type=name,
+                modules=len(members),
+                parameters=sum(member.parameters for member in members),
+                median_energy_share=statistics.median(m.energy_share for m in members),
+                worst_energy_share=worst(m.energy_share for m in members),
+            )
+            for name, members in found.items()
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers, but for the spectra, as JSON-ready values."""
+        return {
+            "method": self.method,
+            "scaling": self.scaling,
+            "weighting": self.weighting,
+            "damping": self.damping,
+            "parameters": self.parameters,
+            "tokens": self.tokens,
+            "types": [dataclasses.asdict(summary) for summary in self.types],
+            "modules": [
+                dataclasses.asdict(module) | {"shape": list(module.shape)}
+                for module in self.modules
+            ],
+        }
+
+    def save_json(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_dict` as JSON; the file appears only when it is complete."""
+        with replacing(path) as temporary:
+            text = json.dumps(self.to_dict(), indent=1) + "\n"
+            Path(temporary).write_text(text, encoding="utf-8")
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Write a picture of the spectra: a panel for each type of module, a line for each layer.
+
+        Args:
+            path: the format follows from its ending, PNG without one.
+
+        Raises:
+            ImportError: if matplotlib is not installed.
+            ValueError: if matplotlib does not know the format.
+        """
+        from .plots import save_spectra
+
+        save_spectra(self, path)
+
+    def table(self) -> Table:
+        """A row per module, for `rich.print`."""
+        from rich.table import Table
+
+        table = Table(title=f"CorDA {self.method}: {_meaning(self.method)}")
+        table.add_column("module")
+        for column in ("out × in", "rank", "energy share", "input rank", "tokens", "‖A‖/‖B‖"):
+            table.add_column(column, justify="right")
+        for module in self.modules:
+            table.add_row(
+                module.name,
+                f"{module.shape[0]} × {module.shape[1]}",
+                str(module.rank),
+                _percent(module.energy_share),
+                "—" if module.effective_rank is None else f"{module.effective_rank:.1f}",
+                f"{module.tokens:,}",
+                f"{module.norm_ratio:.3g}",
+            )
+        return table
+
+    def __str__(self) -> str:
+        worst = "least" if self.method == "ipm" else "most"
+        lines = [
+            f"CorDA {self.method}, {len(self.modules)} modules, {self.parameters:,} trainable "
+            f"parameters, {self.tokens:,} tokens. Energy share: {_meaning(self.method)}."
+        ]
+        for kind in self.types:
+            lines.append(
+                f"  {kind.type}: {kind.modules} modules, {kind.parameters:,} parameters, energy share "
+                f"median {_percent(kind.median_energy_share)}, {worst} "
+                f"{_percent(kind.worst_energy_share)}"
+            )
+        return "\n".join(lines)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
+        yield self.table()
+        yield str(self)
+
+
+def report(
+    factors: CordaFactors,
+    config: CordaConfig | None = None,
+    method: str | None = None,
+    *,
+    scaling: str | None = None,
+) -> CordaReport:
+    """Describe what a calibration found. Needs neither the model nor the data.
+
+    Args:
+        factors: result of `calibrate`, or `CordaFactors.load(path)`.
+        config: its ranks (`r`, `rank_pattern`), method and scaling are used; without one the ranks
+            are all that the factors hold and the scaling is ``"balanced"``.
+        method: ``"kpm"`` or ``"ipm"`` in place of the config's; needed only if there is no config and
+            the factors hold both.
+        scaling: ``"balanced"`` or ``"paper"`` in place of the config's.
+
+    Raises:
+        ValueError: if the factors do not hold the method or weighting, or are of too small a rank.
+    """
+    method = pick_method(factors, method, config)
+    scaling = scaling or (config.corda_scaling if config is not None else SCALINGS[0])
+    if scaling not in SCALINGS:
+        raise ValueError(f"scaling must be one of {SCALINGS}, got {scaling!r}.")
+    ranks = {name: factors.rank(name, method) for name in factors.modules}
+    if config is not None:
+        ranks = {name: rank_of(config, name) for name in factors.modules}
+        factors.check_fits(method, config.corda_weighting, ranks, weights={})
+    types = module_types(factors.modules)
+    spectra = {name: energy_shares(own, method) for name, own in factors.modules.items()}
+    rows = []
+    for name, own in factors.modules.items():
+        rank = ranks[name]
+        rows.append(
+            ModuleReport(
+                name=name,
+                type=types[name],
+                shape=(own.shape[0], own.shape[1]),
+                rank=rank,
+                parameters=rank * rank_cost(own.shape),
+                energy_share=float(spectra[name][:rank].sum()),
+                effective_rank=own.effective_rank,
+                tokens=own.tokens,
+                norm_ratio=norm_ratio(own.directions[method], rank, scaling),
+            )
+        )
+    return CordaReport(method, scaling, factors.weighting, factors.damping, tuple(rows), spectra)
+
+
+def norm_ratio(found: Directions, rank: int, scaling: str) -> float:
+    """`‖A‖ / ‖B‖` of `decomposition.starting_factors`, from the spectrum alone.
+
+    ``"balanced"`` factors have the same singular values. With the paper's `A = S_r^-½ U_rᵀ W` and
+    `B = U_r S_r^½`, `‖A‖² = Σ ‖u_iᵀ W‖² / S_i` and `‖B‖² = Σ S_i`.
+    """
+    if scaling == "balanced":
+        return 1.0
+    values = found.S[:rank].double()
+    # As in `starting_factors`, so that a direction that W does not reach divides nothing by 0.
+    values = values.clamp(min=float(values.max()) * 1e-12 or 1.0)
+    squares = (found.weight_norms[:rank].double().square() / values).sum()
+    return float((squares / values.sum()).sqrt())
+
+
+def _meaning(method: str) -> str:
+    if method == "ipm":
+        return "captured by the adapter, the more the better"
+    return "exposed to training, the less the better"
+
+
+def _percent(share: float) -> str:
+    # Leaked shares are often tiny.
+    return f"{share:.1%}" if share >= 0.001 or share == 0 else f"{100 * share:.1e}%"
