@@ -13,7 +13,7 @@ from .config import CordaConfig
 from .factors import CordaFactors, ModuleFactors
 from .model import CordaModel
 from .registration import register_corda
-from .report import CordaReport, report
+from .reporting import CordaReport, report
 
 __version__ = "0.1.0"
 

@@ -117,6 +117,7 @@ def calibrate(
             covariances = collect_covariances(
                 base, targets, batches, groups, options, plan.carried(number)
             )
+            give_back()
             modules = factorise(groups, covariances, targets, config, chosen, processes, verbose)
             give_back()
             part = CordaFactors(modules, config.corda_damping, config.corda_weighting)

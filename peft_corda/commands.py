@@ -20,7 +20,7 @@ from .data import Batch, load_rows, packed_batches, padded_batches, read_texts
 from .decomposition import METHODS
 from .factors import CordaFactors
 from .files import replacing
-from .report import CordaReport, report
+from .reporting import CordaReport, report
 from .spectra import pick_method
 
 if TYPE_CHECKING:

@@ -47,10 +47,8 @@ def factorise(
     with processes.together():
         bar = tqdm(list(zip(groups, owners, strict=True)), desc="Decomposing", disable=not progress)
         for group, owner in bar:
-            covariance = covariances.pop(group.leader)
-            mine = owner == processes.rank
-            own = _decomposed if mine else _placeholders
-            found.update(own(group, covariance, targets, config, methods))
+            own = _decomposed if owner == processes.rank else _placeholders
+            found.update(own(group, covariances.pop(group.leader), targets, config, methods))
     if processes.count > 1:
         for group, owner in zip(groups, owners, strict=True):
             for name in group.members:
@@ -65,22 +63,23 @@ def _decomposed(
     config: CordaConfig,
     methods: Sequence[str],
 ) -> dict[str, ModuleFactors]:
-    factor, spread = None, None
+    factor, spread, tokens = None, None, covariance.tokens
     if isinstance(covariance, Covariance):
+        spread = effective_rank(covariance.matrix)
         factor = right_factor(
             damped(covariance.matrix, config.corda_damping), config.corda_weighting
         )
-        spread = effective_rank(covariance.matrix)
+        del covariance  # its memory is needed
     found = {}
     for name in group.members:
         weight = dense_weight(name, targets[name])
         rank, directions, energy = rank_of(config, name), {}, 0.0
         for method in methods:
-            if isinstance(covariance, CrossCovariance):
+            if factor is None:
+                assert isinstance(covariance, CrossCovariance)
                 product = damped_cross(covariance, weight, config.corda_damping)
                 own, energy = decompose_product(product, decomposable(weight), rank)
             else:
-                assert factor is not None
                 # Where the weight is, so that everything runs on its device.
                 factor = factor.to(weight.device)
                 own, energy = decompose(decomposable(weight), factor, rank, method)
@@ -91,7 +90,7 @@ def _decomposed(
             weight_sample=sample_of(weight),
             energy=energy,
             effective_rank=spread,
-            tokens=covariance.tokens,
+            tokens=tokens,
         )
     return found
 

@@ -21,7 +21,6 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
     path = os.fspath(path)
     directory = os.path.dirname(os.path.abspath(path))
     os.makedirs(directory, exist_ok=True)
-    # Not made by `tempfile`, whose files nobody else may read.
     temporary = os.path.join(directory, f".{os.path.basename(path)}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
@@ -38,3 +37,11 @@ def atomic_save(
     with replacing(path) as temporary:
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(whole, temporary, metadata=dict(metadata))
+        # safetensors makes files that nobody else may read.
+        os.chmod(temporary, 0o666 & ~_umask())
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

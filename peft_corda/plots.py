@@ -11,7 +11,7 @@ from .files import replacing
 from .spectra import layer_number
 
 if TYPE_CHECKING:
-    from .report import CordaReport
+    from .reporting import CordaReport
 
 _PANEL_INCHES = (3.6, 2.8)
 _MOST_COLUMNS = 4
