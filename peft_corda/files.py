@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping
@@ -34,7 +35,25 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
 def atomic_save(
     tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]
 ) -> None:
-    """Write a safetensors file; it appears only when it is complete."""
+    """Write a safetensors file; it appears only when it is complete.
+
+    Equal contents give equal bytes, and the file may be read by whoever may read new files.
+    """
     with replacing(path) as temporary:
+        with open(temporary, "xb"):
+            mode = os.stat(temporary).st_mode
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(whole, temporary, metadata=dict(metadata))
+        _order_metadata(temporary)
+        os.chmod(temporary, mode)  # safetensors lets only the owner read
+
+
+def _order_metadata(path: str) -> None:
+    """Sort the metadata of a safetensors file in place, which come in an order of chance."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(size))
