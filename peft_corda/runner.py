@@ -5,6 +5,7 @@ This and `blocks.py` are the only files of the calibration that touch a model's 
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -153,8 +154,21 @@ def moves_weights(model: nn.Module) -> bool:
     return any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
-def token_shape(inputs: Mapping[str, Any]) -> tuple[int, int] | None:
+def digest_of(batch: Any) -> str:
+    """What the tensors of a batch are recognised by."""
+    digest = hashlib.sha256()
+    for key in sorted(batch) if isinstance(batch, Mapping) else ():
+        value = batch[key]
+        if isinstance(value, Tensor):
+            flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(f"{key} {tuple(value.shape)}".encode() + flat.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def token_shape(inputs: Any) -> tuple[int, int] | None:
     """`(batch, tokens)` of a batch; None if nothing in it tells."""
+    if not isinstance(inputs, Mapping):
+        return None
     for key in ("input_ids", "inputs_embeds", "attention_mask"):
         value = inputs.get(key)
         if isinstance(value, Tensor) and value.ndim >= 2 and value.ndim < 4:
