@@ -67,22 +67,29 @@ def discover(model: nn.Module, targets: Mapping[str, nn.Module], batch: Batch) -
     Args:
         model, targets: as for `collect.collect_covariances`.
         batch: any batch of the calibration data; all of it is run only if its first example does
-            not reach every target (as with experts that are chosen by token).
+            not reach every target (as with experts that are chosen by token), or if a target is given
+            rows that are not laid out in sequences: how many there are may be chance in one example.
 
     Raises:
         TypeError, ValueError: as `collect.collect_covariances`; also if a target was never called.
     """
     runner = Runner(model, targets)
     parts = runner.parts(batch)
+    if not parts:
+        raise ValueError(
+            "The first calibration batch has no token that counts: attention_mask is 0 everywhere. "
+            "Check the tokenizer's padding and the mask."
+        )
     example = first_example(parts[0])
     calls = _Calls(targets, runner)
     with evaluating(model), visiting(targets, lambda *seen: calls.visit(*seen)):
         if example is not None:
             runner.run(example)
-        if calls.missing():
-            calls = _Calls(targets, runner)
+        if calls.missing() or calls.in_rows:
+            before, calls = calls, _Calls(targets, runner)
             for part in parts:
                 runner.run(part)
+            calls.masked &= before.masked
     missing = calls.missing()
     if missing:
         raise ValueError(
@@ -93,7 +100,12 @@ def discover(model: nn.Module, targets: Mapping[str, nn.Module], batch: Batch) -
 
 
 class _Calls:
-    """Keeps account of which target was called with what."""
+    """Keeps account of which target was called with what.
+
+    Attributes:
+        masked: whether the mask could be laid over every input so far.
+        in_rows: whether an input was of rows, and not of sequences.
+    """
 
     def __init__(self, targets: Mapping[str, nn.Module], runner: Runner) -> None:
         self._counts = dict.fromkeys(targets, 0)
@@ -101,12 +113,14 @@ class _Calls:
         self._features: dict[str, int] = {}
         self._sharing = InputSharing()
         self._runner = runner
-        self._masked = True
+        self.masked = True
+        self.in_rows = False
 
     def visit(self, name: str, inputs: Tensor, _: Tensor | None = None) -> None:
         self._counts[name] += 1
         tokens = self._runner.tokens
-        self._masked &= tokens is None or laid_over(tuple(inputs.shape[:-1]), tokens)
+        self.masked &= tokens is None or laid_over(tuple(inputs.shape[:-1]), tokens)
+        self.in_rows |= tokens is not None and inputs.ndim == 2
         leader = self._sharing.leader_of(name, inputs)
         if self._counts[name] == 1:
             self._members.setdefault(leader, []).append(name)
@@ -124,4 +138,4 @@ class _Calls:
             )
             for leader, names in self._members.items()
         ]
-        return Layout(groups, self._masked)
+        return Layout(groups, self.masked)
