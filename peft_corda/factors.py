@@ -143,9 +143,10 @@ class CordaFactors:
                     name: _read_module(file.get_tensor, name, about)
                     for name, about in json.loads(metadata["modules"]).items()
                 }
+                damping, weighting = float(metadata["damping"]), metadata["weighting"]
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"{path!r} is not a readable factors file: {error}") from error
-        return cls(modules, float(metadata["damping"]), metadata["weighting"])
+        return cls(modules, damping, weighting)
 
     def check_fits(
         self,
