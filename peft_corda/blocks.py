@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .passes import Group
-from .runner import Runner, evaluating, moves_weights
+from .runner import Runner, digest_of, evaluating, moves_weights, token_shape, visiting
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ def find_chain(
 
     Args:
         model, targets: as for `collect.collect_covariances`.
-        example: a small batch. It is run in full and from the middle: the last block's hidden states
-            must be the same to the bit.
+        example: a small batch. It is run in full and from every block that a pass may start at: what
+            the targets from there on are given must be the same to the bit.
     """
     if moves_weights(model):
         return None
@@ -72,23 +73,27 @@ def find_chain(
     if held == 0:
         return None
     runner = Runner(model, targets)
-    seen = _run_and_watch(model, blocks, runner, example)
-    if not _is_chain(seen, len(blocks)):
+    seen = _run_and_watch(model, blocks, targets, runner, example)
+    if not _is_chain(seen.calls, len(blocks)):
         return None
-    hidden = _hidden(seen[0].output)
-    assert hidden is not None  # follows from the check above
+    hidden = seen.states[0]
+    batch, length = token_shape(example) or (1, 1)
     chain = Chain(
         names=tuple(f"{name}.{number}" for number in range(len(blocks))),
         modules=tuple(blocks),
-        in_tuple=isinstance(seen[0].output, tuple),
-        bytes_per_token=hidden.shape[-1] * hidden.element_size(),
+        in_tuple=isinstance(seen.calls[0].output, tuple),
+        bytes_per_token=-(-hidden.numel() * hidden.element_size() // (batch * length)),
     )
-    middle = len(blocks) // 2
-    with _handing_on(chain, middle, lambda: seen[middle].given):
-        again = _run_and_watch(model, blocks, runner, example)
-    first, second = _hidden(seen[-1].output), _hidden(again[-1].output)
-    same = first is not None and second is not None and torch.equal(first, second)
-    return chain if same else None
+    for start, block in enumerate(chain.names):
+        if start > 0 and any(target.startswith(block + ".") for target in targets):
+            try:
+                with _handing_on(chain, start, partial(seen.states.__getitem__, start)):
+                    again = _run_and_watch(model, blocks, targets, runner, example)
+            except Exception:  # whatever a block misses that an earlier one leaves behind for it
+                return None
+            if not _same_from(start, seen, again):
+                return None
+    return chain
 
 
 class Relay:
@@ -105,6 +110,7 @@ class Relay:
         self._limit = limit
         self._start = 0
         self._states: list[Tensor] = []
+        self._digests: list[str] = []
         self._part = -1
         self._size = 0
         self._keeps = False
@@ -119,17 +125,24 @@ class Relay:
             first, last: blocks of the first and the last group of the pass.
             following: block of the first group of the next pass; None in the last pass.
             runner: what the pass is run with.
+
+        Raises:
+            ValueError: if the data is not that of the pass before.
         """
         if self._start > first:
             self._forget()
+        if self._start == 0:
+            self._digests = []
         self._part = -1
         self._size = 0
         kept: list[Tensor] = []
         self._keeps = following is not None and following > self._start
+        # Where it is not certain that the groups are done with, the model runs to its end.
+        stops = following is not None and last < following and runner.stop_after is not None
 
         def keep(_: nn.Module, args: Any, kwargs: Any) -> None:
             self._keep(kept, _given(args, kwargs))
-            if following is not None and last < following:
+            if stops:
                 runner.finish()
 
         with ExitStack() as stack:
@@ -138,9 +151,11 @@ class Relay:
             if self._keeps and following is not None:
                 block = self._chain.modules[following]
                 stack.callback(block.register_forward_pre_hook(keep, with_kwargs=True).remove)
-                if last < following:
+                if stops:
                     runner.stop_after = None
             yield
+            if self._start > 0 and self._part + 1 < len(self._digests):
+                self._refuse()
         if self._keeps and following is not None:
             self._start, self._states = following, kept
         elif following != self._start:
@@ -165,9 +180,25 @@ class Relay:
             self._states[self._part] = torch.empty(0)
         return state
 
-    def next_part(self) -> None:
-        """To be called before each part of a batch is run."""
+    def next_part(self, part: Mapping[str, Any]) -> None:
+        """To be called before each part of a batch is run.
+
+        Raises:
+            ValueError: if its hidden states are those of other data.
+        """
         self._part += 1
+        digest = digest_of(part)
+        if self._start == 0:
+            self._digests.append(digest)
+        elif digest not in self._digests[self._part : self._part + 1]:
+            self._refuse()
+
+    def _refuse(self) -> None:
+        raise ValueError(
+            "The calibration data came in another order, or otherwise, than in the pass before. Give "
+            "the same batches every time (no shuffling), or a list of them, or a max_memory that is "
+            "enough for one pass."
+        )
 
     def _forget(self) -> None:
         self._start, self._states = 0, []
@@ -180,21 +211,62 @@ class _Call:
     output: Any
 
 
+@dataclass
+class _Run:
+    """What is seen of one run.
+
+    Attributes:
+        calls: of the blocks.
+        states: copies of what each block was given.
+        inputs: names and inputs of the targets that were called from each block on, until the next.
+    """
+
+    calls: list[_Call]
+    states: list[Tensor]
+    inputs: list[list[tuple[str, Tensor]]]
+
+
 def _run_and_watch(
-    model: nn.Module, blocks: nn.ModuleList, runner: Runner, example: dict[str, Any]
-) -> list[_Call]:
-    calls: list[_Call] = []
-    with evaluating(model), ExitStack() as stack:
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    targets: Mapping[str, nn.Module],
+    runner: Runner,
+    example: dict[str, Any],
+) -> _Run:
+    run = _Run([], [], [[]])
+
+    def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+        run.states.append(_given(args, kwargs).clone())
+        run.inputs.append([])
+
+    def see(name: str, inputs: Tensor, *_: Any) -> None:
+        run.inputs[-1].append((name, inputs.clone()))
+
+    with evaluating(model), visiting(targets, see), ExitStack() as stack:
         for number, block in enumerate(blocks):
 
-            def watch(
+            def leave(
                 _: nn.Module, args: Any, kwargs: Any, output: Any, number: int = number
             ) -> None:
-                calls.append(_Call(number, _given(args, kwargs), output))
+                run.calls.append(_Call(number, _given(args, kwargs), output))
 
-            stack.callback(block.register_forward_hook(watch, with_kwargs=True).remove)
+            stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            stack.callback(block.register_forward_hook(leave, with_kwargs=True).remove)
         runner.run(example)
-    return calls
+    return run
+
+
+def _same_from(start: int, full: _Run, part: _Run) -> bool:
+    """Whether the targets that are reached from this block on are given the same in both runs."""
+    # Called before it as well, they belong to a pass that starts further in front.
+    earlier = {name for inputs in full.inputs[: start + 1] for name, _ in inputs}
+    expected, found = (
+        [(name, given) for inputs in run.inputs for name, given in inputs if name not in earlier]
+        for run in (full, part)
+    )
+    return [name for name, _ in expected] == [name for name, _ in found] and all(
+        torch.equal(ours, theirs) for (_, ours), (_, theirs) in zip(expected, found, strict=True)
+    )
 
 
 def _is_chain(calls: Sequence[_Call], length: int) -> bool:

@@ -21,8 +21,9 @@ from .factors import CordaFactors, ModuleFactors
 from .groups import discover, with_cross
 from .memory import give_back
 from .model import CordaModel
-from .plan import default_memory, make_plan
+from .plan import count_of, default_memory, make_plan
 from .processes import Processes
+from .runner import digest_of
 from .targets import find_targets
 
 
@@ -96,7 +97,11 @@ def calibrate(
     plan = make_plan(base, targets, batches, first, groups, limit, dtype.itemsize, processes)
     checkpoint = None
     if checkpoint_dir is not None:
-        about = identity(config, chosen, targets, plan.passes, dtype, processes)
+        data = {
+            "first batch of the data": digest_of(first),
+            "number of batches": int(processes.add(torch.tensor(count_of(batches) or 0))),
+        }
+        about = identity(config, chosen, base, targets, plan.passes, dtype, data, processes)
         checkpoint = Checkpoint(checkpoint_dir, about, checkpoint_seconds, processes)
     verbose = verbose and processes.is_main
     if verbose:

@@ -106,7 +106,7 @@ def collect_covariances(
                     continue
                 for part in runner.parts(batch, number):
                     if relay is not None:
-                        relay[0].next_part()
+                        relay[0].next_part(part)
                     sums.forget_input()
                     runner.run(part)
                 sums.check_finite()
