@@ -21,9 +21,9 @@ from .factors import CordaFactors, ModuleFactors
 from .groups import discover, with_cross
 from .memory import give_back
 from .model import CordaModel
-from .plan import count_of, default_memory, make_plan
+from .plan import default_memory, make_plan
 from .processes import Processes
-from .runner import digest_of
+from .runner import count_of, digest_of
 from .targets import find_targets
 
 

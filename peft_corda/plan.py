@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from .blocks import Chain, Relay, find_chain
+from .blocks import Relay
+from .chain import Chain, find_chain
 from .collect import Span
 from .passes import Group, plan_passes
 from .processes import Processes
-from .runner import Batch, Runner, digest_of, first_example, token_shape
+from .runner import Batch, Runner, count_of, digest_of, first_example, token_shape
 
 # A model of which a quarter is less than this is small enough not to save.
 _LEAST_DEFAULT = 64 * 2**20
@@ -129,14 +130,6 @@ def _hidden_bytes(chain: Chain, batches: Iterable[Batch], first: Batch) -> int |
     if shape is None or count is None or not _comes_again(batches):
         return None
     return int(_MARGIN * chain.bytes_per_token * shape[0] * shape[1] * count)
-
-
-def count_of(batches: Iterable[Batch]) -> int | None:
-    """The number of batches, where it is known."""
-    try:
-        return len(batches) if isinstance(batches, Sized) else None
-    except TypeError:  # a DataLoader of an IterableDataset
-        return None
 
 
 def _comes_again(batches: Iterable[Batch]) -> bool:

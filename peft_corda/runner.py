@@ -1,13 +1,14 @@
 """Runs calibration batches through a model and shows what its modules are given.
 
-This and `blocks.py` are the only files of the calibration that touch a model's hooks and forwards.
+This, `chain.py` and `blocks.py` are the only files of the calibration that touch a model's hooks and
+forwards.
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sized
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -147,6 +148,14 @@ def first_example(batch: Batch) -> dict[str, Any] | None:
     mask = tensors.get("attention_mask", tensors["input_ids"].new_ones(tensors["input_ids"].shape))
     kept = mask[0].nonzero().flatten()[:_FEW_TOKENS]
     return {key: value[:1, kept] for key, value in tensors.items()} if len(kept) else None
+
+
+def count_of(batches: Iterable[Batch]) -> int | None:
+    """The number of batches, where it is known."""
+    try:
+        return len(batches) if isinstance(batches, Sized) else None
+    except TypeError:  # a DataLoader of an IterableDataset
+        return None
 
 
 def moves_weights(model: nn.Module) -> bool:
