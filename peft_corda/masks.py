@@ -100,7 +100,11 @@ def unpadded(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
     }
     if all(mask is None for mask in sides.values()):
         return [dict(batch)]
-    if any(mask is not None and mask.ndim != 2 for mask in sides.values()):
+    # Without a packed mask, sequences would look at each other.
+    if any(
+        mask is not None and batch[prefix + "attention_mask"].ndim != 2
+        for prefix, mask in sides.items()
+    ):
         raise ValueError(
             "A packed attention_mask of shape (batch, 1, tokens, tokens) leaves out tokens. For this "
             "model padding is cut off, which takes a mask of shape (batch, tokens). Give sequences "
