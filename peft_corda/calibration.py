@@ -200,8 +200,8 @@ def _bytes(max_memory: int | str | None) -> int | None:
     if max_memory is None:
         return None
     try:
-        return convert_file_size_to_int(max_memory)
-    except (ValueError, AttributeError):
+        return convert_file_size_to_int("" if isinstance(max_memory, bool) else max_memory)
+    except (ValueError, OverflowError, AttributeError):
         raise ValueError(
             "max_memory must be a whole number of bytes or a text such as '500MB' or '4GiB', got "
             f"{max_memory!r}."

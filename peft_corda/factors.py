@@ -144,7 +144,13 @@ class CordaFactors:
                     for name, about in json.loads(metadata["modules"]).items()
                 }
                 damping, weighting = float(metadata["damping"]), metadata["weighting"]
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        except (
+            SafetensorError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            json.JSONDecodeError,
+        ) as error:
             raise ValueError(f"{path!r} is not a readable factors file: {error}") from error
         return cls(modules, damping, weighting)
 
