@@ -93,23 +93,31 @@ def test_blocks_that_are_done_with_are_not_run():
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.inner = nn.Linear(8, 8)
+        self.inner, self.outer = nn.Linear(8, 8), nn.Linear(8, 8)
 
     def forward(self, hidden, other=None):
         if isinstance(hidden, tuple):
             hidden = hidden[0]
-        return hidden + self.inner(hidden).tanh() + (0 if other is None else 2 * other)
+        return hidden + self.change(hidden) + (0 if other is None else 2 * other)
+
+    def change(self, hidden):
+        return self.outer(self.inner(hidden).tanh())
+
+
+class InPlace(Block):
+    def forward(self, hidden):
+        return hidden.add_(self.change(hidden))
 
 
 class Net(nn.Module):
     """Six blocks between two linear layers, and how they are put together."""
 
-    def __init__(self, run):
+    def __init__(self, run, block):
         super().__init__()
         torch.manual_seed(0)
         self.front, self.head = nn.Linear(8, 8), nn.Linear(8, 8)
         self.shared = nn.Linear(8, 8)
-        self.blocks = nn.ModuleList(Block() for _ in range(6))
+        self.blocks = nn.ModuleList(block() for _ in range(6))
         self.run = run
 
     def forward(self, inputs_embeds):
@@ -186,11 +194,11 @@ NOT_CHAINS = {
     "changed between blocks": changed_between,
     "blocks run twice": twice_around,
 }
-CONFIG = {"target_modules": "front|head|shared|blocks.*inner", "r": 2}
+CONFIG = {"target_modules": "front|head|shared|blocks.*(inner|outer)", "r": 2}
 
 
-def net_and_batches(run):
-    net = Net(run)
+def net_and_batches(run, block=Block):
+    net = Net(run, block)
     if run is not through_shared:
         del net.shared
     generator = torch.Generator().manual_seed(0)
@@ -208,10 +216,11 @@ def test_blocks_that_form_no_chain_are_run_from_the_start(name, capsys):
     assert_untouched(net)
 
 
+@pytest.mark.parametrize("block", [Block, InPlace])
 @pytest.mark.parametrize("run", [plain, through_shared])
-def test_targets_in_front_of_between_and_behind_the_blocks(run, capsys):
+def test_targets_in_front_of_between_and_behind_the_blocks(run, block, capsys):
     """The shared layer is called again by blocks of later passes, and counted there too."""
-    net, batches = net_and_batches(run)
+    net, batches = net_and_batches(run, block)
     whole = bytes_of(calibrate(net, CordaConfig(**CONFIG), batches))
     capsys.readouterr()
     parts = calibrate(net, CordaConfig(**CONFIG), batches, max_memory="2KB")
