@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import convert_file_size_to_int
+from accelerate.utils import convert_file_size_to_int, send_to_device
 from peft import PeftModel
 from torch import nn
 
@@ -23,6 +23,7 @@ from .memory import give_back
 from .model import CordaModel
 from .plan import default_memory, make_plan
 from .processes import Processes
+from .runner import count_of, digest_of
 from .targets import find_targets
 
 
@@ -78,26 +79,29 @@ def calibrate(
         RuntimeError: if another process failed.
     """
     chosen = _check_arguments(config, methods, dtype)
+    given = _bytes(max_memory)
     processes = Processes()
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     targets = find_targets(base, config)
-    # An iterator can be run through once, passes may need more.
-    batches = list(dataloader) if isinstance(dataloader, Iterator) else dataloader
     with processes.together():
-        first = _first(batches)
+        # An iterator can be run through once, passes may need more.
+        batches = list(dataloader) if isinstance(dataloader, Iterator) else dataloader
+        own = next(iter(batches), None)
+    first = _first(own, processes)
+    with processes.together():
         layout = discover(base, targets, first)
     groups = layout.groups
     if chosen == ("ipm",) and config.corda_weighting == "covariance":
         groups = with_cross(groups, targets)
-    limit = (
-        default_memory(base, groups, dtype.itemsize)
-        if max_memory is None
-        else convert_file_size_to_int(max_memory)
-    )
+    limit = default_memory(base, groups, dtype.itemsize) if given is None else given
     plan = make_plan(base, targets, batches, first, groups, limit, dtype.itemsize, processes)
     checkpoint = None
     if checkpoint_dir is not None:
-        about = identity(config, chosen, targets, plan.passes, dtype, processes)
+        data = {
+            "first batch of the data": digest_of(first),
+            "number of batches": int(processes.add(torch.tensor(count_of(batches) or 0))),
+        }
+        about = identity(config, chosen, base, targets, plan.passes, dtype, data, processes)
         checkpoint = Checkpoint(checkpoint_dir, about, checkpoint_seconds, processes)
     verbose = verbose and processes.is_main
     if verbose:
@@ -193,10 +197,24 @@ def _check_arguments(
     return tuple(method for method in METHODS if method in chosen)
 
 
-def _first(batches: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
-    for batch in batches:
-        return batch
-    raise ValueError(
-        "The calibration data is empty: the dataloader yielded no batch. Pass an iterable of "
-        "batches; an iterator or generator can be used only once."
-    )
+def _bytes(max_memory: int | str | None) -> int | None:
+    if max_memory is None:
+        return None
+    try:
+        return convert_file_size_to_int("" if isinstance(max_memory, bool) else max_memory)
+    except (ValueError, OverflowError, AttributeError):
+        raise ValueError(
+            "max_memory must be a whole number of bytes or a text such as '500MB' or '4GiB', got "
+            f"{max_memory!r}."
+        ) from None
+
+
+def _first(batch: Mapping[str, Any] | None, processes: Processes) -> Mapping[str, Any]:
+    """A batch that is the same on all processes, also on those that have no data themselves."""
+    found = processes.first(None if batch is None else send_to_device(batch, "cpu"))
+    if found is None:
+        raise ValueError(
+            "The calibration data is empty: the dataloader yielded no batch. Pass an iterable of "
+            "batches; an iterator or generator can be used only once."
+        )
+    return found

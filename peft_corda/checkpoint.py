@@ -24,9 +24,9 @@ from .factors import CordaFactors, sample_of
 from .files import atomic_save, replacing
 from .passes import Group
 from .processes import Processes
+from .runner import digest_of
 from .statistics import CovarianceAccumulator
 from .targets import rank_of
-from .weights import dense_weight
 
 # A snapshot is put off until it has taken no more than this share of the time.
 _SHARE = 0.1
@@ -37,7 +37,7 @@ class Checkpoint:
 
     Args:
         directory: made if it is not there.
-        plan: all that the result depends on, but the data; JSON-ready.
+        plan: all that the result depends on, from `identity`; JSON-ready.
         seconds: least time between two snapshots of a running pass.
         processes: taking part; the main process writes what they share.
 
@@ -64,6 +64,8 @@ class Checkpoint:
                 with replacing(path) as temporary:
                     Path(temporary).write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
 
+        self._remove_unfinished()
+
     def finished(self, number: int) -> CordaFactors | None:
         """The factors of a finished pass; None if it is still to be done."""
         path = self._pass_file(number)
@@ -86,10 +88,17 @@ class Checkpoint:
     def _sums_file(self) -> Path:
         return self._directory / f"sums-{self._processes.rank}.safetensors"
 
+    def _remove_unfinished(self) -> None:
+        """Files that an end in the middle of writing left behind."""
+        shared = ["plan.json", "pass-*"] if self._processes.is_main else []
+        for name in (self._sums_file().name, *shared):
+            for path in self._directory.glob(f".{name}.*.tmp"):
+                path.unlink(missing_ok=True)
+
     def _compare(self, path: Path, plan: Mapping[str, Any]) -> None:
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+            found = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is not a calibration plan: {error}") from error
         differing = sorted(k for k in {*plan, *found} if plan.get(k) != found.get(k))
         if differing:
@@ -103,15 +112,22 @@ class Checkpoint:
 def identity(
     config: CordaConfig,
     methods: Sequence[str],
+    model: nn.Module,
     targets: Mapping[str, nn.Module],
     passes: Sequence[Sequence[Group]],
     dtype: torch.dtype,
+    data: Mapping[str, Any],
     processes: Processes,
 ) -> dict[str, Any]:
-    """All that the factors depend on, but the data: what a checkpoint is recognised by."""
+    """What a checkpoint is recognised by: all that the factors depend on, in samples.
+
+    Args:
+        data: what the calibration data is recognised by.
+    """
     weights = hashlib.sha256()
-    for name, module in targets.items():
-        weights.update(sample_of(dense_weight(name, module)).numpy().tobytes())
+    for _, parameter in model.named_parameters():
+        if parameter.device.type != "meta":
+            weights.update(sample_of(parameter.detach()).numpy().tobytes())
     return {
         "methods": list(methods),
         "corda_weighting": config.corda_weighting,
@@ -121,6 +137,7 @@ def identity(
         "dtype": str(dtype),
         "max_memory (passes)": [[group.leader for group in groups] for groups in passes],
         "number of processes": processes.count,
+        **data,
     }
 
 
@@ -165,14 +182,7 @@ class Snapshots:
         Raises:
             ValueError: if the batches passed over are not those that the sums are of.
         """
-        digest = hashlib.sha256(self._digest.encode())
-        if isinstance(batch, Mapping):
-            for key in sorted(batch):
-                value = batch[key]
-                if isinstance(value, Tensor):
-                    flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-                    digest.update(f"{key} {tuple(value.shape)}".encode() + flat.numpy().tobytes())
-        self._digest = digest.hexdigest()
+        self._digest = hashlib.sha256((self._digest + digest_of(batch)).encode()).hexdigest()
         self._seen += 1
         if self._seen == self._expected[0] and self._digest != self._expected[1]:
             self._refuse()

@@ -16,7 +16,7 @@ from .groups import InputSharing
 from .masks import kept_rows
 from .passes import Group
 from .processes import Processes
-from .runner import Batch, Runner, evaluating, moves_weights, visiting
+from .runner import Batch, Runner, count_of, evaluating, moves_weights, visiting
 from .statistics import Covariance, CovarianceAccumulator, CrossAccumulator, CrossCovariance
 
 
@@ -98,7 +98,13 @@ def collect_covariances(
             if done and relay is not None:
                 # Batches passed over leave no hidden states behind.
                 relay[0].give_up()
-            bar = tqdm(batches, desc=options.description, disable=not options.progress)
+            # An iterator, as tqdm would make two, each with the workers of a DataLoader.
+            bar = tqdm(
+                iter(batches),
+                total=count_of(batches),
+                desc=options.description,
+                disable=not options.progress,
+            )
             for number, batch in enumerate(bar):
                 if options.snapshots is not None:
                     options.snapshots.saw(batch)
@@ -106,7 +112,7 @@ def collect_covariances(
                     continue
                 for part in runner.parts(batch, number):
                     if relay is not None:
-                        relay[0].next_part()
+                        relay[0].next_part(part)
                     sums.forget_input()
                     runner.run(part)
                 sums.check_finite()
@@ -135,10 +141,13 @@ class _Sums:
         self._runner = runner
         self._options = options
         self._sharing = InputSharing()
+        self._seen: dict[str, int] = {}
 
     def visit(self, name: str, inputs: Tensor, output: Tensor | None = None) -> None:
-        found, leader = self._sharing.leader_of(name, inputs), self._leader_of[name]
-        if name != leader and found != leader:
+        number, leader = self._sharing.number_of(inputs), self._leader_of[name]
+        if name == leader:
+            self._seen[name] = number
+        elif self._seen.get(leader) != number:
             raise ValueError(
                 f"{name} had the same input as {leader} in one batch but not in another, so their "
                 "statistics cannot be shared. Calibrate them separately: one calibrate() call with "

@@ -143,9 +143,16 @@ class CordaFactors:
                     name: _read_module(file.get_tensor, name, about)
                     for name, about in json.loads(metadata["modules"]).items()
                 }
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+                damping, weighting = float(metadata["damping"]), metadata["weighting"]
+        except (
+            SafetensorError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            json.JSONDecodeError,
+        ) as error:
             raise ValueError(f"{path!r} is not a readable factors file: {error}") from error
-        return cls(modules, float(metadata["damping"]), metadata["weighting"])
+        return cls(modules, damping, weighting)
 
     def check_fits(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
     path = os.fspath(path)
     directory = os.path.dirname(os.path.abspath(path))
     os.makedirs(directory, exist_ok=True)
+    # Not made by `tempfile`, whose files nobody else may read.
     temporary = os.path.join(directory, f".{os.path.basename(path)}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
@@ -33,15 +35,25 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
 def atomic_save(
     tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]
 ) -> None:
-    """Write a safetensors file; it appears only when it is complete."""
+    """Write a safetensors file; it appears only when it is complete.
+
+    Equal contents give equal bytes, and the file may be read by whoever may read new files.
+    """
     with replacing(path) as temporary:
+        with open(temporary, "xb"):
+            mode = os.stat(temporary).st_mode
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(whole, temporary, metadata=dict(metadata))
-        # safetensors makes files that nobody else may read.
-        os.chmod(temporary, 0o666 & ~_umask())
+        _order_metadata(temporary)
+        os.chmod(temporary, mode)  # safetensors lets only the owner read
 
 
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+def _order_metadata(path: str) -> None:
+    """Sort the metadata of a safetensors file in place, which come in an order of chance."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(size))

@@ -46,15 +46,16 @@ class InputSharing:
     """Tells modules that are called one after the other with the very same tensor."""
 
     def __init__(self) -> None:
-        self._last: tuple[str, Tensor, int] | None = None
+        self._last: tuple[Tensor, int] | None = None
+        self._number = 0
 
-    def leader_of(self, name: str, inputs: Tensor) -> str:
-        """The first module of the run of calls with this tensor, unchanged, that `name` is in."""
+    def number_of(self, inputs: Tensor) -> int:
+        """Counts the inputs: the same number again for the last tensor, unchanged."""
         last = self._last
-        if last is not None and last[1] is inputs and last[2] == inputs._version:
-            return last[0]
-        self._last = (name, inputs, inputs._version)
-        return name
+        if last is None or last[0] is not inputs or last[1] != inputs._version:
+            self._last = (inputs, inputs._version)
+            self._number += 1
+        return self._number
 
     def forget(self) -> None:
         """Let go of the last tensor."""
@@ -67,22 +68,29 @@ def discover(model: nn.Module, targets: Mapping[str, nn.Module], batch: Batch) -
     Args:
         model, targets: as for `collect.collect_covariances`.
         batch: any batch of the calibration data; all of it is run only if its first example does
-            not reach every target (as with experts that are chosen by token).
+            not reach every target (as with experts that are chosen by token), or if a target is given
+            rows that are not laid out in sequences: how many there are may be chance in one example.
 
     Raises:
         TypeError, ValueError: as `collect.collect_covariances`; also if a target was never called.
     """
     runner = Runner(model, targets)
     parts = runner.parts(batch)
+    if not parts:
+        raise ValueError(
+            "The first calibration batch has no token that counts: attention_mask is 0 everywhere. "
+            "Check the tokenizer's padding and the mask."
+        )
     example = first_example(parts[0])
     calls = _Calls(targets, runner)
     with evaluating(model), visiting(targets, lambda *seen: calls.visit(*seen)):
         if example is not None:
             runner.run(example)
-        if calls.missing():
-            calls = _Calls(targets, runner)
+        if calls.missing() or calls.in_rows:
+            before, calls = calls, _Calls(targets, runner)
             for part in parts:
                 runner.run(part)
+            calls.masked &= before.masked
     missing = calls.missing()
     if missing:
         raise ValueError(
@@ -93,35 +101,39 @@ def discover(model: nn.Module, targets: Mapping[str, nn.Module], batch: Batch) -
 
 
 class _Calls:
-    """Keeps account of which target was called with what."""
+    """Keeps account of which target was called with what.
+
+    Attributes:
+        masked: whether the mask could be laid over every input so far.
+        in_rows: whether an input was of rows, and not of sequences.
+    """
 
     def __init__(self, targets: Mapping[str, nn.Module], runner: Runner) -> None:
-        self._counts = dict.fromkeys(targets, 0)
-        self._members: dict[str, list[str]] = {}
+        self._targets = targets
+        self._inputs: dict[str, list[int]] = {}
         self._features: dict[str, int] = {}
         self._sharing = InputSharing()
         self._runner = runner
-        self._masked = True
+        self.masked = True
+        self.in_rows = False
 
     def visit(self, name: str, inputs: Tensor, _: Tensor | None = None) -> None:
-        self._counts[name] += 1
         tokens = self._runner.tokens
-        self._masked &= tokens is None or laid_over(tuple(inputs.shape[:-1]), tokens)
-        leader = self._sharing.leader_of(name, inputs)
-        if self._counts[name] == 1:
-            self._members.setdefault(leader, []).append(name)
-            self._features[leader] = inputs.shape[-1]
+        self.masked &= tokens is None or laid_over(tuple(inputs.shape[:-1]), tokens)
+        self.in_rows |= tokens is not None and inputs.ndim == 2
+        self._inputs.setdefault(name, []).append(self._sharing.number_of(inputs))
+        self._features[name] = inputs.shape[-1]
 
     def missing(self) -> list[str]:
-        return [name for name, count in self._counts.items() if count == 0]
+        return [name for name in self._targets if name not in self._inputs]
 
     def layout(self) -> Layout:
+        # Modules that are called several times share a covariance if they share every input.
+        members: dict[tuple[int, ...], list[str]] = {}
+        for name, inputs in self._inputs.items():
+            members.setdefault(tuple(inputs), []).append(name)
         groups = [
-            Group(
-                tuple(names),
-                self._features[leader],
-                all(self._counts[name] == 1 for name in names),
-            )
-            for leader, names in self._members.items()
+            Group(tuple(names), self._features[names[0]], len(inputs) == 1)
+            for inputs, names in members.items()
         ]
-        return Layout(groups, self._masked)
+        return Layout(groups, self.masked)

@@ -48,13 +48,16 @@ def largest_left(weight: Tensor, factor: Tensor | None, rank: int) -> tuple[Tens
     width = min(*weight.shape, rank + max(16, rank // 4))
     forward, backward = _products(weight, factor, width)
     block = orthonormal(_random(weight.shape[1], width, weight))
-    captured = 0.0
+    captured = gain = 0.0
     for _ in range(_MOST_ROUNDS):
         left = orthonormal(forward(block))
         right = backward(left)
         energies = torch.linalg.eigvalsh(gram(right.double())).flip(0)
         before, captured = captured, float(energies[:rank].sum())
-        if captured - before <= IPM_TOLERANCE * captured:
+        last, gain = gain, captured - before
+        # Gains fall by a constant factor in the end: what is still to come, their geometric series.
+        rest = gain**2 / (last - gain) if gain < last else gain
+        if max(gain, rest) <= IPM_TOLERANCE * captured:
             break
         block = orthonormal(right)
     rotation = largest_eigenvectors(gram(right.double()), rank)

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# What is added to the score of a token that is not to be looked at is far below this.
+_HIDDEN = -1e3
+
 
 def token_mask(attention_mask: Any) -> Tensor | None:
     """Which tokens count, bool `(batch, tokens)`; None if all do.
@@ -19,14 +22,20 @@ def token_mask(attention_mask: Any) -> Tensor | None:
             False or very negative elsewhere: tokens that look at themselves count.
 
     Raises:
-        ValueError: if the mask is of another shape.
+        ValueError: if the mask is of another shape, or a packed one of whole numbers.
     """
     if attention_mask is None:
         return None
     shape = tuple(getattr(attention_mask, "shape", ()))
     if len(shape) == 4 and shape[2] == shape[3]:
         itself = attention_mask[:, 0].diagonal(dim1=1, dim2=2)
-        mask = itself if itself.dtype == torch.bool else itself > torch.finfo(itself.dtype).min / 2
+        if itself.dtype != torch.bool and not itself.is_floating_point():
+            raise ValueError(
+                f"attention_mask of shape {shape} has dtype {itself.dtype}. Packed sequences take a "
+                "mask of bool, True where a token looks at another, or of numbers to be added to the "
+                "scores, 0 where it does."
+            )
+        mask = itself if itself.dtype == torch.bool else itself > _HIDDEN
     elif len(shape) == 2:
         mask = attention_mask.bool()
     else:
@@ -91,8 +100,16 @@ def unpadded(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
     }
     if all(mask is None for mask in sides.values()):
         return [dict(batch)]
-    if any(mask is not None and mask.ndim != 2 for mask in sides.values()):
-        raise ValueError("expected masks of shape (batch, tokens)")
+    # Without a packed mask, sequences would look at each other.
+    if any(
+        mask is not None and batch[prefix + "attention_mask"].ndim != 2
+        for prefix, mask in sides.items()
+    ):
+        raise ValueError(
+            "A packed attention_mask of shape (batch, 1, tokens, tokens) leaves out tokens. For this "
+            "model padding is cut off, which takes a mask of shape (batch, tokens). Give sequences "
+            "padded on one side with such a mask, or packed without padding."
+        )
     count = next(len(mask) for mask in sides.values() if mask is not None)
     together: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for row in range(count):
@@ -104,7 +121,7 @@ def unpadded(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
         {
             key: _cut(key, value, rows, dict(zip(sides, spans, strict=True)), lengths, count)
             for key, value in batch.items()
-            if not key.endswith("attention_mask")
+            if key not in ("attention_mask", "decoder_attention_mask")
         }
         for spans, rows in together.items()
     ]

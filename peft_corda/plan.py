@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from .blocks import Chain, Relay, find_chain
+from .blocks import Relay
+from .chain import Chain, find_chain
 from .collect import Span
 from .passes import Group, plan_passes
 from .processes import Processes
-from .runner import Batch, Runner, first_example, token_shape
+from .runner import Batch, Runner, count_of, digest_of, first_example, token_shape
 
 # A model of which a quarter is less than this is small enough not to save.
 _LEAST_DEFAULT = 64 * 2**20
@@ -124,10 +125,15 @@ def _hidden_bytes(chain: Chain, batches: Iterable[Batch], first: Batch) -> int |
         if any(shape is None for shape in shapes):
             return None
         return chain.bytes_per_token * sum(shape[0] * shape[1] for shape in shapes if shape)
-    shape = token_shape(first)
-    if shape is None or not isinstance(batches, Sized):
+    shape, count = token_shape(first), count_of(batches)
+    # A loader that shuffles gives other batches in every pass.
+    if shape is None or count is None or not _comes_again(batches):
         return None
-    return int(_MARGIN * chain.bytes_per_token * shape[0] * shape[1] * len(batches))
+    return int(_MARGIN * chain.bytes_per_token * shape[0] * shape[1] * count)
+
+
+def _comes_again(batches: Iterable[Batch]) -> bool:
+    return len({digest_of(next(iter(batches), None)) for _ in range(2)}) == 1
 
 
 def _megabytes(size: int) -> str:

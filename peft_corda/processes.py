@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed
+
+T = TypeVar("T")
 
 
 class Processes:
@@ -49,6 +52,17 @@ class Processes:
         moved = tensor.to(self._device or "cpu").contiguous()
         distributed.broadcast(moved, owner)
         return moved.to(tensor.device)
+
+    def first(self, value: T | None) -> T | None:
+        """What the first process has that has anything; it must be on the CPU."""
+        if self.count == 1:
+            return value
+        owner = self.count - self.largest(0 if value is None else self.count - self.rank)
+        if owner == self.count:
+            return None
+        box = [value]
+        distributed.broadcast_object_list(box, owner, device=self._device)
+        return box[0]
 
     def owners(self, costs: Sequence[float]) -> list[int]:
         """Which process does each piece of work: the dearest first, to whoever has least to do."""

@@ -11,7 +11,7 @@ from .eigen import gram, spread
 
 # Beyond these spreads of a triangle the cheaper way to it blurs the smallest singular values: the
 # Gram matrix of a weight in float64, and products in float32.
-_GRAM_SPREAD = 1e6
+_GRAM_SPREAD = 1e4
 _FLOAT32_SPREAD = 1e5
 # Smaller products cost next to nothing.
 _LEAST_ROWS = 384

@@ -1,12 +1,14 @@
 """Runs calibration batches through a model and shows what its modules are given.
 
-This and `blocks.py` are the only files of the calibration that touch a model's hooks and forwards.
+This, `chain.py` and `blocks.py` are the only files of the calibration that touch a model's hooks and
+forwards.
 """
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sized
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -148,13 +150,34 @@ def first_example(batch: Batch) -> dict[str, Any] | None:
     return {key: value[:1, kept] for key, value in tensors.items()} if len(kept) else None
 
 
+def count_of(batches: Iterable[Batch]) -> int | None:
+    """The number of batches, where it is known."""
+    try:
+        return len(batches) if isinstance(batches, Sized) else None
+    except TypeError:  # a DataLoader of an IterableDataset
+        return None
+
+
 def moves_weights(model: nn.Module) -> bool:
     """Whether accelerate's hooks bring weights in before a module and take them away after it."""
     return any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
-def token_shape(inputs: Mapping[str, Any]) -> tuple[int, int] | None:
+def digest_of(batch: Any) -> str:
+    """What the tensors of a batch are recognised by."""
+    digest = hashlib.sha256()
+    for key in sorted(batch) if isinstance(batch, Mapping) else ():
+        value = batch[key]
+        if isinstance(value, Tensor):
+            flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(f"{key} {tuple(value.shape)}".encode() + flat.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def token_shape(inputs: Any) -> tuple[int, int] | None:
     """`(batch, tokens)` of a batch; None if nothing in it tells."""
+    if not isinstance(inputs, Mapping):
+        return None
     for key in ("input_ids", "inputs_embeds", "attention_mask"):
         value = inputs.get(key)
         if isinstance(value, Tensor) and value.ndim >= 2 and value.ndim < 4:

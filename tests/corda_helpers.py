@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import torch
 from torch import nn
 from transformers import (
@@ -13,7 +16,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from peft_corda import CordaConfig
+from peft_corda import CordaConfig, CordaFactors
 from peft_corda.collect import collect_covariances
 from peft_corda.groups import discover
 from peft_corda.statistics import Covariance
@@ -110,3 +113,28 @@ def covariances_of(model: nn.Module, targets: dict, batches: list[dict]) -> dict
     groups = discover(model, targets, batches[0]).groups
     found = collect_covariances(model, targets, batches, groups)
     return {name: found[group.leader] for group in groups for name in group.members}
+
+
+def deep_model(kind: str, blocks: int = 5) -> nn.Module:
+    """As `make_model`, with more blocks than two."""
+    config = make_model(kind).config
+    config.num_hidden_layers = blocks
+    torch.manual_seed(0)
+    return type(make_model(kind))(config).eval()
+
+
+def padded_batches(count: int = 3, size: int = 4, length: int = 12) -> list[dict]:
+    """Sequences of several lengths, padded on the right."""
+    batches = make_batches(count, size, length)
+    for number, batch in enumerate(batches):
+        for row in range(size):
+            batch["attention_mask"][row, length - (row + number) % 4 :] = 0
+    return batches
+
+
+def bytes_of(factors: CordaFactors) -> bytes:
+    """The file that the factors are saved in."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "factors.safetensors"
+        factors.save(path)
+        return path.read_bytes()
