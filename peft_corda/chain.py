@@ -52,15 +52,28 @@ class Chain:
         return positions
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A chain of blocks by its looks.
+
+    Attributes:
+        chain: the blocks.
+        holds_from: whether an example, run from a block on, gives the targets from there on the same
+            inputs to the bit as when run in full.
+    """
+
+    chain: Chain
+    holds_from: Callable[[int], bool]
+
+
 def find_chain(
     model: nn.Module, targets: Mapping[str, nn.Module], example: dict[str, Any]
-) -> Chain | None:
-    """The chain of blocks that holds the targets, checked by running it; None if there is none.
+) -> Candidate | None:
+    """The chain of blocks that holds the targets; None if there is none.
 
     Args:
         model, targets: as for `collect.collect_covariances`.
-        example: a small batch. It is run in full and from every block that a pass may start at: what
-            the targets from there on are given must be the same to the bit.
+        example: a small batch, which is run.
     """
     if moves_weights(model):
         return None
@@ -84,16 +97,16 @@ def find_chain(
         in_tuple=isinstance(seen.calls[0].output, tuple),
         bytes_per_token=-(-hidden.numel() * hidden.element_size() // (batch * length)),
     )
-    for start, block in enumerate(chain.names):
-        if start > 0 and any(target.startswith(block + ".") for target in targets):
-            try:
-                with handing_on(chain, start, partial(seen.states.__getitem__, start)):
-                    again = _run_and_watch(model, blocks, targets, runner, example)
-            except Exception:  # whatever a block misses that an earlier one leaves behind for it
-                return None
-            if not _same_from(start, seen, again):
-                return None
-    return chain
+
+    def holds_from(start: int) -> bool:
+        try:
+            with handing_on(chain, start, partial(seen.states.__getitem__, start)):
+                again = _run_and_watch(model, blocks, targets, runner, example)
+        except Exception:  # whatever a block misses that an earlier one leaves behind for it
+            return False
+        return _same_from(start, seen, again)
+
+    return Candidate(chain, holds_from)
 
 
 def given_to(args: Any, kwargs: Any) -> Tensor:

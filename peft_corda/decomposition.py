@@ -75,8 +75,9 @@ def decompose(
     would lose what is wanted, as it squares the condition of `W F` (1e8 in attention projections of
     real models); the largest eigenpairs of its inverse, from a triangular factor of `W F`, are the
     same directions to full accuracy. Both are worked out in full in float64; at sizes where that is
-    faster, by subspace iteration and with float32 products where they lose nothing that matters: the
-    energy of the directions is then within 1e-5 (``ipm``) and 2e-3 (``kpm``) of the optimum.
+    faster, by subspace iteration and with float32 products where they lose nothing that matters. The
+    energy of the directions is then within 0.1 % (``ipm``) and 1 % (``kpm``) of the optimum, on layers
+    of real models within 0.01 % and 0.5 %.
 
     Args:
         weight: `W (out, in)`.

@@ -82,7 +82,9 @@ def _decomposed(
             else:
                 # Where the weight is, so that everything runs on its device.
                 factor = factor.to(weight.device)
-                own, energy = decompose(decomposable(weight), factor, rank, method)
+                own, total = decompose(decomposable(weight), factor, rank, method)
+                # Exact for kpm, for ipm sometimes an estimate; kpm comes first.
+                energy = energy or total
             directions[method] = _on_cpu(own)
         found[name] = ModuleFactors(
             directions=directions,

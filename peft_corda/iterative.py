@@ -18,7 +18,7 @@ from .eigen import gram, is_singular, largest_eigenvectors, orthonormal
 # When to stop: relative change of the captured energy in a round (ipm), bound of the leaked energy
 # above the optimum (kpm; measured, a fifth of that is usual).
 IPM_TOLERANCE = 1e-4
-KPM_TOLERANCE = 1e-2
+KPM_TOLERANCE = 4e-3
 _MOST_ROUNDS = 30
 # From which size and size / rank on iterating is faster, measured by benchmarks/corda_crossover.py.
 _LEAST_SIZE = 384

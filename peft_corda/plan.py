@@ -92,16 +92,18 @@ def make_plan(
     if len(passes) == 1:
         return plain
     example = first_example(Runner(model, targets).parts(first)[0])
-    chain = None if example is None else find_chain(model, targets, example)
-    hidden = None if chain is None else _hidden_bytes(chain, batches, first)
+    found = None if example is None else find_chain(model, targets, example)
+    hidden = None if found is None else _hidden_bytes(found.chain, batches, first)
     largest = max(group.bytes(itemsize) for group in groups)
     # All processes must come to the same plan, whatever share of the data each has.
     needed = processes.largest(limit if hidden is None else hidden)
-    if chain is None or needed + largest > limit:
+    if found is None or needed + largest > limit:
         return plain
     passes = plan_passes(groups, limit - needed, itemsize)
-    spans = _spans(chain, groups, passes)
-    return Plan(passes, spans, Relay(chain, needed), itemsize, needed)
+    spans = _spans(found.chain, groups, passes)
+    if not all(found.holds_from(span.first) for span in spans if span.first > 0):
+        return plain
+    return Plan(passes, spans, Relay(found.chain, needed), itemsize, needed)
 
 
 def default_memory(model: nn.Module, groups: Sequence[Group], itemsize: int) -> int:

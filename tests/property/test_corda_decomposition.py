@@ -138,9 +138,9 @@ def test_iterating_is_nearly_optimal(shape, spectrum, method):
     assert iterative.pays(min(shape), rank, method)
     weight = weight_of(*shape, spectrum, 3)
     covariance = covariance_of(shape[1], 600, 5)
-    # Where the smallest values are nearly equal, it hardly matters which directions are taken.
-    crowded = spectrum in ("flat", "cliff")
-    slack = 1e-4 if method == "ipm" else 1.5e-2 if crowded else 5e-3
+    # Where all values are nearly equal, it hardly matters which directions are taken, and the number
+    # of rounds is limited.
+    slack = 1e-4 if method == "ipm" else 1.5e-2 if spectrum == "flat" else 1e-2
     for weighting in WEIGHTINGS:
         factor = right_factor(covariance, weighting)
         _, energy, total = assert_optimal(weight, factor, rank, method, slack=slack)

@@ -210,7 +210,7 @@ def test_blocks_that_form_no_chain_are_run_from_the_start(name, capsys):
     net, batches = net_and_batches(NOT_CHAINS[name])
     whole = bytes_of(calibrate(net, CordaConfig(**CONFIG), batches))
     capsys.readouterr()
-    parts = calibrate(net, CordaConfig(**CONFIG), batches, max_memory="2KB")
+    parts = calibrate(net, CordaConfig(**CONFIG), batches, max_memory=1250)
     assert NOT_CARRIED in capsys.readouterr().err
     assert bytes_of(parts) == whole
     assert_untouched(net)
@@ -234,7 +234,7 @@ def test_a_hook_of_the_users_is_applied_once(capsys):
     handle = net.blocks[3].register_forward_hook(lambda module, args, output: output + 1)
     whole = bytes_of(calibrate(net, CordaConfig(**CONFIG), batches))
     capsys.readouterr()
-    parts = calibrate(net, CordaConfig(**CONFIG), batches, max_memory="2KB")
+    parts = calibrate(net, CordaConfig(**CONFIG), batches, max_memory=1250)
     assert NOT_CARRIED in capsys.readouterr().err
     assert bytes_of(parts) == whole
     handle.remove()
@@ -251,17 +251,15 @@ def test_language_model_head_behind_the_blocks():
 
 def test_an_error_in_the_middle_of_a_pass_leaves_the_model_as_it_was():
     model = deep_model("llama")
-    skipped = []
 
     def fail(module, args):
-        skipped.append("forward" in model.model.layers[0].__dict__)
-        if len(skipped) == 10:  # the last block was run 6 times before the first pass
+        # In a pass that leaves out blocks; the planner's example is a single row.
+        if "forward" in model.model.layers[0].__dict__ and len(args[0]) > 1:
             raise OSError("out of luck")
 
     handle = model.model.layers[-1].mlp.register_forward_pre_hook(fail)
     with pytest.raises(OSError, match="out of luck"):
         calibrate(model, make_config(), make_batches(), max_memory=HIDDEN + 4 * 80**2)
-    assert skipped[-1]  # it was a pass that had left out blocks
     handle.remove()
     assert_untouched(model)
 
