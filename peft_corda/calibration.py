@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from .factors import CordaFactors, ModuleFactors
 from .groups import discover, with_cross
 from .memory import give_back
 from .model import CordaModel
-from .plan import default_memory, make_plan
+from .plan import Plan, default_memory, make_plan
 from .processes import Processes
 from .runner import count_of, digest_of
 from .targets import find_targets
@@ -60,7 +61,7 @@ def calibrate(
             default.
         checkpoint_dir: folder to keep finished passes and, every `checkpoint_seconds`, partial sums
             in. Called again with the same arguments, an interrupted calibration goes on from there,
-            to the same result.
+            to the same result. Several processes need the same folder.
         checkpoint_seconds: least time between two snapshots of partial sums; 0 for one after each
             batch.
         dtype: that sums are worked out in: `torch.float32` or, for twice the memory and time,
@@ -94,7 +95,8 @@ def calibrate(
     if chosen == ("ipm",) and config.corda_weighting == "covariance":
         groups = with_cross(groups, targets)
     limit = default_memory(base, groups, dtype.itemsize) if given is None else given
-    plan = make_plan(base, targets, batches, first, groups, limit, dtype.itemsize, processes)
+    with processes.together():
+        plan = make_plan(base, targets, batches, first, groups, limit, dtype.itemsize, processes)
     checkpoint = None
     if checkpoint_dir is not None:
         data = {
@@ -103,28 +105,22 @@ def calibrate(
         }
         about = identity(config, chosen, base, targets, plan.passes, dtype, data, processes)
         checkpoint = Checkpoint(checkpoint_dir, about, checkpoint_seconds, processes)
-    verbose = verbose and processes.is_main
-    if verbose:
+    options = PassOptions(
+        progress=verbose and processes.is_main,
+        dtype=dtype,
+        without_padding=not layout.masked,
+        processes=processes,
+    )
+    if options.progress:
         print(plan, file=sys.stderr)
     found: dict[str, ModuleFactors] = {}
-    for number, groups in enumerate(plan.passes):
+    for number in range(len(plan.passes)):
         part = checkpoint.finished(number) if checkpoint is not None else None
         if part is None:
-            options = PassOptions(
-                description=f"Calibrating ({number + 1} of {len(plan.passes)})",
-                progress=verbose,
-                dtype=dtype,
-                without_padding=not layout.masked,
-                snapshots=checkpoint.snapshots(number) if checkpoint is not None else None,
-                processes=processes,
-            )
-            covariances = collect_covariances(
-                base, targets, batches, groups, options, plan.carried(number)
-            )
-            give_back()
-            modules = factorise(groups, covariances, targets, config, chosen, processes, verbose)
-            give_back()
-            part = CordaFactors(modules, config.corda_damping, config.corda_weighting)
+            snapshots = checkpoint.snapshots(number) if checkpoint is not None else None
+            label = f"Calibrating ({number + 1} of {len(plan.passes)})"
+            now = replace(options, description=label, snapshots=snapshots)
+            part = _run_pass(base, targets, batches, plan, number, now, config, chosen)
             if checkpoint is not None:
                 checkpoint.finish(number, part)
         found.update(part.modules)
@@ -135,6 +131,27 @@ def calibrate(
     )
     config.corda_factors = factors
     return factors
+
+
+def _run_pass(
+    base: nn.Module,
+    targets: Mapping[str, nn.Module],
+    batches: Iterable[Mapping[str, Any]],
+    plan: Plan,
+    number: int,
+    options: PassOptions,
+    config: CordaConfig,
+    methods: Sequence[str],
+) -> CordaFactors:
+    """The factors of the modules of one pass."""
+    groups = plan.passes[number]
+    covariances = collect_covariances(base, targets, batches, groups, options, plan.carried(number))
+    give_back()
+    modules = factorise(
+        groups, covariances, targets, config, methods, options.processes, options.progress
+    )
+    give_back()
+    return CordaFactors(modules, config.corda_damping, config.corda_weighting)
 
 
 def initialize_corda(

@@ -150,9 +150,10 @@ def _cut(
     lengths: Mapping[str, int | None],
     count: int,
 ) -> Any:
-    if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != count:
+    if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] not in (1, count):
         return value
-    value = value[rows]
+    if value.shape[0] == count:  # else one row for all sequences, such as of positions
+        value = value[rows]
     side = "decoder_" if key.startswith("decoder_") else ""
     span = spans[side]
     if span is None or value.ndim < 2 or value.shape[1] != lengths[side]:

@@ -214,3 +214,12 @@ def test_chance_in_the_first_example(first_rows):
             break
     assert net.rows_of(0, inputs[:1]) == first_rows
     assert_counted_as_one_by_one(net, [0], [batch, sequences(5, 9999)])
+
+
+def test_one_row_of_positions_for_all_sequences_is_cut_too():
+    ids = torch.arange(10).reshape(2, 5)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": torch.arange(5)[None]}
+    short, long = unpadded(batch)
+    assert short["position_ids"].tolist() == [[0, 1, 2]]
+    assert long["position_ids"].tolist() == [[0, 1, 2, 3, 4]]
