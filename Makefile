@@ -24,9 +24,13 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Long: studies whose results are committed next to the scripts.
+# Hours: studies whose results are committed next to the scripts. Two more, corda_decomposition.py and
+# corda_exactness.py, need text files of your own.
 bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/demo_rates.py
+	$(BIN)/python benchmarks/corda_options.py
+	$(BIN)/python benchmarks/corda_crossover.py
+	$(BIN)/python benchmarks/corda_init.py
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
