@@ -84,8 +84,9 @@ def smallest_right(triangle: Tensor, rank: int) -> Tensor:
         return torch.linalg.svd(triangle).Vh[-rank:].flip(0).T
     # The smallest singular values of a real layer lie closely: a wide block saves rounds.
     width = min(len(triangle), rank + max(16, rank // 2))
-    block = _random(len(triangle), width, triangle)
-    block = orthonormal(_inverse_gram(triangle, _inverse_gram(triangle, block)))
+    block = orthonormal(_inverse_gram(triangle, _random(len(triangle), width, triangle)))
+    # A basis after each application: two would span more than float64's digits in some layers.
+    block = orthonormal(_inverse_gram(triangle, block))
     for rounds in range(2, _MOST_ROUNDS):
         image = _inverse_gram(triangle, block)
         inverse_energies = torch.linalg.eigvalsh(block.T @ image)
