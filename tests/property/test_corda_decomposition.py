@@ -199,3 +199,19 @@ def test_repeated_to_the_bit(method, size):
     torch.manual_seed(123)
     second, again = decompose(weight.clone(), covariance.clone(), 8, method)
     assert torch.equal(first.U, second.U) and torch.equal(first.S, second.S) and energy == again
+
+
+def test_one_direction_far_below_the_others_does_not_hide_them():
+    """As in an attention projection of a real model."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.cat(
+        [torch.logspace(2.5, -2, 300), torch.logspace(-2, -4, 99), torch.tensor([1e-7])]
+    ).double()
+    left, right = (
+        torch.linalg.qr(torch.randn(400, 400, generator=generator, dtype=torch.float64)).Q
+        for _ in range(2)
+    )
+    triangle = torch.linalg.qr(left * values @ right.T, mode="r").R
+    found = iterative.smallest_right(triangle, 96)
+    leaked = (triangle @ found).square().sum()
+    assert leaked <= 1.01 * values[-96:].square().sum()
