@@ -26,7 +26,7 @@ lint: $(VENV)/.lint
 
 # Hours: studies whose results are committed next to the scripts. Two more, corda_decomposition.py and
 # corda_exactness.py, need text files of your own.
-bench: $(VENV)/.demo
+bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/demo_rates.py
 	$(BIN)/python benchmarks/corda_options.py
 	$(BIN)/python benchmarks/corda_crossover.py
@@ -48,8 +48,12 @@ $(VENV)/.demo: $(VENV)/.models
 	$(INSTALL) --editable '.[demo]'
 	@touch $@
 
+$(VENV)/.bench: $(VENV)/.demo
+	$(INSTALL) --editable '.[bench]'
+	@touch $@
+
 $(VENV)/.test: $(VENV)/.models
-	$(INSTALL) --editable '.[test,demo,plots]'
+	$(INSTALL) --editable '.[test,demo,plots,bench]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.base
