@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+import transformers
 from corda_helpers import (
     MODELS,
     bytes_of,
@@ -64,9 +65,12 @@ def test_carrying_hidden_states_changes_nothing(kind, batches, capsys):
     model, config = deep_model(kind), make_config(kind)
     whole = bytes_of(calibrate(model, config, batches))
     least = widest(model, config, batches)
+    # BERT's blocks of transformers 4 put out pairs, and so are no chain.
+    pairs = kind == "bert" and transformers.__version__.startswith("4.")
+    carried = NOT_CARRIED if pairs else CARRIED
     for limit, expected in [
-        (HIDDEN + least, CARRIED),  # a few groups at a time: blocks are cut in the middle
-        (HIDDEN + 3 * least, CARRIED),
+        (HIDDEN + least, carried),  # a few groups at a time: blocks are cut in the middle
+        (HIDDEN + 3 * least, carried),
         (HIDDEN + least - 1, NOT_CARRIED),
     ]:
         capsys.readouterr()
