@@ -24,6 +24,7 @@ from .reduction import thin_rows, triangle_of
 
 METHODS = ("kpm", "ipm")
 WEIGHTINGS = ("covariance", "sqrt_covariance")
+_SMALL = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,11 +149,17 @@ def left_singular(
 
 def _smallest_right(triangle: Tensor, rank: int) -> Tensor:
     """Right singular vectors `(n, rank)` of `R (n, n)` with the smallest values, smallest first."""
-    if is_singular(triangle):
-        # As when a weight has rows of zeros.
-        return torch.linalg.svd(triangle).Vh[-rank:].flip(0).T
-    # Eigenvectors of Rᵀ R, and so of its inverse.
-    return largest_eigenvectors(torch.cholesky_inverse(triangle, upper=True), rank)
+    if not is_singular(triangle):
+        # Eigenvectors of Rᵀ R, and so of its inverse.
+        inverse = torch.cholesky_inverse(triangle, upper=True)
+        values, vectors = torch.linalg.eigh(inverse)
+        # Far smaller eigenvalues than the largest are lost in rounding. Small matrices can afford to
+        # be held to all of them.
+        least = values[0] if len(values) <= _SMALL else values[-rank]
+        if least > 1e3 * len(values) * torch.finfo(values.dtype).eps * values[-1]:
+            return vectors[:, -rank:].flip(1)
+    # As when a weight has rows of zeros.
+    return torch.linalg.svd(triangle).Vh[-rank:].flip(0).T
 
 
 def starting_factors(
