@@ -48,7 +48,7 @@ def settle() -> int:
 
 
 def least_memory(model: PreTrainedModel, sample: Sample) -> int:
-    """The smallest `max_memory` at which no block is run twice.
+    """The smallest `max_memory` at which hidden states are carried from pass to pass.
 
     The statistics of the largest layer, and the hidden states of all tokens.
     """

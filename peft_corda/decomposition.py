@@ -24,6 +24,7 @@ from .reduction import thin_rows, triangle_of
 
 METHODS = ("kpm", "ipm")
 WEIGHTINGS = ("covariance", "sqrt_covariance")
+# Up to this size a singular value decomposition costs next to nothing.
 _SMALL = 256
 
 

@@ -94,6 +94,10 @@ def smallest_right(triangle: Tensor, rank: int) -> Tensor:
         # A round brings what does not belong, of the block's largest energy and more, down by this
         # much.
         gain = float(inverse_energies[0] / inverse_energies[-rank]) ** 2
+        eps = torch.finfo(triangle.dtype).eps
+        if inverse_energies[-rank] <= 1e3 * len(triangle) * eps * inverse_energies[-1]:
+            # Next to a far smaller direction the others are lost in rounding.
+            return torch.linalg.svd(triangle).Vh[-rank:].flip(0).T
         if 0.5 * gain**rounds <= KPM_TOLERANCE:
             break
     _, rotation = torch.linalg.eigh(gram(triangle @ block))

@@ -82,7 +82,7 @@ class Processes:
         """
         try:
             yield
-        except Exception:
+        except Exception:  # of any kind: the others are told before it goes on its way
             self.largest(self.rank + 1)
             raise
         failed = self.largest(0)
