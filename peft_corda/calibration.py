@@ -22,7 +22,7 @@ from .factors import CordaFactors, ModuleFactors
 from .groups import discover, with_cross
 from .memory import give_back
 from .model import CordaModel
-from .plan import Plan, default_memory, make_plan
+from .plan import Plan, make_plan
 from .processes import Processes
 from .runner import count_of, digest_of
 from .targets import find_targets
@@ -52,7 +52,8 @@ def calibrate(
             Tokens where `attention_mask` is 0 do not count, labels are ignored. A few hundred
             sequences are usual. Under several processes each gives its own share.
         max_memory: what the statistics may take at a time, in bytes or as ``"500MB"``, ``"4GiB"``; by
-            default a quarter of what the model's weights take. Where they need more, the layers are
+            default an eighth of what the model's weights take (a quarter where every pass has to run the
+            whole model again). Where they need more, the layers are
             done in several passes over the data; the result is the same. A pass starts at the block
             where the last one ended, if the model's blocks form a plain chain and the hidden states
             fit in as well; else from the start. The data must come in the same way every time (an
@@ -94,9 +95,8 @@ def calibrate(
     groups = layout.groups
     if chosen == ("ipm",) and config.corda_weighting == "covariance":
         groups = with_cross(groups, targets)
-    limit = default_memory(base, groups, dtype.itemsize) if given is None else given
     with processes.together():
-        plan = make_plan(base, targets, batches, first, groups, limit, dtype.itemsize, processes)
+        plan = make_plan(base, targets, batches, first, groups, given, dtype.itemsize, processes)
     checkpoint = None
     if checkpoint_dir is not None:
         data = {

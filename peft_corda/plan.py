@@ -14,7 +14,7 @@ from .passes import Group, plan_passes
 from .processes import Processes
 from .runner import Batch, Runner, count_of, digest_of, first_example, token_shape
 
-# A model of which a quarter is less than this is small enough not to save.
+# A model of which an eighth is less than this is small enough not to save.
 _LEAST_DEFAULT = 64 * 2**20
 # Batches are rarely all as long as the first one; more than this is not reckoned with.
 _MARGIN = 1.25
@@ -69,7 +69,7 @@ def make_plan(
     batches: Iterable[Batch],
     first: Batch,
     groups: Sequence[Group],
-    limit: int,
+    limit: int | None,
     itemsize: int,
     processes: Processes,
 ) -> Plan:
@@ -80,37 +80,43 @@ def make_plan(
         batches: the calibration data.
         first: the first of them.
         groups: in the order of the forward pass.
-        limit: bytes.
+        limit: bytes; None for `default_memory`.
         itemsize: bytes of one number of a covariance.
         processes: taking part; all get the same plan.
 
     Raises:
         ValueError: if the covariance of one group alone does not fit.
     """
-    passes = plan_passes(groups, limit, itemsize)
-    plain = Plan(passes, None, None, itemsize, 0)
-    if len(passes) == 1:
+    limits = default_memory(model, groups, itemsize) if limit is None else (limit,)
+    plain = Plan(plan_passes(groups, limits[-1], itemsize), None, None, itemsize, 0)
+    if len(plan_passes(groups, limits[0], itemsize)) == 1:
         return plain
     example = first_example(Runner(model, targets).parts(first)[0])
     found = None if example is None else find_chain(model, targets, example)
     hidden = None if found is None else _hidden_bytes(found.chain, batches, first)
     largest = max(group.bytes(itemsize) for group in groups)
     # All processes must come to the same plan, whatever share of the data each has.
-    needed = processes.largest(limit if hidden is None else hidden)
-    if found is None or needed + largest > limit:
+    needed = processes.largest(limits[-1] if hidden is None else hidden)
+    enough = [limit for limit in limits if needed + largest <= limit]
+    if found is None or not enough:
         return plain
-    passes = plan_passes(groups, limit - needed, itemsize)
+    passes = plan_passes(groups, enough[0] - needed, itemsize)
     spans = _spans(found.chain, groups, passes)
     if not all(found.holds_from(span.first) for span in spans if span.first > 0):
         return plain
     return Plan(passes, spans, Relay(found.chain, needed), itemsize, needed)
 
 
-def default_memory(model: nn.Module, groups: Sequence[Group], itemsize: int) -> int:
-    """A quarter of what the model's weights take, and enough for any group of modules."""
+def default_memory(model: nn.Module, groups: Sequence[Group], itemsize: int) -> tuple[int, int]:
+    """An eighth of what the model's weights take, or else a quarter; enough for any group of modules.
+
+    A quarter is for where hidden states cannot be carried over from pass to pass within an eighth:
+    each pass more would run the model again.
+    """
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     largest = max(group.bytes(itemsize) for group in groups)
-    return max(weights // 4, 2 * largest, _LEAST_DEFAULT)
+    least = max(2 * largest, _LEAST_DEFAULT)
+    return max(weights // 8, least), max(weights // 4, least)
 
 
 def _spans(chain: Chain, groups: Sequence[Group], passes: Sequence[Sequence[Group]]) -> list[Span]:

@@ -290,3 +290,22 @@ def test_plan_says_what_is_done(capsys):
         "Calibrating 35 modules: 20 covariances of 0.3 MB in 10 passes of up to 0.0 MB, each from "
         "the start of the model.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("run", "share", "carried"), [(plain, 8, True), (with_cache, 4, False)], ids=["chain", "none"]
+)
+def test_default_limit(run, share, carried, monkeypatch):
+    """An eighth of the weights; a quarter where each pass more would run the whole model again."""
+    monkeypatch.setattr("peft_corda.plan._LEAST_DEFAULT", 0)
+    net, batches = net_and_batches(run)
+    # An eighth is a few covariances and the hidden states of a batch, a quarter not all covariances.
+    weights = 5600
+    own = sum(weight.numel() for weight in net.parameters())
+    net.unused = nn.Parameter(torch.zeros(weights // 4 - own))
+    config = CordaConfig(**CONFIG)
+    _, plan = plan_for(net, config, batches[:1], None)
+    _, same = plan_for(net, config, batches[:1], weights // share)
+    assert len(plan.passes) > 1
+    assert plan.passes == same.passes
+    assert (plan.carried(0) is not None) == carried
