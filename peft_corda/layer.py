@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from .difference import add_difference
 from .weights import weight_shape
 
 _START_NAMES = ("lora_A0", "lora_B0")
@@ -73,13 +74,17 @@ class CordaVariant(LoraVariant):
     ) -> Tensor:
         if module.training and torch.is_grad_enabled():
             module.check_started(active_adapter)
-        dropout = module.lora_dropout[active_adapter]
-        trained = module.lora_B[active_adapter](module.lora_A[active_adapter](dropout(x)))
+        factor_a, factor_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        start_a, start_b = module.lora_A0[active_adapter], module.lora_B0[active_adapter]
+        scale, dropout = module.scaling[active_adapter], module.lora_dropout[active_adapter]
+        drops = dropout.training and not isinstance(dropout, nn.Identity)
+        if not drops and not _is_partitioned(factor_a.weight):
+            return add_difference(
+                result, x, factor_a.weight, factor_b.weight, start_a, start_b, scale
+            )
         # The same two products through the same kernels: equal factors cancel to the last bit.
-        start = F.linear(
-            F.linear(x, module.lora_A0[active_adapter]), module.lora_B0[active_adapter]
-        )
-        return result + (trained - start) * module.scaling[active_adapter]
+        start = F.linear(F.linear(x, start_a), start_b)
+        return result + (factor_b(factor_a(dropout(x))) - start) * scale
 
 
 class CordaLinear(LoraLinear):
@@ -180,6 +185,11 @@ class CordaLinear(LoraLinear):
 
     def __repr__(self) -> str:
         return super().__repr__().replace("lora.CordaLinear", "corda.Linear", 1)
+
+
+def _is_partitioned(weight: Tensor) -> bool:
+    """Whether DeepSpeed keeps only a part of it here, and gathers it for its module's forward."""
+    return hasattr(weight, "ds_id")
 
 
 def _linear(layers: nn.ModuleDict, adapter_name: str) -> nn.Linear:

@@ -1,0 +1,126 @@
+"""`result + s · (B A − B0 A0) x`, exactly `result` where `A = A0` and `B = B0`. Tensors in and out.
+
+Two separate products that cancel would need four multiplications and cancel only if the same kernels
+run. Written as
+
+    B A − B0 A0 = B (A − A0) + (B − B0) A0
+
+every term is zero at the start, whatever the kernel, so both can share one multiplication with
+`[A − A0; A0]` and one with `[B, B − B0]`, and the sum keeps the digits that a difference of large
+products would lose.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def add_difference(
+    result: Tensor,
+    x: Tensor,
+    factor_a: Tensor,
+    factor_b: Tensor,
+    start_a: Tensor,
+    start_b: Tensor,
+    scale: float,
+) -> Tensor:
+    """Add the adapter to what the base layer gave.
+
+    The start needs no gradients, and nothing is kept for it: the backward pass needs `x`, which the
+    gradient of `A` needs anyway, and `A x`.
+
+    Args:
+        result: `(…, out)`.
+        x: `(…, in)`, in the dtype of the factors.
+        factor_a, factor_b: `A (r, in)` and `B (out, r)`.
+        start_a, start_b: `A0` and `B0`, of the same shapes; without gradient.
+        scale: `s`.
+
+    Returns:
+        `(…, out)`, in the wider dtype of `result` and the computation. Under autocast the products are
+        worked out in its dtype.
+    """
+    factors = (factor_a, factor_b, start_a, start_b)
+    if not torch.is_autocast_enabled(x.device.type):
+        return _apply(result, x, *factors, scale)
+    dtype = torch.get_autocast_dtype(x.device.type)
+    # The differences of the factors are taken in full precision, and lose nothing to the cast.
+    with torch.autocast(x.device.type, enabled=False):
+        return _apply(result, x.to(dtype), *factors, scale)
+
+
+def _apply(result: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    if torch.is_grad_enabled():
+        return cast(Tensor, _AddDifference.apply(result, x, *rest))
+    return _forward(result, x, *rest)[0]
+
+
+def _forward(
+    result: Tensor,
+    x: Tensor,
+    factor_a: Tensor,
+    factor_b: Tensor,
+    start_a: Tensor,
+    start_b: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The sum, and `[(A − A0) x, A0 x]`."""
+    hidden = x.reshape(-1, x.shape[-1]) @ _down(factor_a, start_a, x.dtype).T
+    up = _up(factor_b, start_b, x.dtype)
+    if result.dtype != x.dtype:
+        return result + (hidden @ up.T).mul_(scale).view(result.shape), hidden
+    summed = torch.addmm(result.reshape(-1, result.shape[-1]), hidden, up.T, alpha=scale)
+    return summed.view(result.shape), hidden
+
+
+class _AddDifference(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        result: Tensor,
+        x: Tensor,
+        factor_a: Tensor,
+        factor_b: Tensor,
+        start_a: Tensor,
+        start_b: Tensor,
+        scale: float,
+    ) -> Tensor:
+        summed, hidden = _forward(result, x, factor_a, factor_b, start_a, start_b, scale)
+        rank = len(factor_a)
+        trained = hidden[:, :rank] + hidden[:, rank:]  # A x
+        ctx.save_for_backward(x, trained, factor_a, factor_b, start_a, start_b)
+        ctx.scale = scale
+        return summed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, trained, factor_a, factor_b, start_a, start_b = ctx.saved_tensors
+        _, wants_x, wants_a, wants_b, *_ = ctx.needs_input_grad
+        rank, dtype = len(factor_a), x.dtype
+        rows = x.reshape(-1, x.shape[-1])
+        given = gradient.reshape(-1, gradient.shape[-1]).to(dtype)
+        for_x = for_a = for_b = hidden = None
+        if wants_x:
+            hidden = (given @ _up(factor_b, start_b, dtype)).mul_(ctx.scale)
+            for_x = (hidden @ _down(factor_a, start_a, dtype)).view(x.shape)
+        if wants_a:
+            own = (given @ factor_b.to(dtype)).mul_(ctx.scale) if hidden is None else hidden[:, :rank]
+            for_a = (own.T @ rows).to(factor_a.dtype)
+        if wants_b:
+            for_b = (given.T @ trained).mul_(ctx.scale).to(factor_b.dtype)
+        return gradient, for_x, for_a, for_b, None, None, None
+
+
+def _down(factor_a: Tensor, start_a: Tensor, dtype: torch.dtype) -> Tensor:
+    """`[A − A0; A0] (2r, in)`."""
+    return torch.cat([factor_a - start_a, start_a]).to(dtype)
+
+
+def _up(factor_b: Tensor, start_b: Tensor, dtype: torch.dtype) -> Tensor:
+    """`[B, B − B0] (out, 2r)`."""
+    return torch.cat([factor_b, factor_b - start_b], dim=1).to(dtype)
