@@ -39,9 +39,7 @@ PHASES = ("forward", "forward + backward")
 
 def adapted(model: nn.Module, side: str, rank: int, targets: str) -> nn.Module:
     """The model with trained-looking adapters: no factor is zero."""
-    config = CONFIGS[side](
-        r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=False
-    )
+    config = CONFIGS[side](r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=False)
     peft_model = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(0)
     for layer in peft_model.modules():
@@ -151,7 +149,7 @@ def markdown(report: dict) -> str:
             "",
             f"`{report['provenance']['command']}`",
             "",
-            f"{report['model']}, {report['setting']}. CPU seconds of LoRA → CORDA's as a multiple of them.",
+            f"{report['model']}, {report['setting']}. CPU seconds of LoRA → CORDA's, as a multiple.",
             "",
             table(["what", *PHASES], rows),
             "",

@@ -109,7 +109,9 @@ class _AddDifference(torch.autograd.Function):
             hidden = (given @ _up(factor_b, start_b, dtype)).mul_(ctx.scale)
             for_x = (hidden @ _down(factor_a, start_a, dtype)).view(x.shape)
         if wants_a:
-            own = (given @ factor_b.to(dtype)).mul_(ctx.scale) if hidden is None else hidden[:, :rank]
+            own = (
+                (given @ factor_b.to(dtype)).mul_(ctx.scale) if hidden is None else hidden[:, :rank]
+            )
             for_a = (own.T @ rows).to(factor_a.dtype)
         if wants_b:
             for_b = (given.T @ trained).mul_(ctx.scale).to(factor_b.dtype)

@@ -25,6 +25,21 @@ _PARTS = ("U", "S", "weight_norms")
 
 
 @dataclass(frozen=True, eq=False)
+class WeightSample:
+    """What is looked at of a weight to tell whether it is the one that was calibrated.
+
+    Attributes:
+        sample: from `sample_of`.
+        shape: `(out, in)`.
+        error: what quantising may have changed an entry by.
+    """
+
+    sample: Tensor
+    shape: tuple[int, int]
+    error: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
 class ModuleFactors:
     """What calibration found for one linear layer with weight `W (out, in)`.
 
@@ -159,14 +174,14 @@ class CordaFactors:
         method: str,
         weighting: str,
         ranks: Mapping[str, int],
-        weights: Mapping[str, tuple[Tensor, Any]],
+        weights: Mapping[str, WeightSample],
     ) -> None:
         """Raise unless the factors belong to this base model and reach these ranks.
 
         Args:
             method, weighting: those that the adapter asks for.
             ranks: wanted rank by module name.
-            weights: weight sample and weight shape by module name, of the base model at hand.
+            weights: what is seen of the base model at hand, by module name.
 
         Raises:
             ValueError: naming what differs: method, weighting, modules, shapes, weights or ranks.
@@ -190,9 +205,9 @@ class CordaFactors:
                 "target_modules: calibrate again with this model and config."
             )
         reshaped = [
-            f"{name}: {tuple(shape)} here, {tuple(self.modules[name].shape)} in the factors"
-            for name, (_, shape) in weights.items()
-            if tuple(shape) != tuple(self.modules[name].shape)
+            f"{name}: {tuple(seen.shape)} here, {tuple(self.modules[name].shape)} in the factors"
+            for name, seen in weights.items()
+            if tuple(seen.shape) != tuple(self.modules[name].shape)
         ]
         if reshaped:
             raise ValueError(
@@ -201,8 +216,8 @@ class CordaFactors:
             )
         changed = [
             name
-            for name, (sample, _) in weights.items()
-            if not _same_sample(sample, self.modules[name].weight_sample)
+            for name, seen in weights.items()
+            if not _same_sample(seen, self.modules[name].weight_sample)
         ]
         if changed:
             raise ValueError(
@@ -228,10 +243,10 @@ def sample_of(weight: Tensor) -> Tensor:
     return flat[positions.to(flat.device)].float().cpu()
 
 
-def _same_sample(ours: Tensor, theirs: Tensor) -> bool:
-    # The same base in another float dtype is still the same base.
-    scale = theirs.abs().max()
-    return bool(torch.allclose(ours, theirs, rtol=SAMPLE_RTOL, atol=float(scale) * 1e-6))
+def _same_sample(seen: WeightSample, theirs: Tensor) -> bool:
+    # The same base in another float dtype, or quantised, is still the same base.
+    least = float(theirs.abs().max()) * 1e-6
+    return bool(torch.allclose(seen.sample, theirs, rtol=SAMPLE_RTOL, atol=max(least, seen.error)))
 
 
 def _read_module(

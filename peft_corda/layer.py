@@ -13,14 +13,15 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora import LoraConfig
 from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.other import transpose
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from .difference import add_difference
-from .weights import weight_shape
+from .weights import quantization_of, weight_shape
 
 _START_NAMES = ("lora_A0", "lora_B0")
 
@@ -50,11 +51,11 @@ class StartBuffers(BufferDict):
 
 
 class CordaVariant(LoraVariant):
-    """What PEFT's LoRA layer calls in place of its own `B A x`; `module` is a `CordaLinear`."""
+    """What PEFT's LoRA layer calls in place of its own `B A x`; `module` is a `CordaLayer`."""
 
     @staticmethod
     def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
-        """Nothing to do: the start is set by `CordaLinear.start_adapter`."""
+        """Nothing to do: the start is set by `CordaLayer.start_adapter`."""
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -87,21 +88,12 @@ class CordaVariant(LoraVariant):
         return result + (factor_b(factor_a(dropout(x))) - start) * scale
 
 
-class CordaLinear(LoraLinear):
-    """A CORDA adapter on a `torch.nn.Linear` or a transformers `Conv1D`."""
+class CordaLayer(LoraLayer):
+    """What CORDA adapters on all kinds of layers have in common; goes before PEFT's LoRA layer."""
 
     lora_A0: StartBuffers
     lora_B0: StartBuffers
-
-    def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any
-    ) -> None:
-        is_conv1d = isinstance(_innermost(base_layer), Conv1D)
-        super().__init__(
-            base_layer, adapter_name, config=config, is_target_conv_1d_layer=is_conv1d, **kwargs
-        )
-        # Conv1D stores its weight as (in, out); the layer knows, the user need not say so.
-        self.fan_in_fan_out = is_conv1d
+    fan_in_fan_out: bool
 
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant:
         return CordaVariant()
@@ -114,7 +106,7 @@ class CordaLinear(LoraLinear):
             self.lora_A0, self.lora_B0 = StartBuffers(), StartBuffers()
             # So that PEFT moves, casts, saves and deletes them with the adapter.
             self.other_param_names = (*self.other_param_names, *_START_NAMES)
-        out_features, in_features = weight_shape(_innermost(self))
+        out_features, in_features = weight_shape(_innermost(cast(nn.Module, self)))
         self.lora_A0[adapter_name] = torch.zeros(r, in_features)
         self.lora_B0[adapter_name] = torch.zeros(out_features, r)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
@@ -124,16 +116,27 @@ class CordaLinear(LoraLinear):
 
     def start_adapter(self, adapter_name: str, factor_a: Tensor, factor_b: Tensor) -> None:
         """Set where an adapter starts: `A (r, in)` and `B (out, r)`, and their frozen copies."""
-        pairs = (
-            (_linear(self.lora_A, adapter_name), self.lora_A0, factor_a),
-            (_linear(self.lora_B, adapter_name), self.lora_B0, factor_b),
-        )
+        self.set_factors(adapter_name, factor_a, factor_b, factor_a, factor_b)
+
+    def set_factors(
+        self,
+        adapter_name: str,
+        factor_a: Tensor,
+        factor_b: Tensor,
+        start_a: Tensor,
+        start_b: Tensor,
+    ) -> None:
+        """Set `A`, `B` and what they are taken to have started from, `A0` and `B0`."""
         device = self._base_device()
-        for linear, start, factor in pairs:
+        for linears, starts, factor, start in (
+            (self.lora_A, self.lora_A0, factor_a, start_a),
+            (self.lora_B, self.lora_B0, factor_b, start_b),
+        ):
+            linear = _linear(linears, adapter_name)
             # The layout that a checkpoint loads into: the same kernels run before and after.
             value = factor.to(device, linear.weight.dtype).contiguous()
-            linear.weight = nn.Parameter(value, requires_grad=linear.weight.requires_grad)
-            start[adapter_name] = value.clone()
+            linear.weight = nn.Parameter(value.clone(), requires_grad=linear.weight.requires_grad)
+            starts[adapter_name] = start.to(value).contiguous().clone()
         self.lora_B0.started.add(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(
@@ -180,11 +183,50 @@ class CordaLinear(LoraLinear):
         delta = transpose(delta, self.fan_in_fan_out) * self.scaling[adapter]
         return delta.to(trained_a.dtype)
 
+    def factors_of(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`A (r, in)`, `B (out, r)`, and their starting values `A0` and `B0`; detached."""
+        return (
+            _linear(self.lora_A, adapter_name).weight.detach(),
+            _linear(self.lora_B, adapter_name).weight.detach(),
+            self.lora_A0[adapter_name],
+            self.lora_B0[adapter_name],
+        )
+
+    def _to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        names = check_adapters_to_merge(self, adapter_names)
+        return [name for name in names if name in self.lora_A]
+
     def _base_device(self) -> torch.device:
         return cast(nn.Linear, self.get_base_layer()).weight.device
 
     def __repr__(self) -> str:
-        return super().__repr__().replace("lora.CordaLinear", "corda.Linear", 1)
+        return super().__repr__().replace("lora.Corda", "corda.", 1)
+
+
+class CordaLinear(CordaLayer, LoraLinear):
+    """A CORDA adapter on a `torch.nn.Linear` or a transformers `Conv1D`."""
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any
+    ) -> None:
+        is_conv1d = isinstance(_innermost(base_layer), Conv1D)
+        super().__init__(
+            base_layer, adapter_name, config=config, is_target_conv_1d_layer=is_conv1d, **kwargs
+        )
+        # Conv1D stores its weight as (in, out); the layer knows, the user need not say so.
+        self.fan_in_fan_out = is_conv1d
+
+
+def new_layer(
+    base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any
+) -> CordaLayer:
+    """The adapter layer for a supported module; `kwargs` as PEFT gives them to LoRA layers."""
+    kind = quantization_of(_innermost(base_layer))
+    if kind is None:
+        return CordaLinear(base_layer, adapter_name, config=config, **kwargs)
+    from .bnb_layers import LAYERS
+
+    return cast(CordaLayer, LAYERS[kind](base_layer, adapter_name, config=config, **kwargs))
 
 
 def _is_partitioned(weight: Tensor) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 Product = tuple[Tensor, Tensor]
 
@@ -36,34 +37,16 @@ def truncated(product: Product, rank: int) -> Product:
     left, right = (factor.double() for factor in product)
     left_basis, left_part = torch.linalg.qr(left)
     right_basis, right_part = torch.linalg.qr(right.T)
-    return _balanced(
-        *torch.linalg.svd(left_part @ right_part.T, full_matrices=False),
-        rank,
-        left_basis,
-        right_basis.T,
-    )
+    factor_b, factor_a = truncated_dense(left_part @ right_part.T, rank)
+    return left_basis @ factor_b, factor_a @ right_basis.T
 
 
 def truncated_dense(matrix: Tensor, rank: int) -> Product:
     """As `truncated`, of a matrix `(out, in)` that is no known product."""
-    return _balanced(*torch.linalg.svd(matrix.double(), full_matrices=False), rank)
-
-
-def _balanced(
-    left: Tensor,
-    values: Tensor,
-    right: Tensor,
-    rank: int,
-    left_basis: Tensor | None = None,
-    right_basis: Tensor | None = None,
-) -> Product:
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
     kept = min(rank, len(values))
     root = values[:kept].sqrt()
-    factor_b, factor_a = left[:, :kept] * root, root[:, None] * right[:kept]
-    if left_basis is not None and right_basis is not None:
-        factor_b, factor_a = left_basis @ factor_b, factor_a @ right_basis
-    missing = rank - kept
     return (
-        torch.nn.functional.pad(factor_b, (0, missing)),
-        torch.nn.functional.pad(factor_a, (0, 0, 0, missing)),
+        pad(left[:, :kept] * root, (0, rank - kept)),
+        pad(root[:, None] * right[:kept], (0, 0, 0, rank - kept)),
     )

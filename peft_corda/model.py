@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any, Literal, cast
 
 import torch
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
+from .combining import Combination, combined
 from .config import CordaConfig
 from .decomposition import starting_factors
-from .factors import CordaFactors, sample_of
-from .layer import CordaLinear
+from .factors import CordaFactors, WeightSample, sample_of
+from .layer import CordaLayer, new_layer
 from .targets import find_targets, rank_of
-from .weights import decomposable, dense_weight, weight_shape
+from .weights import decomposable, dense_weight, rounding_of, weight_shape
 
 
 class CordaModel(LoraModel):
@@ -45,8 +47,8 @@ class CordaModel(LoraModel):
         config = self._config_of(adapter_name)
         factors = None
         if state_dict is None:
-            targets = find_targets(model, config)
             factors = _factors_of(config)
+            targets = find_targets(model, config, with_start=factors is not None)
             if factors is not None:
                 _check_fits(factors, targets, config)
         super().inject_adapter(
@@ -83,12 +85,12 @@ class CordaModel(LoraModel):
         _check_fits(factors, find_targets(self.model, config), config)
         self._fill(adapter_name, factors)
 
-    def adapter_layers(self, adapter_name: str) -> dict[str, CordaLinear]:
+    def adapter_layers(self, adapter_name: str) -> dict[str, CordaLayer]:
         """The layers that have an adapter of this name, by the name of the base module."""
         return {
             name: module
             for name, module in self.model.named_modules()
-            if isinstance(module, CordaLinear) and adapter_name in module.lora_A
+            if isinstance(module, CordaLayer) and adapter_name in module.lora_A
         }
 
     @torch.no_grad()
@@ -117,22 +119,58 @@ class CordaModel(LoraModel):
     @staticmethod
     def _create_new_module(
         lora_config: CordaConfig, adapter_name: str, target: nn.Module, **kwargs: Any
-    ) -> CordaLinear:
+    ) -> CordaLayer:
         # `find_targets` has made sure that the target is of a supported type.
         kwargs.pop("device_map", None)
-        return CordaLinear(target, adapter_name, config=lora_config, **kwargs)
+        return new_layer(target, adapter_name, lora_config, **kwargs)
 
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Not available for CORDA adapters.
+    @torch.no_grad()
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: Literal["total", "frequency"] = "total",
+    ) -> None:
+        """Add an adapter that does what a weighted sum of others does.
 
-        Raises:
-            NotImplementedError: always.
+        Arguments and errors are those of `LoraModel.add_weighted_adapter`, where nothing happens
+        either if there is an adapter of that name. ``"cat"`` is exact, at the sum of the ranks, and
+        so is a single adapter; the others give the best adapter of their rank, which is `svd_rank`
+        or else the largest of the adapters'. ``"linear"``, ``"ties"``, ``"dare_linear"``,
+        ``"dare_ties"`` and ``"magnitude_prune"`` combine the weight updates, as their ``"_svd"``
+        forms do, not `A` and `B` one by one. `svd_full_matrices` and `svd_driver` have no effect.
         """
-        raise NotImplementedError(
-            "add_weighted_adapter is not available for CORDA adapters yet: LoRA's way of combining A "
-            "and B leaves out what each adapter started from. Merge the adapters one after another "
-            "with merge_adapter(adapter_names=[...]) instead."
+        if adapter_name in self.peft_config:
+            return
+        kind, rank, targets = self._check_add_weighted_adapter(
+            adapters=adapters, combination_type=combination_type, svd_rank=svd_rank
         )
+        first = self._config_of(adapters[0])
+        self.peft_config[adapter_name] = replace(
+            first,
+            r=rank,
+            lora_alpha=rank,
+            use_rslora=False,
+            target_modules=targets,
+            alpha_pattern={},
+            rank_pattern={},
+            corda_factors=None,
+        )
+        self.inject_adapter(self.model, adapter_name)
+        how = Combination(kind, rank, svd_clamp, density, majority_sign_method)
+        for layer in self.adapter_layers(adapter_name).values():
+            factors = combined(layer, adapters, weights, how)
+            layer.set_factors(
+                adapter_name, factors.factor_a, factors.factor_b, factors.start_a, factors.start_b
+            )
+        self.set_requires_grad(adapter_name, requires_grad=False)
 
     def subtract_mutated_init(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Not needed for CORDA adapters, which leave the base weights as they are.
@@ -159,7 +197,11 @@ def _check_fits(factors: CordaFactors, targets: dict[str, nn.Module], config: Co
         weighting=config.corda_weighting,
         ranks={name: rank_of(config, name) for name in targets},
         weights={
-            name: (sample_of(dense_weight(name, module)), weight_shape(module))
-            for name, module in targets.items()
+            name: _shown(dense_weight(name, module), module) for name, module in targets.items()
         },
     )
+
+
+def _shown(weight: Tensor, module: nn.Module) -> WeightSample:
+    error = rounding_of(module) and rounding_of(module) * float(weight.abs().max())
+    return WeightSample(sample_of(weight), weight_shape(module), error)

@@ -18,12 +18,16 @@ from .config import CordaConfig
 from .weights import SUPPORTED, is_supported, weight_shape
 
 
-def find_targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]:
+def find_targets(
+    model: nn.Module, config: CordaConfig, with_start: bool = True
+) -> dict[str, nn.Module]:
     """Target modules by name, in the order of `model.named_modules()`, checked.
 
     Args:
         model: the base model (not a `PeftModel`); modules that already carry an adapter are found
             under their own name, and their base layer is returned.
+        with_start: whether the adapters are to start from directions of the weight: there are no more
+            of them than its smaller side.
         config: its `target_modules`, `exclude_modules`, `layers_to_transform`, `rank_pattern`, …
 
     Raises:
@@ -43,7 +47,8 @@ def find_targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]:
     if not targets:
         raise ValueError(_no_match_message(model, config))
     _check_types(targets)
-    _check_ranks(targets, config)
+    if with_start:
+        _check_ranks(targets, config)
     return targets
 
 

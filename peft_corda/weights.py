@@ -2,31 +2,57 @@
 
 from __future__ import annotations
 
-from typing import cast
+import copy
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-SUPPORTED = "torch.nn.Linear and transformers' Conv1D with floating-point weights"
+SUPPORTED = (
+    "torch.nn.Linear and transformers' Conv1D with floating-point weights, and bitsandbytes' Linear4bit "
+    "and Linear8bitLt"
+)
+# What quantising may change an entry by, relative to the largest entry of the weight: half of the
+# widest gap between two levels, and a little for the quantised scales.
+_ERRORS = {"4bit": 0.2, "8bit": 0.01}
 
 
 def is_supported(module: nn.Module) -> bool:
     """Whether a CORDA adapter can be put on this module."""
-    if not isinstance(module, nn.Linear | Conv1D):
+    if quantization_of(module) is not None:
+        return True
+    # Exactly these: quantised layers of other packages subclass nn.Linear, but hold packed integers.
+    if not isinstance(module, nn.Linear | Conv1D) or _is_wrapped(_weight(module)):
         return False
-    # Quantised layers subclass nn.Linear, but hold packed integers.
     return _weight(module).is_floating_point() and _weight(module).ndim == 2
+
+
+def quantization_of(module: nn.Module) -> str | None:
+    """``"4bit"`` or ``"8bit"`` for a quantised bitsandbytes layer, else None."""
+    kind = {"Params4bit": "4bit", "Int8Params": "8bit"}.get(type(_weight(module)).__name__)
+    # bitsandbytes quantises on the move to a device; until then the weight is dense.
+    return None if kind is None or _weight(module).is_floating_point() else kind
+
+
+def rounding_of(module: nn.Module) -> float:
+    """How far entries of a quantised weight may be off, relative to the largest one; 0 if dense."""
+    return _ERRORS.get(quantization_of(module) or "", 0.0)
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
     """`(out, in)` of a supported module."""
+    if isinstance(module, nn.Linear):
+        # A quantised weight has another shape.
+        return module.out_features, module.in_features
     rows, columns = _weight(module).shape
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
 def dense_weight(name: str, module: nn.Module) -> Tensor:
-    """`W (out, in)` of a supported module: detached, and sharing memory with it.
+    """`W (out, in)` of a supported module: detached; of a dense one sharing memory with it.
+
+    A quantised weight is what the quantised layer multiplies by.
 
     Raises:
         ValueError: if the weight is not in memory (offloaded, or on the meta device).
@@ -37,6 +63,8 @@ def dense_weight(name: str, module: nn.Module) -> Tensor:
             f"The weight of {name} is not in memory (it is on the meta device: offloaded, or not "
             "loaded yet). CORDA reads each target weight once: load the model onto CPU or GPU first."
         )
+    if quantization_of(module) is not None:
+        return _dequantized(module)
     return weight.T if isinstance(module, Conv1D) else weight
 
 
@@ -45,5 +73,44 @@ def decomposable(weight: Tensor) -> Tensor:
     return weight if weight.dtype == torch.float64 else weight.float()
 
 
+def unpacked(weight: Tensor) -> tuple[Tensor, Any]:
+    """Codes and quantisation state of a 4-bit weight, in the layout that bitsandbytes dequantises.
+
+    On some CPUs a forward pass in evaluation mode packs the weight anew, in place: what is dequantised
+    afterwards is something else, without an error.
+    """
+    state = cast(Any, weight).quant_state
+    if not getattr(state, "packing_format_for_cpu", False):
+        return weight.data, state
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    # The inverse leaves the scales transposed, unless it quantises them again: they are set here. It
+    # changes the state that it is given.
+    scales, state = state.absmax.T.reshape(-1).float(), copy.copy(state)
+    state.original_nested = False
+    codes, state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+    state.absmax = scales
+    return codes, state
+
+
+@torch.no_grad()
+def _dequantized(module: nn.Module) -> Tensor:
+    import bitsandbytes
+
+    weight = cast(Any, _weight(module))
+    if quantization_of(module) == "4bit":
+        return bitsandbytes.functional.dequantize_4bit(*unpacked(weight)).detach()
+    # A forward pass moves codes and scales from the weight into the state.
+    state = cast(Any, module.state)
+    codes, scales = (weight.CB, weight.SCB) if weight.SCB is not None else (state.CB, state.SCB)
+    codes = weight.data if codes is None else codes
+    return cast(Tensor, codes.float() * (scales.float() / 127).view(-1, 1))
+
+
+def _is_wrapped(weight: Tensor) -> bool:
+    """Whether a tensor subclass stands in for the weight, as in quantised layers of torchao."""
+    return type(weight).__module__.startswith("torchao.")
+
+
 def _weight(module: nn.Module) -> Tensor:
-    return cast(Tensor, module.weight)
+    return cast(Tensor, getattr(module, "weight", None))

@@ -34,12 +34,29 @@ def test_config(options, message):
         CordaConfig(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 30}, r"r=30 is larger than module model\.layers\.0\.self_attn\.k_proj"),
+        ({"r": 4, "rank_pattern": {"up_proj": 99}}, r"r=99 is larger .*up_proj"),
+    ],
+)
+def test_rank_beyond_the_directions_of_a_layer(options, message):
+    """Nothing to start from; an adapter without a start, to load weights into, may have it as in LoRA."""
+    model, config = make_model("llama"), make_config("llama", **options)
+    before = modules_of(model)
+    with pytest.raises(ValueError, match=message):
+        calibrate(model, config, make_batches())
+    assert modules_of(model) == before
+    adapted = get_peft_model(model, config)
+    with pytest.raises(ValueError, match=message):
+        initialize_corda(adapted, make_batches())
+
+
 @pytest.mark.parametrize("prepare", [lambda m, c: calibrate(m, c, make_batches()), get_peft_model])
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("llama", {"r": 30}, r"r=30 is larger than module model\.layers\.0\.self_attn\.k_proj"),
-        ("llama", {"r": 4, "rank_pattern": {"up_proj": 99}}, r"r=99 is larger .*up_proj"),
         ("llama", {"target_modules": ["query"]}, "No module of LlamaForCausalLM matches.*q_proj"),
         ("llama", {"target_modules": ["embed_tokens"]}, "embed_tokens is a Embedding"),
         ("llama", {"target_modules": ["self_attn"]}, "self_attn is a LlamaAttention, which CORDA"),

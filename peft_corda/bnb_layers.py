@@ -1,0 +1,73 @@
+"""CORDA adapters on quantised layers of bitsandbytes. Imported only where there is one."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import bitsandbytes as bnb
+import torch
+from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
+from torch import Tensor, nn
+
+from .layer import CordaLayer
+from .weights import dense_weight, unpacked
+
+
+class CordaLinear4bit(CordaLayer, Linear4bit):
+    """A CORDA adapter on a `bitsandbytes.nn.Linear4bit`."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge as LoRA does: dequantised, added to, and quantised again."""
+        self._unpack()
+        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def unmerge(self) -> None:
+        """Take merged adapters out again, to the precision of the quantisation."""
+        self._unpack()
+        super().unmerge()
+
+    def _unpack(self) -> None:
+        weight = cast(Any, self.get_base_layer()).weight
+        weight.data, weight.quant_state = unpacked(weight)
+
+
+class CordaLinear8bitLt(CordaLayer, Linear8bitLt):
+    """A CORDA adapter on a `bitsandbytes.nn.Linear8bitLt`."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge into the dequantised weight, and quantise again.
+
+        Raises:
+            ValueError: with `safe_merge`, if the result is not finite; nothing is merged then.
+        """
+        for name in self._to_merge(adapter_names):
+            merged = self._dense() + self.get_delta_weight(name).float()
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
+                )
+            self._requantize(merged)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Take merged adapters out again, to the precision of the quantisation."""
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            if name in self.lora_A:
+                self._requantize(self._dense() - self.get_delta_weight(name).float())
+
+    def _dense(self) -> Tensor:
+        return dense_weight("the layer", self.get_base_layer()).float()
+
+    def _requantize(self, weight: Tensor) -> None:
+        layer = cast(Any, self.get_base_layer())
+        device = layer.weight.device
+        # As when a checkpoint is loaded: quantised on the way to its device, with a state of its own.
+        codes: Any = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
+        layer.weight = codes.to(device)
+        threshold, layer.state = layer.state.threshold, bnb.MatmulLtState()
+        layer.state.threshold, layer.state.has_fp16_weights = threshold, False
+        layer.state.use_pool = threshold > 0
+
+
+LAYERS: dict[str, type[nn.Module]] = {"4bit": CordaLinear4bit, "8bit": CordaLinear8bitLt}
