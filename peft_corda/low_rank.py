@@ -36,17 +36,14 @@ def truncated(product: Product, rank: int) -> Product:
     left, right = (factor.double() for factor in product)
     left_basis, left_part = torch.linalg.qr(left)
     right_basis, right_part = torch.linalg.qr(right.T)
-    return _balanced(
-        *torch.linalg.svd(left_part @ right_part.T, full_matrices=False),
-        rank,
-        left_basis,
-        right_basis.T,
-    )
+    u, values, v = torch.linalg.svd(left_part @ right_part.T, full_matrices=False)
+    return _balanced(u, values, v, rank, left_basis, right_basis.T)
 
 
 def truncated_dense(matrix: Tensor, rank: int) -> Product:
     """As `truncated`, of a matrix `(out, in)` that is no known product."""
-    return _balanced(*torch.linalg.svd(matrix.double(), full_matrices=False), rank)
+    u, values, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return _balanced(u, values, v, rank)
 
 
 def _balanced(
