@@ -10,6 +10,7 @@ Method: CorDA, arXiv 2406.05223 (NeurIPS 2024).
 from .allocation import allocate_ranks, apply_ranks
 from .calibration import calibrate, initialize_corda
 from .config import CordaConfig
+from .export import export_lora
 from .factors import CordaFactors, ModuleFactors
 from .model import CordaModel
 from .registration import register_corda
@@ -26,6 +27,7 @@ __all__ = [
     "allocate_ranks",
     "apply_ranks",
     "calibrate",
+    "export_lora",
     "initialize_corda",
     "report",
 ]
