@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from .files import replacing
 
@@ -56,10 +57,7 @@ def corda_section(config: CordaConfig) -> str:
 
 
 def update_card(folder: str | os.PathLike[str], section: str | None) -> None:
-    """Put our section into a card that is there, in place of an older one, or take it out (None).
-
-    Without a card nothing is done.
-    """
+    """Put our section into a card that is there, in place of an older one, or take it out (None)."""
     path = os.path.join(folder, CARD_NAME)
     if not os.path.isfile(path):
         return
@@ -68,8 +66,21 @@ def update_card(folder: str | os.PathLike[str], section: str | None) -> None:
         before = file.read()
     after = with_section(before, section)
     if after != before:
-        with replacing(path) as new, open(new, "w", encoding="utf-8", newline="") as file:
-            file.write(after)
+        _write(path, after)
+
+
+def describe(folder: str | os.PathLike[str], config: CordaConfig) -> None:
+    """Put a section on the adapter into the card, after PEFT wrote card and weights.
+
+    For adapters in folders of their own, PEFT writes one card above them; theirs are made here. Without
+    weights it is no checkpoint, and no card is made.
+    """
+    path = os.path.join(folder, CARD_NAME)
+    weights = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+    if os.path.isfile(path):
+        update_card(folder, corda_section(config))
+    elif any(os.path.isfile(os.path.join(folder, name)) for name in weights):
+        _write(path, with_section(_new_card(config), corda_section(config)))
 
 
 def with_section(text: str, section: str | None) -> str:
@@ -85,17 +96,23 @@ def lora_card(src: str, dst: str, config: CordaConfig, rank: int, exact: bool) -
     """The card of an export: that of an earlier export or of the checkpoint, as far as it goes on."""
     cards = [os.path.join(folder, CARD_NAME) for folder in (dst, src)]
     found = next(filter(os.path.isfile, cards), None)
-    if found is not None:
-        card = ModelCard.load(found)
-    else:
-        data = ModelCardData(base_model=config.base_model_name_or_path or None)
-        card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n# LoRA adapter\n")
+    card = ModelCard.load(found) if found is not None else ModelCard(_new_card(config))
     card.data["library_name"] = "peft"
     tags = card.data.get("tags") or []
     card.data["tags"] = sorted({*([tags] if isinstance(tags, str) else tags), "lora"})
     how = "" if exact else ", the best approximation of that rank"
     section = _LORA.format(method=config.corda_method, rank=_ranks(config), exported=rank, how=how)
     return with_section(str(card), section)
+
+
+def _new_card(config: CordaConfig) -> str:
+    data = ModelCardData(base_model=config.base_model_name_or_path or None, library_name="peft")
+    return f"---\n{data.to_yaml()}\n---\n\n# Adapter\n"
+
+
+def _write(path: str, text: str) -> None:
+    with replacing(path) as new, open(new, "w", encoding="utf-8", newline="") as file:
+        file.write(text)
 
 
 def _ranks(config: CordaConfig) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftType
 
-from .card import corda_section, update_card
+from .card import describe
 from .decomposition import METHODS, WEIGHTINGS
 from .factors import CordaFactors
 
@@ -142,12 +142,12 @@ class CordaConfig(LoraConfig):
             self.corda_factors = factors
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json, and a section on the adapter into a model card that is there.
+        """Write adapter_config.json and, in a checkpoint, a section of the model card (README.md).
 
-        PEFT writes its model card before the config, and asks no one what to put in.
+        PEFT writes its card and the weights before the config, and asks no one what to put in.
         """
         super().save_pretrained(save_directory, **kwargs)
-        update_card(save_directory, corda_section(self))
+        describe(save_directory, self)
         _last_saved[:] = [(weakref.ref(self), os.path.basename(save_directory))]
 
 
