@@ -9,7 +9,9 @@ Method: CorDA, arXiv 2406.05223 (NeurIPS 2024).
 
 from .allocation import allocate_ranks, apply_ranks
 from .calibration import calibrate, initialize_corda
+from .callbacks import CordaExportCallback
 from .config import CordaConfig
+from .export import export_lora
 from .factors import CordaFactors, ModuleFactors
 from .model import CordaModel
 from .registration import register_corda
@@ -19,6 +21,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CordaConfig",
+    "CordaExportCallback",
     "CordaFactors",
     "CordaModel",
     "CordaReport",
@@ -26,6 +29,7 @@ __all__ = [
     "allocate_ranks",
     "apply_ranks",
     "calibrate",
+    "export_lora",
     "initialize_corda",
     "report",
 ]

@@ -1,7 +1,9 @@
-"""The command `peft-corda`: calibrate a model, and look at what was found.
+"""The command `peft-corda`: calibrate a model, look at what was found, start and export adapters.
 
     peft-corda calibrate --model org/name --data texts.jsonl --output factors.safetensors
     peft-corda report factors.safetensors --mean_rank 16
+    peft-corda init --model org/name --factors factors.safetensors --output adapter
+    peft-corda export trained-adapter plain-lora --dtype bfloat16
     peft-corda calibrate --config calibrate.yaml   # made by: peft-corda calibrate ... --print_config
 
 The dataclasses are the options; this file imports nothing that they do not need.
@@ -21,15 +23,12 @@ Task = Literal[
 ]
 
 
-@dataclass(frozen=True)
-class CalibrateOptions:
-    """Run calibration data through a model and write the factors that CorDA adapters start from.
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """What calibrate and init have in common: a model, data, and which layers are adapted.
 
     Args:
         model: Hub id or local path of the base model.
-        data: Text to calibrate on: a .txt, .md, .json, .jsonl, .csv, .tsv or .parquet file, or the id
-            of a data set on the hub. For kpm, what the model should keep; for ipm, the task.
-        output: Factors file to write, such as factors.safetensors.
         task: What the model is for, as PEFT names it; decides the Auto class that loads it.
         revision: Branch, tag or commit of the model on the hub.
         gguf_file: Name of the GGUF file in the model's folder, to load that.
@@ -47,8 +46,7 @@ class CalibrateOptions:
         pack: Put the texts one behind the other and cut them into sequences of max_length tokens. By
             default each row is a sequence, cut off or padded.
         seed: Of the choice of rows; null takes the first ones.
-        r: Largest rank that adapters can be started with from the factors.
-        corda_method: "kpm" for directions that the data uses least, "ipm" for those that it uses most.
+        r: Rank of the adapters; for calibrate the largest that the factors are enough for.
         target_modules: Names of linear layers, as in a LoraConfig.
         exclude_modules: Names of modules to leave out.
         rank_pattern: Ranks for some modules in place of r, by name.
@@ -56,12 +54,9 @@ class CalibrateOptions:
         corda_weighting: What the weight is multiplied by before it is decomposed.
         max_memory: What the statistics may take at a time, such as 4GiB; more passes if need be.
         checkpoint_dir: Folder that an interrupted calibration goes on from.
-        report: JSON file to write the report to.
     """
 
     model: str
-    data: str
-    output: str
     task: Task = "CAUSAL_LM"
     revision: str | None = None
     gguf_file: str | None = None
@@ -79,7 +74,6 @@ class CalibrateOptions:
     pack: bool = False
     seed: int | None = 0
     r: int = 16
-    corda_method: Literal["kpm", "ipm", "both"] = "kpm"
     target_modules: list[str] | str = "all-linear"
     exclude_modules: list[str] | str | None = None
     rank_pattern: dict[str, int] | None = None
@@ -87,7 +81,74 @@ class CalibrateOptions:
     corda_weighting: Literal["covariance", "sqrt_covariance"] = "covariance"
     max_memory: int | str | None = None
     checkpoint_dir: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions(ModelOptions):
+    """Run calibration data through a model and write the factors that CorDA adapters start from.
+
+    Args:
+        data: Text to calibrate on: a .txt, .md, .json, .jsonl, .csv, .tsv or .parquet file, or the id
+            of a data set on the hub. For kpm, what the model should keep; for ipm, the task.
+        output: Factors file to write, such as factors.safetensors.
+        corda_method: "kpm" for directions that the data uses least, "ipm" for those that it uses most.
+        report: JSON file to write the report to.
+    """
+
+    data: str
+    output: str
+    corda_method: Literal["kpm", "ipm", "both"] = "kpm"
     report: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitOptions(ModelOptions):
+    """Write an untrained adapter, for any trainer that loads adapters to go on from.
+
+    Args:
+        output: Folder to write; load it with PeftModel.from_pretrained(model, folder,
+            is_trainable=True).
+        factors: File written by calibrate. The options of the calibration are then without effect.
+        data: Text to calibrate on, as for calibrate; in place of factors.
+        lora_alpha: Scaling times r; by default r, the paper's setting.
+        alpha_pattern: Values for some modules in place of lora_alpha, by name.
+        use_rslora: Scale by the square root of the rank.
+        lora_dropout: On the inputs of the trained factors.
+        bias: Which biases are trained.
+        modules_to_save: Names of modules that are trained whole.
+        corda_method: "kpm" for directions that the data uses least, "ipm" for those that it uses most.
+        corda_scaling: How the start is spread over A and B.
+    """
+
+    output: str
+    factors: str | None = None
+    data: str | None = None
+    lora_alpha: int | None = None
+    alpha_pattern: dict[str, int] | None = None
+    use_rslora: bool = False
+    lora_dropout: float = 0.0
+    bias: Literal["none", "all", "lora_only"] = "none"
+    modules_to_save: list[str] | None = None
+    corda_method: Literal["kpm", "ipm"] = "kpm"
+    corda_scaling: Literal["balanced", "paper"] = "balanced"
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Write a trained CorDA adapter as a plain LoRA adapter, which loads without this package.
+
+    Args:
+        src: Folder with the saved adapter.
+        dst: Folder to write.
+        rank: Of the LoRA adapter; by default twice that of the adapter, which is exact. With a smaller
+            one its update is the best approximation.
+        dtype: Of the LoRA adapter; by default that of the adapter.
+    """
+
+    src: str
+    dst: str
+    rank: int | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
 
 
 @dataclass(frozen=True)
@@ -121,8 +182,14 @@ class ReportOptions:
 FLAGS = {
     "trust_remote_code": "Run code that comes with the model. Only for a source that you trust.",
     "pack": "Put the texts one behind the other and cut them into sequences of max_length tokens.",
+    "use_rslora": "Scale by the square root of the rank.",
 }
-COMMANDS = {"calibrate": CalibrateOptions, "report": ReportOptions}
+COMMANDS = {
+    "calibrate": CalibrateOptions,
+    "report": ReportOptions,
+    "init": InitOptions,
+    "export": ExportOptions,
+}
 
 
 def build_parser() -> ArgumentParser:
@@ -139,7 +206,7 @@ def build_parser() -> ArgumentParser:
         own = [field.name for field in fields(options)]
         command.add_class_arguments(
             options,
-            as_positional=name == "report",
+            as_positional=name in ("report", "export"),
             as_group=False,
             skip=set(FLAGS).intersection(own),
         )
@@ -163,11 +230,15 @@ def main(args: Sequence[str] | None = None) -> None:
     name = parsed.command
     options = COMMANDS[name](**_given(parsed[name]))
     # PyTorch and transformers take their time: not for --help or a mistyped option.
-    from . import commands
+    from . import adapter_commands, commands
 
     try:
         if isinstance(options, CalibrateOptions):
             commands.run_calibrate(options)
+        elif isinstance(options, InitOptions):
+            adapter_commands.run_init(options)
+        elif isinstance(options, ExportOptions):
+            adapter_commands.run_export(options)
         else:
             commands.run_report(options)
     except (ValueError, OSError, ImportError) as error:

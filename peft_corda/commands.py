@@ -1,10 +1,11 @@
-"""What the subcommands of `peft-corda` do."""
+"""What `peft-corda calibrate` and `peft-corda report` do."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,7 @@ from .spectra import pick_method
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    from .cli import CalibrateOptions, ReportOptions
+    from .cli import CalibrateOptions, ModelOptions, ReportOptions
 
 # By PEFT's task type.
 AUTO_CLASSES = {
@@ -56,20 +57,11 @@ def run_calibrate(options: CalibrateOptions) -> CordaFactors:
         rank_pattern=options.rank_pattern or {},
         task_type=options.task,
     )
-    _check_options(options)
-    # What costs nothing first, so that a mistake is found before the model is loaded.
-    source = _source(options)
-    about = AutoConfig.from_pretrained(options.model, **source)
-    tokenizer = AutoTokenizer.from_pretrained(options.model, **source)
-    batches = _batches(options, tokenizer, about)
-    factors = calibrate(
-        load_model(options),
-        config,
-        batches,
-        options.max_memory,
-        methods=methods,
-        checkpoint_dir=options.checkpoint_dir,
-    )
+    check_options(options)
+    for path in (options.output, options.report):
+        if path is not None and os.path.isdir(path):
+            raise ValueError(f"{path!r} is a folder; give the path of the file to write.")
+    _, factors = calibrated(options, options.data, config, methods)
     reports = [report(factors, config, method) for method in methods]
     _write(factors, options.output, reports, options.report)
     for own in reports:
@@ -112,7 +104,28 @@ def run_report(options: ReportOptions) -> CordaReport:
     return own
 
 
-def load_model(options: CalibrateOptions) -> nn.Module:
+def calibrated(
+    options: ModelOptions, data: str, config: CordaConfig, methods: Sequence[str]
+) -> tuple[nn.Module, CordaFactors]:
+    """The base model, and what a calibration on `data` found."""
+    # What costs nothing first, so that a mistake is found before the model is loaded.
+    source = _source(options)
+    about = AutoConfig.from_pretrained(options.model, **source)
+    tokenizer = AutoTokenizer.from_pretrained(options.model, **source)
+    batches = _batches(options, data, tokenizer, about)
+    model = load_model(options)
+    factors = calibrate(
+        model,
+        config,
+        batches,
+        options.max_memory,
+        methods=methods,
+        checkpoint_dir=options.checkpoint_dir,
+    )
+    return model, factors
+
+
+def load_model(options: ModelOptions) -> nn.Module:
     """The base model, in evaluation mode, where the options want it."""
     auto_class = getattr(transformers, AUTO_CLASSES[options.task])
     placed: dict[str, Any] = {"device_map": options.device_map} if options.device_map else {}
@@ -127,7 +140,7 @@ def load_model(options: CalibrateOptions) -> nn.Module:
     return model.eval()
 
 
-def _source(options: CalibrateOptions) -> dict[str, Any]:
+def _source(options: ModelOptions) -> dict[str, Any]:
     source: dict[str, Any] = {
         "revision": options.revision,
         "gguf_file": options.gguf_file,
@@ -140,27 +153,23 @@ def _dtype(name: str) -> str | torch.dtype:
     return name if name == "auto" else getattr(torch, name)
 
 
-def _check_options(options: CalibrateOptions) -> None:
+def check_options(options: ModelOptions) -> None:
+    """Raise ValueError where options of the model or the data are out of range or exclude each other."""
     for name in ("num_samples", "max_length", "batch_size"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(options, name)}.")
     if options.device is not None and options.device_map is not None:
         raise ValueError("Give either device or device_map, not both.")
-    for path in (options.output, options.report):
-        if path is not None and os.path.isdir(path):
-            raise ValueError(f"{path!r} is a folder; give the path of the file to write.")
     if options.pack and options.target_field is not None:
         raise ValueError("pack is for models that read one text; leave out pack or target_field.")
 
 
 def _batches(
-    options: CalibrateOptions, tokenizer: PreTrainedTokenizerBase, about: PretrainedConfig
+    options: ModelOptions, data: str, tokenizer: PreTrainedTokenizerBase, about: PretrainedConfig
 ) -> list[Batch]:
     _check_length(options.max_length, about)
     start = _decoder_start(options, about)
-    rows = load_rows(
-        options.data, name=options.data_name, split=options.split, whole_texts=options.pack
-    )
+    rows = load_rows(data, name=options.data_name, split=options.split, whole_texts=options.pack)
     fields = [_listed(options.text_field)]
     if options.target_field is not None:
         fields.append(_listed(options.target_field))
@@ -179,7 +188,7 @@ def _check_length(max_length: int, about: PretrainedConfig) -> None:
         )
 
 
-def _decoder_start(options: CalibrateOptions, about: PretrainedConfig) -> int | None:
+def _decoder_start(options: ModelOptions, about: PretrainedConfig) -> int | None:
     """The token that a decoder's text starts with; None for models that read one text."""
     if not about.is_encoder_decoder:
         if options.target_field is not None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
+import weakref
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from peft import LoraConfig, PeftType
 
+from .card import describe
 from .decomposition import METHODS, WEIGHTINGS
 from .factors import CordaFactors
 
@@ -22,6 +25,16 @@ _UNSUPPORTED: dict[str, Any] = {
     "use_qalora": False,
     "ensure_weight_tying": False,
 }
+
+_last_saved: list[tuple[weakref.ref[CordaConfig], str]] = []
+
+
+def saved_last(folder_name: str) -> CordaConfig | None:
+    """The config that was saved last, if that was to a folder of this name and it is still in use."""
+    for reference, saved_to in _last_saved:
+        if saved_to == folder_name:
+            return reference()
+    return None
 
 
 @dataclass
@@ -127,6 +140,15 @@ class CordaConfig(LoraConfig):
             return super().to_dict()
         finally:
             self.corda_factors = factors
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json and, in a checkpoint, a section of the model card (README.md).
+
+        PEFT writes its card and the weights before the config, and asks no one what to put in.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        describe(save_directory, self)
+        _last_saved[:] = [(weakref.ref(self), os.path.basename(save_directory))]
 
 
 def _check_choice(name: str, given: Any, choices: tuple[str, ...]) -> None:

@@ -1,9 +1,10 @@
-"""Files that are whole or not there."""
+"""Files and folders that are whole or not there."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,31 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+@contextmanager
+def replacing_folder(path: str | os.PathLike[str]) -> Iterator[str]:
+    """As `replacing`, for a folder; one that was there before is replaced with all that is in it."""
+    path = os.path.realpath(path)
+    directory, name = os.path.split(path)
+    os.makedirs(directory, exist_ok=True)
+    temporary, old = (
+        os.path.join(directory, f".{name}.{uuid.uuid4().hex}.{kind}") for kind in ("tmp", "old")
+    )
+    os.mkdir(temporary)
+    try:
+        yield temporary
+        if os.path.exists(path):
+            os.rename(path, old)
+        os.rename(temporary, path)
+    except BaseException:
+        if os.path.exists(old):
+            os.rename(old, path)
+        raise
+    finally:
+        for leftover in (temporary, old):
+            if os.path.isdir(leftover):
+                shutil.rmtree(leftover)
 
 
 def atomic_save(

@@ -73,19 +73,21 @@ class CordaVariant(LoraVariant):
     def forward(
         module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
-        if module.training and torch.is_grad_enabled():
-            module.check_started(active_adapter)
         factor_a, factor_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
         start_a, start_b = module.lora_A0[active_adapter], module.lora_B0[active_adapter]
         scale, dropout = module.scaling[active_adapter], module.lora_dropout[active_adapter]
         drops = dropout.training and not isinstance(dropout, nn.Identity)
         if not drops and not _is_partitioned(factor_a.weight):
-            return add_difference(
+            summed = add_difference(
                 result, x, factor_a.weight, factor_b.weight, start_a, start_b, scale
             )
-        # The same two products through the same kernels: equal factors cancel to the last bit.
-        start = F.linear(F.linear(x, start_a), start_b)
-        return result + (factor_b(factor_a(dropout(x))) - start) * scale
+        else:
+            # The same two products through the same kernels: equal factors cancel to the last bit.
+            start = F.linear(F.linear(x, start_a), start_b)
+            summed = result + (factor_b(factor_a(dropout(x))) - start) * scale
+        if factor_b.weight.requires_grad and summed.requires_grad:
+            module.refuse_to_train_without_start(active_adapter, summed)
+        return summed
 
 
 class CordaLayer(LoraLayer):
@@ -159,18 +161,23 @@ class CordaLayer(LoraLayer):
     def adapter_dtype(self, adapter_name: str) -> torch.dtype:
         return _linear(self.lora_A, adapter_name).weight.dtype
 
-    def check_started(self, adapter_name: str) -> None:
-        """Raise unless the adapter was given a start: trained without, it would be a plain LoRA.
+    def refuse_to_train_without_start(self, adapter_name: str, output: Tensor) -> None:
+        """Make the backward pass of `output` an error unless the adapter was given a start.
 
-        Raises:
-            RuntimeError: saying how to give it one.
+        Trained without, it would be a plain LoRA. Its forward pass is no error: weights may be loaded
+        into it, or one adapter be replaced by another, with the model in training mode all the while.
         """
-        if adapter_name not in self.lora_B0.started:
+        if adapter_name in self.lora_B0.started:
+            return
+
+        def refuse(_: Tensor) -> None:
             raise RuntimeError(
                 f"The CORDA adapter {adapter_name!r} has no start yet, so it would train as a plain "
                 "LoRA. Call calibrate(model, config, dataloader) before get_peft_model, or set "
                 "CordaConfig(corda_factors='file'), or call initialize_corda(model, dataloader) now."
             )
+
+        output.register_hook(refuse)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """`s (B A − B0 A0)` in the layout of the base weight and the dtype of the adapter."""

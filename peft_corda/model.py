@@ -10,8 +10,9 @@ from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
 from .combining import Combination, combined
-from .config import CordaConfig
+from .config import CordaConfig, saved_last
 from .decomposition import starting_factors
+from .export import convert_for_saving
 from .factors import CordaFactors, WeightSample, sample_of
 from .layer import CordaLayer, new_layer
 from .targets import find_targets, rank_of
@@ -172,16 +173,29 @@ class CordaModel(LoraModel):
             )
         self.set_requires_grad(adapter_name, requires_grad=False)
 
-    def subtract_mutated_init(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Not needed for CORDA adapters, which leave the base weights as they are.
+    @classmethod
+    def _convert_state_dict_for_initial_model(
+        cls,
+        peft_model: Any,
+        peft_config: Any,
+        path_initial_model_for_weight_conversion: str,
+        output_state_dict: dict[str, Tensor],
+        kwargs: dict[str, Any],
+    ) -> dict[str, Tensor]:
+        """What `save_pretrained(path_initial_model_for_weight_conversion=...)` writes: a plain LoRA.
 
-        Raises:
-            ValueError: always.
+        The path is not needed, for the adapter has its start in it.
         """
-        raise ValueError(
-            "path_initial_model_for_weight_conversion is not for CORDA adapters: they leave the base "
-            "weights unchanged, so a plain save_pretrained(path) reloads on the original base."
-        )
+        return convert_for_saving(output_state_dict, peft_config)
+
+    def subtract_mutated_init(
+        self, output_state_dict: dict[str, Tensor], adapter_name: str, kwargs: Any = None
+    ) -> dict[str, Tensor]:
+        """As `_convert_state_dict_for_initial_model`, which PEFT 0.20 does not have."""
+        # PEFT has just written its own copy of the config to the folder that the adapter is named by.
+        copied = saved_last(adapter_name)
+        is_live = any(copied is config for config in self.peft_config.values())
+        return convert_for_saving(output_state_dict, None if is_live else copied)
 
 
 def _factors_of(config: CordaConfig) -> CordaFactors | None:

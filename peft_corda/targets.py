@@ -6,6 +6,7 @@ import copy
 from typing import cast
 
 from peft.tuners.tuners_utils import (
+    BaseTuner,
     BaseTunerLayer,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
@@ -61,12 +62,12 @@ def rank_of(config: CordaConfig, name: str) -> int:
 def _with_explicit_targets(model: nn.Module, config: CordaConfig) -> CordaConfig:
     config = copy.copy(config)
     if config.target_modules is None:
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        model_type = BaseTuner.get_model_config(model).get("model_type")
         defaults = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(str(model_type))
         if defaults is None:
             raise ValueError(
-                f"PEFT has no default target modules for model type {model_type!r}. Set "
-                "target_modules in the CordaConfig, for example target_modules='all-linear'."
+                "Please specify `target_modules` in the CordaConfig, for example "
+                f"target_modules='all-linear': PEFT has no default for model type {model_type!r}."
             )
         config.target_modules = defaults if isinstance(defaults, str) else list(defaults)
     return cast(CordaConfig, _maybe_include_all_linear_layers(config, model))

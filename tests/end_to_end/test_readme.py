@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from corda_helpers import make_batches, make_model
+from peft import LoraConfig, PeftModel
 from transformers import TrainingArguments
 
 README = Path(__file__).parents[2] / "README.md"
@@ -22,7 +23,7 @@ def arguments(folder):
 
 def test_readme_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    corda, reload, spend, prune = python_blocks()
+    corda, reload, export, spend, prune = python_blocks()
     batches = make_batches()
     ids = batches[0]["input_ids"]
 
@@ -39,6 +40,12 @@ def test_readme_code_runs(tmp_path, monkeypatch):
     with torch.no_grad():
         expected = trained.cpu().eval()(input_ids=ids).logits
         assert torch.equal(names["model"].eval()(input_ids=ids).logits, expected)
+
+    exec(export, names)
+    lora = PeftModel.from_pretrained(make_model("llama"), tmp_path / "adapter-lora").eval()
+    assert type(lora.peft_config["default"]) is LoraConfig
+    with torch.no_grad():
+        torch.testing.assert_close(lora(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
 
     names["model"] = make_model("llama")
     exec(spend, names)

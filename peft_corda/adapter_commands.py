@@ -1,0 +1,81 @@
+"""What `peft-corda init` and `peft-corda export` do."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from peft import PeftModel, get_peft_model
+
+from .commands import calibrated, check_options, load_model
+from .config import CordaConfig
+from .export import export_lora
+from .factors import CordaFactors
+from .files import replacing_folder
+
+if TYPE_CHECKING:
+    from .cli import ExportOptions, InitOptions
+
+
+def run_export(options: ExportOptions) -> str:
+    """`peft-corda export`: write the plain LoRA adapter.
+
+    Raises:
+        ValueError, OSError: as `export_lora`; nothing is written then.
+    """
+    export_lora(options.src, options.dst, options.rank, options.dtype)
+    print(f"Wrote {options.dst}. Load it with PeftModel.from_pretrained(model, {options.dst!r}).")
+    return options.dst
+
+
+def run_init(options: InitOptions) -> str:
+    """`peft-corda init`: write an adapter that has its start in it and is not trained yet.
+
+    Raises:
+        ValueError, OSError: if an option or file is of no use; nothing is written then.
+    """
+    if (options.factors is None) == (options.data is None):
+        raise ValueError("Give either factors, a file written by peft-corda calibrate, or data.")
+    if os.path.isfile(options.output) or (
+        os.path.isdir(options.output) and os.listdir(options.output)
+    ):
+        raise ValueError(f"{options.output!r} is there already; give the path of a new folder.")
+    check_options(options)
+    config = _config(options)
+    if options.data is not None:
+        model, _ = calibrated(options, options.data, config, (config.corda_method,))
+    else:
+        assert options.factors is not None  # one of the two is
+        factors = CordaFactors.load(options.factors)
+        config.corda_factors, config.corda_damping = factors, factors.damping
+        model = load_model(options)
+    adapted = get_peft_model(model, config)
+    assert isinstance(adapted, PeftModel)
+    with replacing_folder(options.output) as folder:
+        adapted.save_pretrained(folder)
+    print(
+        f"Wrote {options.output}. Train it with "
+        f"PeftModel.from_pretrained(model, {options.output!r}, is_trainable=True)."
+    )
+    return options.output
+
+
+def _config(options: InitOptions) -> CordaConfig:
+    return CordaConfig(
+        r=options.r,
+        lora_alpha=options.r if options.lora_alpha is None else options.lora_alpha,
+        rank_pattern=options.rank_pattern or {},
+        alpha_pattern=options.alpha_pattern or {},
+        use_rslora=options.use_rslora,
+        lora_dropout=options.lora_dropout,
+        bias=options.bias,
+        target_modules=options.target_modules,
+        exclude_modules=options.exclude_modules,
+        modules_to_save=options.modules_to_save,
+        task_type=options.task,
+        revision=options.revision,
+        corda_method=options.corda_method,
+        corda_scaling=options.corda_scaling,
+        corda_weighting=options.corda_weighting,
+        corda_damping=options.corda_damping,
+    )

@@ -1,0 +1,120 @@
+"""The part of a model card (README.md) that is about the adapter."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING
+
+from huggingface_hub import ModelCard, ModelCardData
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+
+from .files import replacing
+
+if TYPE_CHECKING:
+    from .config import CordaConfig
+
+CARD_NAME = "README.md"
+# Around our section, so that saving again replaces it and leaves everything else alone.
+_START, _END = "<!-- peft_corda: start -->", "<!-- peft_corda: end -->"
+_SECTION = re.compile(rf"\n*{re.escape(_START)}.*?{re.escape(_END)}\n*", flags=re.DOTALL)
+_CORDA = """\
+## CorDA adapter
+
+PEFT needs a plugin for this adapter; without it, loading ends in `KeyError: 'CORDA'`. The fix:
+
+```bash
+pip install peft-corda
+```
+
+```python
+import peft_corda  # before the adapter is loaded
+```
+
+- Method: CorDA ([arXiv 2406.05223](https://arxiv.org/abs/2406.05223)), `{method}`: {meaning}.
+- Rank: {rank}.
+- `lora_A0` and `lora_B0` are what `lora_A` and `lora_B` started from. The adapter adds the difference,
+  `s (B A − B0 A0)`, to the unchanged weights of the base model.
+- `peft-corda export` turns it into a plain LoRA adapter, which needs no plugin.
+"""
+_MEANINGS = {
+    "kpm": "trained are the directions that the calibration data uses least",
+    "ipm": "trained are the directions that the calibration data uses most",
+}
+_LORA = """\
+## Plain LoRA
+
+Trained as a CorDA adapter (`{method}`, rank {rank}) and exported by peft-corda as a LoRA adapter of rank
+{exported}{how}. It loads on the unchanged base model with PEFT alone.
+"""
+
+
+def corda_section(config: CordaConfig) -> str:
+    """What to do where the plugin is missing, and what the adapter is."""
+    return _CORDA.format(
+        method=config.corda_method, meaning=_MEANINGS[config.corda_method], rank=_ranks(config)
+    )
+
+
+def update_card(folder: str | os.PathLike[str], section: str | None) -> None:
+    """Put our section into a card that is there, in place of an older one, or take it out (None)."""
+    path = os.path.join(folder, CARD_NAME)
+    if not os.path.isfile(path):
+        return
+    # Line breaks as they are: the text is the user's.
+    with open(path, encoding="utf-8", newline="") as file:
+        before = file.read()
+    after = with_section(before, section)
+    if after != before:
+        _write(path, after)
+
+
+def describe(folder: str | os.PathLike[str], config: CordaConfig) -> None:
+    """Put a section on the adapter into the card, after PEFT wrote card and weights.
+
+    For adapters in folders of their own, PEFT writes one card above them; theirs are made here. Without
+    weights it is no checkpoint, and no card is made.
+    """
+    path = os.path.join(folder, CARD_NAME)
+    weights = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+    if os.path.isfile(path):
+        update_card(folder, corda_section(config))
+    elif any(os.path.isfile(os.path.join(folder, name)) for name in weights):
+        _write(path, with_section(_new_card(config), corda_section(config)))
+
+
+def with_section(text: str, section: str | None) -> str:
+    """The text of a card with our section at its end, or with none."""
+    had = _SECTION.search(text) is not None
+    rest = _SECTION.sub("\n\n", text).rstrip("\n") if had else text.rstrip("\n")
+    if section is None:
+        return rest + "\n" if had else text
+    return f"{rest}\n\n{_START}\n{section}{_END}\n"
+
+
+def lora_card(src: str, dst: str, config: CordaConfig, rank: int, exact: bool) -> str:
+    """The card of an export: that of an earlier export or of the checkpoint, as far as it goes on."""
+    cards = [os.path.join(folder, CARD_NAME) for folder in (dst, src)]
+    found = next(filter(os.path.isfile, cards), None)
+    card = ModelCard.load(found) if found is not None else ModelCard(_new_card(config))
+    card.data["library_name"] = "peft"
+    tags = card.data.get("tags") or []
+    card.data["tags"] = sorted({*([tags] if isinstance(tags, str) else tags), "lora"})
+    how = "" if exact else ", the best approximation of that rank"
+    section = _LORA.format(method=config.corda_method, rank=_ranks(config), exported=rank, how=how)
+    return with_section(str(card), section)
+
+
+def _new_card(config: CordaConfig) -> str:
+    data = ModelCardData(base_model=config.base_model_name_or_path or None, library_name="peft")
+    return f"---\n{data.to_yaml()}\n---\n\n# Adapter\n"
+
+
+def _write(path: str, text: str) -> None:
+    with replacing(path) as new, open(new, "w", encoding="utf-8", newline="") as file:
+        file.write(text)
+
+
+def _ranks(config: CordaConfig) -> str:
+    ranks = sorted({config.r, *(config.rank_pattern or {}).values()})
+    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
