@@ -137,7 +137,13 @@ class CordaLayer(LoraLayer):
             linear = _linear(linears, adapter_name)
             # The layout that a checkpoint loads into: the same kernels run before and after.
             value = factor.to(device, linear.weight.dtype).contiguous()
-            linear.weight = nn.Parameter(value.clone(), requires_grad=linear.weight.requires_grad)
+            if linear.weight.is_meta:
+                linear.weight = nn.Parameter(
+                    value.clone(), requires_grad=linear.weight.requires_grad
+                )
+            else:
+                # The same parameter: an optimizer may have it already.
+                linear.weight.data = value.clone()
             starts[adapter_name] = start.to(value).contiguous().clone()
         self.lora_B0.started.add(adapter_name)
 

@@ -153,9 +153,14 @@ class CordaModel(LoraModel):
         kind, rank, targets = self._check_add_weighted_adapter(
             adapters=adapters, combination_type=combination_type, svd_rank=svd_rank
         )
-        first = self._config_of(adapters[0])
+        how = Combination(kind, rank, svd_clamp, density, majority_sign_method)
+        layers = {
+            key: layer for name in adapters for key, layer in self.adapter_layers(name).items()
+        }
+        # All of them first: an argument may turn out to be wrong.
+        found = {key: combined(layer, adapters, weights, how) for key, layer in layers.items()}
         self.peft_config[adapter_name] = replace(
-            first,
+            self._config_of(adapters[0]),
             r=rank,
             lora_alpha=rank,
             use_rslora=False,
@@ -165,12 +170,9 @@ class CordaModel(LoraModel):
             corda_factors=None,
         )
         self.inject_adapter(self.model, adapter_name)
-        how = Combination(kind, rank, svd_clamp, density, majority_sign_method)
-        for layer in self.adapter_layers(adapter_name).values():
-            factors = combined(layer, adapters, weights, how)
-            layer.set_factors(
-                adapter_name, factors.factor_a, factors.factor_b, factors.start_a, factors.start_b
-            )
+        for key, layer in self.adapter_layers(adapter_name).items():
+            new = found[key]
+            layer.set_factors(adapter_name, new.factor_a, new.factor_b, new.start_a, new.start_b)
         self.set_requires_grad(adapter_name, requires_grad=False)
 
     @classmethod

@@ -1,0 +1,210 @@
+"""CORDA adapters on 4-bit and 8-bit bases of bitsandbytes, on the CPU."""
+
+import copy
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from bitsandbytes.functional import _convert_weight_packed_for_cpu
+from corda_helpers import logits_of, make_batches, make_config, train_steps
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+from peft_corda import CordaFactors, calibrate
+from peft_corda.weights import dense_weight, quantization_of
+
+KINDS = ["4bit", "8bit"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model with sides that are multiples of the blocks of 4-bit weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=99, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("base")
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def load(folder, kind=None):
+    if kind is None:
+        return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    options = {
+        "4bit": {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": torch.float32,
+        },
+        "8bit": {"load_in_8bit": True},
+    }[kind]
+    return LlamaForCausalLM.from_pretrained(
+        folder, quantization_config=BitsAndBytesConfig(**options), dtype=torch.float32,
+        device_map="cpu",
+    )  # fmt: skip
+
+
+def codes_of(model):
+    return {
+        name: module.weight.data.clone()
+        for name, module in model.named_modules()
+        if isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
+    }
+
+
+def assert_same(codes, others):
+    assert codes.keys() == others.keys()
+    assert codes
+    assert all(torch.equal(codes[name], others[name]) for name in codes)
+
+
+def adapted(folder, kind, **options):
+    model, config = load(folder, kind), make_config(**options)
+    calibrate(model, config, make_batches())
+    return get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["kpm", "ipm"])
+def test_start_is_exact_and_the_base_untouched(folder, kind, method):
+    base = load(folder, kind)
+    batch, before = make_batches()[0], codes_of(base)
+    assert quantization_of(base.model.layers[0].self_attn.q_proj) == kind
+    expected = logits_of(base, batch)
+    config = make_config(corda_method=method)
+    calibrate(base, config, make_batches())
+    model = get_peft_model(base, config)
+    assert torch.equal(logits_of(model, batch), expected)
+    train_steps(model, batch)
+    assert not torch.equal(logits_of(model, batch), expected)
+    with model.disable_adapter():
+        assert torch.equal(logits_of(model, batch), expected)
+    assert_same(codes_of(model.unload()), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_start_is_the_projection_of_what_the_layer_multiplies_by(folder, kind):
+    model = adapted(folder, kind)
+    for name, layer in model.base_model.adapter_layers("default").items():
+        base = layer.get_base_layer()
+        if kind == "4bit":
+            identity = torch.eye(base.in_features)
+            weight = (base(identity) - (0 if base.bias is None else base.bias)).T
+            assert torch.allclose(dense_weight(name, base), weight, atol=1e-6)
+        factor_a, factor_b, *_ = layer.factors_of("default")
+        directions = torch.linalg.qr(factor_b).Q
+        projection = directions @ directions.T @ dense_weight(name, base).float()
+        product = layer.scaling["default"] * factor_b @ factor_a
+        assert torch.allclose(product, projection, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_factors_of_the_dense_model_start_the_quantised_one(folder, kind, tmp_path):
+    dense, config = load(folder), make_config()
+    calibrate(dense, config, make_batches()).save(tmp_path / "factors.safetensors")
+    base = load(folder, kind)
+    expected = logits_of(base, make_batches()[0])
+    other = make_config(corda_factors=str(tmp_path / "factors.safetensors"))
+    model = get_peft_model(base, other)
+    assert torch.equal(logits_of(model, make_batches()[0]), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_factors_of_another_model_are_refused(folder, kind, tmp_path):
+    torch.manual_seed(1)
+    other = LlamaForCausalLM(LlamaConfig.from_pretrained(folder))
+    config = make_config()
+    calibrate(other, config, make_batches())
+    assert isinstance(config.corda_factors, CordaFactors)
+    with pytest.raises(ValueError, match="belong to another base model"):
+        get_peft_model(load(folder, kind), config)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trained_adapter_reloads(folder, kind, tmp_path):
+    model = adapted(folder, kind)
+    batch = make_batches()[0]
+    train_steps(model, batch)
+    expected = logits_of(model, batch)
+    model.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(load(folder, kind), tmp_path)
+    assert torch.equal(logits_of(reloaded, batch), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_merge_is_as_close_as_the_quantisation_allows(folder, kind, safe_merge):
+    model = adapted(folder, kind)
+    batch = make_batches()[0]
+    train_steps(model, batch)
+    logits_of(model, batch)  # an evaluation pass, which may change the layout of the weights
+    layers = model.base_model.adapter_layers("default")
+    wanted = {
+        name: dense_weight(name, layer.get_base_layer()).float()
+        + layer.get_delta_weight("default").float()
+        for name, layer in layers.items()
+    }
+    expected = logits_of(model, batch)
+    model.merge_adapter(safe_merge=safe_merge)
+    for name, layer in layers.items():
+        merged = dense_weight(name, layer.get_base_layer()).float()
+        error = {"4bit": 0.2, "8bit": 0.006}[kind] * wanted[name].abs().max()
+        assert (merged - wanted[name]).abs().max() <= error, name
+        assert quantization_of(layer.get_base_layer()) == kind
+    close = {"4bit": 0.3, "8bit": 0.05}[kind] * expected.norm()
+    assert (logits_of(model, batch) - expected).norm() < close
+    model.unmerge_adapter()
+    assert (logits_of(model, batch) - expected).norm() < close
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_broken_adapter_is_not_merged(folder, kind):
+    model = adapted(folder, kind)
+    before = codes_of(model)
+    layer = next(iter(model.base_model.adapter_layers("default").values()))
+    with torch.no_grad():
+        layer.lora_A["default"].weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_adapter(safe_merge=True)
+    name, codes = next(iter(codes_of(layer).items()))
+    assert torch.equal(codes, next(v for k, v in before.items() if k.endswith(name)))
+
+
+def test_packed_weight_is_read_right():
+    """What an evaluation pass makes of a 4-bit weight on CPUs with bfloat16 instructions."""
+    for compress in (False, True):
+        torch.manual_seed(0)
+        dense = torch.nn.Linear(128, 64)
+        layer = bnb.nn.Linear4bit(
+            128, 64, quant_type="nf4", compute_dtype=torch.float32, compress_statistics=compress
+        )
+        layer.load_state_dict(dense.state_dict())
+        layer = layer.to("cpu")
+        plain = dense_weight("layer", layer)
+        state = copy.deepcopy(layer.weight.quant_state)
+        packed, layer.weight.quant_state = _convert_weight_packed_for_cpu(layer.weight.data, state)
+        layer.weight.data = packed
+        # The packed scales are bfloat16.
+        found = dense_weight("layer", layer)
+        assert (found - plain).abs().max() < 0.005 * plain.abs().max()
+        assert torch.equal(layer.weight.data, packed)
+        assert layer.weight.quant_state.packing_format_for_cpu
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prepared_for_training_with_checkpointing(folder, kind):
+    """The usual QLoRA script."""
+    base = prepare_model_for_kbit_training(load(folder, kind))
+    config = make_config()
+    calibrate(base, config, make_batches())
+    model = get_peft_model(base, config)
+    before = codes_of(model)
+    train_steps(model, make_batches()[0])
+    assert_same(codes_of(model), before)
+    for layer in model.base_model.adapter_layers("default").values():
+        factor_a, factor_b, start_a, start_b = layer.factors_of("default")
+        assert not torch.equal(factor_a, start_a)
+        assert not torch.equal(factor_b, start_b)
