@@ -237,6 +237,10 @@ def new_layer(
     kind = quantization_of(_innermost(base_layer))
     if kind is None:
         return CordaLinear(base_layer, adapter_name, config=config, **kwargs)
+    if kind == "torchao":
+        from .torchao_layers import CordaTorchaoLinear
+
+        return CordaTorchaoLinear(base_layer, adapter_name, config=config, **kwargs)
     from .bnb_layers import LAYERS
 
     return cast(CordaLayer, LAYERS[kind](base_layer, adapter_name, config=config, **kwargs))

@@ -10,29 +10,35 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 SUPPORTED = (
-    "torch.nn.Linear and transformers' Conv1D with floating-point weights, and bitsandbytes' Linear4bit "
-    "and Linear8bitLt"
+    "torch.nn.Linear and transformers' Conv1D with floating-point weights, bitsandbytes' Linear4bit and "
+    "Linear8bitLt, and torchao's 8-bit weights"
 )
 # What quantising may change an entry by, relative to the largest entry of the weight: half of the
 # widest gap between two levels, and a little for the quantised scales.
-_ERRORS = {"4bit": 0.2, "8bit": 0.01}
+_ERRORS = {"4bit": 0.2, "8bit": 0.01, "torchao": 0.01}
 
 
 def is_supported(module: nn.Module) -> bool:
     """Whether a CORDA adapter can be put on this module."""
     if quantization_of(module) is not None:
         return True
-    # Exactly these: quantised layers of other packages subclass nn.Linear, but hold packed integers.
-    if not isinstance(module, nn.Linear | Conv1D) or _is_wrapped(_weight(module)):
+    # Quantised layers of other packages subclass nn.Linear, but hold packed integers or a tensor
+    # subclass of which nothing is known here.
+    if not isinstance(module, nn.Linear | Conv1D) or _is_of_torchao(_weight(module)):
         return False
     return _weight(module).is_floating_point() and _weight(module).ndim == 2
 
 
 def quantization_of(module: nn.Module) -> str | None:
-    """``"4bit"`` or ``"8bit"`` for a quantised bitsandbytes layer, else None."""
-    kind = {"Params4bit": "4bit", "Int8Params": "8bit"}.get(type(_weight(module)).__name__)
+    """``"4bit"``, ``"8bit"`` (bitsandbytes) or ``"torchao"`` for a quantised layer, else None."""
+    weight = _weight(module)
+    name = type(weight).__name__
+    if _is_of_torchao(weight):
+        # PEFT has no merging for 4-bit weights.
+        return None if "Int4" in name else "torchao"
+    kind = {"Params4bit": "4bit", "Int8Params": "8bit"}.get(name)
     # bitsandbytes quantises on the move to a device; until then the weight is dense.
-    return None if kind is None or _weight(module).is_floating_point() else kind
+    return None if kind is None or weight.is_floating_point() else kind
 
 
 def rounding_of(module: nn.Module) -> float:
@@ -95,10 +101,12 @@ def unpacked(weight: Tensor) -> tuple[Tensor, Any]:
 
 @torch.no_grad()
 def _dequantized(module: nn.Module) -> Tensor:
+    weight, kind = cast(Any, _weight(module)), quantization_of(module)
+    if kind == "torchao":
+        return cast(Tensor, weight.dequantize()).detach()
     import bitsandbytes
 
-    weight = cast(Any, _weight(module))
-    if quantization_of(module) == "4bit":
+    if kind == "4bit":
         return bitsandbytes.functional.dequantize_4bit(*unpacked(weight)).detach()
     # A forward pass moves codes and scales from the weight into the state.
     state = cast(Any, module.state)
@@ -107,8 +115,7 @@ def _dequantized(module: nn.Module) -> Tensor:
     return cast(Tensor, codes.float() * (scales.float() / 127).view(-1, 1))
 
 
-def _is_wrapped(weight: Tensor) -> bool:
-    """Whether a tensor subclass stands in for the weight, as in quantised layers of torchao."""
+def _is_of_torchao(weight: Tensor) -> bool:
     return type(weight).__module__.startswith("torchao.")
 
 

@@ -73,9 +73,8 @@ def test_targets(kind, options, message, prepare):
 
 def test_unknown_architecture_without_target_modules():
     net = nn.Sequential(nn.Linear(4, 4))
-    with pytest.raises(
-        ValueError, match="Please specify `target_modules`.*no default for model type .custom"
-    ):
+    message = "Please specify `target_modules`.*no default for model type .custom"
+    with pytest.raises(ValueError, match=message):
         calibrate(net, CordaConfig(r=2), [{"input": torch.zeros(1, 4)}])
 
 

@@ -8,9 +8,10 @@ import torch
 from bitsandbytes.functional import _convert_weight_packed_for_cpu
 from corda_helpers import logits_of, make_batches, make_config, train_steps
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from torchao.quantization import Int8WeightOnlyConfig
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
-from peft_corda import CordaFactors, calibrate
+from peft_corda import CordaConfig, CordaFactors, calibrate
 from peft_corda.weights import dense_weight, quantization_of
 
 KINDS = ["4bit", "8bit"]
@@ -208,3 +209,52 @@ def test_prepared_for_training_with_checkpointing(folder, kind):
         factor_a, factor_b, start_a, start_b = layer.factors_of("default")
         assert not torch.equal(factor_a, start_a)
         assert not torch.equal(factor_b, start_b)
+
+
+class TestTorchao:
+    """8-bit weights of torchao."""
+
+    @staticmethod
+    def load(folder):
+        return LlamaForCausalLM.from_pretrained(
+            folder, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()), dtype=torch.float32
+        )
+
+    def test_start_training_saving_and_merging(self, folder, tmp_path):
+        base, batch = self.load(folder), make_batches()[0]
+        assert quantization_of(base.model.layers[0].mlp.up_proj) == "torchao"
+        expected = logits_of(base, batch)
+        config = make_config()
+        calibrate(base, config, make_batches())
+        model = get_peft_model(base, config)
+        assert torch.equal(logits_of(model, batch), expected)
+        train_steps(model, batch)
+        trained = logits_of(model, batch)
+        assert not torch.equal(trained, expected)
+        model.save_pretrained(tmp_path)
+        reloaded = PeftModel.from_pretrained(self.load(folder), tmp_path)
+        assert torch.equal(logits_of(reloaded, batch), trained)
+        merged = model.merge_and_unload()
+        assert (logits_of(merged, batch) - trained).norm() < 0.05 * trained.norm()
+
+    def test_factors_of_the_dense_model(self, folder):
+        dense, config = load(folder), make_config()
+        calibrate(dense, config, make_batches())
+        base = self.load(folder)
+        expected = logits_of(base, make_batches()[0])
+        assert torch.equal(logits_of(get_peft_model(base, config), make_batches()[0]), expected)
+
+
+def test_layers_of_other_packages_are_refused():
+    class GPTQLinear(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("qweight", torch.zeros(4, 4, dtype=torch.int32))
+
+        def forward(self, x):
+            return x
+
+    net = torch.nn.Sequential(GPTQLinear())
+    with pytest.raises(ValueError, match="0 is a GPTQLinear.*they support.*bitsandbytes"):
+        get_peft_model(net, CordaConfig(r=2, target_modules=["0"]))
+    assert type(net[0]) is GPTQLinear

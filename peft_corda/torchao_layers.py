@@ -1,0 +1,15 @@
+"""CORDA adapters on layers quantised by torchao. Imported only where there is one."""
+
+from __future__ import annotations
+
+from peft.tuners.lora.torchao import TorchaoLoraLinear
+
+from .layer import CordaLayer
+
+
+class CordaTorchaoLinear(CordaLayer, TorchaoLoraLinear):
+    """A CORDA adapter on a `torch.nn.Linear` whose weight is a quantised tensor of torchao.
+
+    Merging needs a model that was loaded with transformers' `TorchAoConfig`, as with LoRA: only that
+    says how to quantise again.
+    """
