@@ -94,6 +94,15 @@ def test_sft(source, tmp_path):
         assert torch.equal(reloaded(**batch).logits, trainer.model.eval()(**batch).logits)
 
 
+class RecordingDPOTrainer(DPOTrainer):
+    """Keeps every loss; the log may round it."""
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        self.__dict__.setdefault("losses", []).append(float(loss))
+        return loss
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_dpo_starts_at_the_reference(source, tmp_path):
     """The reference is the model with its adapter off: the first loss is that of two equal policies."""
@@ -101,13 +110,13 @@ def test_dpo_starts_at_the_reference(source, tmp_path):
         {"prompt": f"who is {name}?", "chosen": f" {name} is.", "rejected": " no one."}
         for name in ("anna", "ben", "carl", "dora")
     ]
-    trainer = DPOTrainer(
+    trainer = RecordingDPOTrainer(
         model=make_model("llama"), args=arguments(DPOConfig, tmp_path, max_length=48),
         train_dataset=Dataset.from_list(rows), processing_class=tokenizer(),
         peft_config=config_from(source, tmp_path),
     )  # fmt: skip
     check(trainer, source)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = trainer.losses[-3:]  # of the run that was not refused
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses[-1] != losses[0]
 
