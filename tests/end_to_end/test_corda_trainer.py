@@ -4,8 +4,10 @@ import json
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 import torch
+import transformers
 from corda_helpers import logits_of, make_batches, make_config, make_model
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments, set_seed
@@ -19,7 +21,7 @@ def rows(count=32):
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def trainer_for(model, folder, steps, **options):
+def trainer_for(model, folder, steps, eval_dataset=None, **options):
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=4,
@@ -32,7 +34,7 @@ def trainer_for(model, folder, steps, **options):
         seed=3,
         **options,
     )
-    return Trainer(model=model, args=arguments, train_dataset=rows())
+    return Trainer(model=model, args=arguments, train_dataset=rows(), eval_dataset=eval_dataset)
 
 
 def adapted(method="kpm", dtype=torch.float32):
@@ -107,3 +109,58 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     assert gradients[0].keys() == gradients[1].keys() and gradients[0]
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_best_checkpoint_comes_back_at_the_end(tmp_path):
+    """The largest loss is called the best, so it is not that of the last checkpoint."""
+    model = adapted()
+    trainer = trainer_for(
+        model,
+        tmp_path,
+        6,
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,
+        eval_dataset=rows(8),
+    )
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert best is not None and not best.endswith("checkpoint-6")
+    batch = make_batches()[0]
+    reloaded = PeftModel.from_pretrained(make_model("llama"), best)
+    assert torch.equal(logits_of(reloaded, batch), logits_of(model, batch))
+
+
+def test_push_to_hub_uploads_what_is_saved(tmp_path, monkeypatch):
+    """Without a network: what would be uploaded loads again."""
+    hub = tmp_path / "hub"
+    hub.mkdir()
+
+    def create_repo(repo_id, *args, **kwargs):
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    def create_commit(repo_id, operations, *args, **kwargs):
+        for operation in operations:
+            with operation.as_file() as file:
+                (hub / operation.path_in_repo).write_bytes(file.read())
+
+    calls = {"create_repo": create_repo, "create_commit": create_commit}
+    for name, function in calls.items():
+        if hasattr(transformers.utils.hub, name):  # transformers 4
+            monkeypatch.setattr(transformers.utils.hub, name, function)
+        else:
+            monkeypatch.setattr(
+                huggingface_hub.HfApi,
+                name,
+                lambda _, *args, function=function, **kw: function(*args, **kw),
+            )
+    model = adapted()
+    model.push_to_hub("someone/adapter")
+    names = {path.name for path in hub.iterdir()}
+    assert names >= {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    loaded = PeftModel.from_pretrained(make_model("llama"), hub)
+    batch = make_batches()[0]
+    assert torch.equal(logits_of(loaded, batch), logits_of(model, batch))
