@@ -6,6 +6,12 @@ import dataclasses
 import json
 from typing import Any
 
+_METRIC_NAMES = {
+    "flops": "FLOPs",
+    "params": "parameters of heads and neurons",
+    "latency": "measured latency of the encoder",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class SubLayerReport:
@@ -39,16 +45,21 @@ class KPruneReport:
 
     Attributes:
         sublayers: bottom-up.
-        reduction: the fraction of encoder FLOPs that was to be removed.
-        budget: FLOPs that the result might have.
+        metric: what was counted: ``"flops"``, ``"params"`` or ``"latency"`` (nanoseconds).
+        reduction: the fraction of it that was to be removed.
+        budget: how much of it the result might have.
+        cost, cost_before: how much of it the result and the original have.
         sequence_length: tokens per sequence at which FLOPs are counted.
         samples, tokens: calibration data used.
         parameters, parameters_before: of the whole model, embeddings and head included.
     """
 
     sublayers: tuple[SubLayerReport, ...]
+    metric: str
     reduction: float
-    budget: int
+    budget: float
+    cost: float
+    cost_before: float
     sequence_length: int
     samples: int
     tokens: int
@@ -96,8 +107,11 @@ class KPruneReport:
         share = self.flops / self.flops_before
         lines.append(
             f"encoder: {self.flops / 1e6:.2f} of {self.flops_before / 1e6:.2f} MFLOPs per "
-            f"{self.sequence_length}-token sequence kept ({share:.1%}, budget "
-            f"{self.budget / self.flops_before:.1%})"
+            f"{self.sequence_length}-token sequence kept ({share:.1%})"
+        )
+        lines.append(
+            f"{_METRIC_NAMES[self.metric]}: {self.cost / self.cost_before:.1%} kept, budget "
+            f"{self.budget / self.cost_before:.1%}"
         )
         lines.append(f"model: {self.parameters:,} of {self.parameters_before:,} parameters kept")
         lines.append(f"calibrated on {self.tokens:,} tokens in {self.samples:,} samples")
