@@ -15,6 +15,8 @@ Schedule = Literal["per_layer", "per_sublayer"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 Metric = Literal["flops", "params", "latency"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
+LambdaScale = Literal["relative", "absolute"]
+LAMBDA_SCALES: tuple[LambdaScale, ...] = get_args(LambdaScale)
 Sensitivity = Literal["fisher", "gradient"]
 SENSITIVITIES: tuple[Sensitivity, ...] = get_args(Sensitivity)
 
@@ -47,8 +49,25 @@ class KPruneConfig:
         metadata={"help": "Temperature at which class probabilities are softened for the scores."},
     )
     lambda_rep: float = dataclasses.field(
-        default=0.3,
-        metadata={"help": "Weight of representational against predictive knowledge (lambda)."},
+        default=1.0,
+        metadata={
+            "help": "Weight of representational against predictive knowledge (lambda), in the unit "
+            "that lambda_scale says."
+        },
+    )
+    lambda_scale: LambdaScale = dataclasses.field(
+        default="relative",
+        metadata={
+            "help": "'relative': the two kinds of knowledge of all units that are still to be "
+            "pruned are brought to the same sum first; 'absolute': as they are (the paper's way)."
+        },
+    )
+    min_share: float = dataclasses.field(
+        default=0.25,
+        metadata={
+            "help": "Every sub-layer keeps at least this part of the units that it would keep if "
+            "all sub-layers were pruned alike, whatever the scores say; 0 for no such bound."
+        },
     )
     mu: float | None = dataclasses.field(
         default=None,
@@ -149,7 +168,15 @@ class KPruneConfig:
                 raise TypeError(f"{name}={value!r} is not an integer. Pass a whole number.")
             if name != "seed" and value < 1:
                 raise ValueError(f"{name}={value} is too small. Pass 1 or more.")
-        for name in ("reduction", "temperature", "lambda_rep", "score_fraction", "ridge", "mu"):
+        for name in (
+            "reduction",
+            "temperature",
+            "lambda_rep",
+            "score_fraction",
+            "ridge",
+            "mu",
+            "min_share",
+        ):
             value = getattr(self, name)
             if name == "mu" and value is None:
                 continue
@@ -161,6 +188,11 @@ class KPruneConfig:
             raise ValueError(
                 f"reduction={self.reduction} is outside (0, 1). It is the fraction of encoder "
                 "FLOPs to remove: pass 0.5 to keep half of them."
+            )
+        if not 0 <= self.min_share <= 1:
+            raise ValueError(
+                f"min_share={self.min_share} is outside [0, 1]. Pass 0 for no lower bound on what "
+                "a sub-layer keeps."
             )
         if not 0 < self.score_fraction <= 1:
             raise ValueError(
@@ -181,6 +213,7 @@ class KPruneConfig:
         for name, known in (
             ("schedule", SCHEDULES),
             ("metric", METRICS),
+            ("lambda_scale", LAMBDA_SCALES),
             ("sensitivity", SENSITIVITIES),
             ("problem_type", (None, *PROBLEM_TYPES)),
         ):
@@ -219,6 +252,8 @@ class KPruneConfig:
         paper: dict[str, Any] = {
             "temperature": 2.0,
             "lambda_rep": 2.5e-4,
+            "lambda_scale": "absolute",
+            "min_share": 0.0,
             "mu": 64.0,
             "sensitivity": "gradient",
             "schedule": "per_sublayer",

@@ -127,7 +127,7 @@ def _gradients(
     masked: list[MaskedUnits],
 ) -> Iterator[tuple[int, Tensor]]:
     """Per direction and sub-layer: the sub-layer's number and gradients ``(batch, units)``."""
-    _, contexts = encoder.enter(stream.inputs)
+    contexts = stream.contexts_in(encoder)
     hidden = stream.student.to(stream.tokens.device)
     for sublayer in sublayers:
         hidden = sublayer.run(hidden, contexts[sublayer.layer])

@@ -114,7 +114,9 @@ def kprune(
             if target.kind == "attention" or config.schedule == "per_sublayer":
                 knowledge = measure_knowledge(student[step:], encoder, scored, signal)
                 scores = unit_scores(student[step:], knowledge, config)
-            keep = search_masks(scores, costs[step:], left)[0].nonzero().flatten().tolist()
+            least = least_units(costs[step:], left, config.min_share)
+            masks = search_masks(scores, costs[step:], left, least)
+            keep = masks[0].nonzero().flatten().tolist()
             shrink(target, keep)
             fit = _tune(dense[step], target, encoder, streams, config)
             set_output(target, fit.weight, fit.bias)
@@ -153,13 +155,34 @@ def _meaning(model: PreTrainedModel, task: Task, predict: Predict | None) -> Pro
 def unit_scores(
     targets: Sequence[SubLayer], knowledge: Sequence[Knowledge], config: KPruneConfig
 ) -> list[Tensor]:
-    """Knowledge of every unit as one number; a head's is mu times its mean over dimensions."""
+    """Knowledge of every unit as one number; a head's is mu times its mean over dimensions.
+
+    The two kinds of knowledge have different units, and their ratio depends on how sure the model
+    is of its predictions; on the relative scale lambda weighs shares of their sums.
+    """
+    share = config.lambda_rep
+    if config.lambda_scale == "relative":
+        predictive = sum(float(known.predictive.sum()) for known in knowledge)
+        representational = sum(float(known.representational.sum()) for known in knowledge)
+        share *= predictive / representational if predictive and representational else 1.0
     scores = []
     for sublayer, known in zip(targets, knowledge, strict=True):
         is_head = sublayer.kind == "attention" and config.mu is not None
         weight = (config.mu or 1.0) / sublayer.unit_size if is_head else 1.0
-        scores.append(weight * (known.predictive + config.lambda_rep * known.representational))
+        scores.append(weight * (known.predictive + share * known.representational))
     return scores
+
+
+def least_units(costs: Sequence[Tensor], left: float, min_share: float) -> list[int]:
+    """Per sub-layer, ``min_share`` of the units that would stay if all were pruned alike.
+
+    Scores can be all but empty for whole sub-layers, where a model is sure of its predictions or has
+    redundant layers; what they gave cannot be made up for by tuning once nothing is left of them.
+    """
+    fixed = sum(float(table[0]) for table in costs)
+    removable = sum(float(table[-1]) for table in costs) - fixed
+    part = min_share * max(left - fixed, 0.0) / max(removable, 1e-300)
+    return [int(part * (len(table) - 1)) for table in costs]
 
 
 @torch.no_grad()
@@ -184,8 +207,7 @@ def _tune(
     equations = NormalEquations.zeros(weight.shape[1], len(weight), weight.device)
     with watching(dense) as teacher, watching(target) as student:
         for stream in streams:
-            _, contexts = encoder.enter(stream.inputs)
-            context, tokens = contexts[target.layer], stream.tokens
+            context, tokens = stream.contexts_in(encoder)[target.layer], stream.tokens
             above, own = (state.to(weight.device) for state in (stream.teacher, stream.student))
             after = dense.run(above, context)
             target.run(own, context)
@@ -211,9 +233,9 @@ def _unscaled(difference: Tensor, scale: Tensor | None) -> Tensor:
 def _advance(target: SubLayer, encoder: Encoder, streams: Sequence[Stream]) -> None:
     """Move the student's states past the pruned and tuned sub-layer."""
     for stream in streams:
-        _, contexts = encoder.enter(stream.inputs)
+        context = stream.contexts_in(encoder)[target.layer]
         before = stream.student.to(stream.tokens.device)
-        stream.student.copy_(target.run(before, contexts[target.layer]))
+        stream.student.copy_(target.run(before, context))
 
 
 def _copy_requires_grad(model: PreTrainedModel, pruned: PreTrainedModel) -> None:

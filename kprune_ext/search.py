@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 def search_masks(
-    knowledge: Sequence[Tensor], costs: Sequence[float | Tensor], budget: float
+    knowledge: Sequence[Tensor],
+    costs: Sequence[float | Tensor],
+    budget: float,
+    least: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """The units to keep under one global threshold on knowledge per cost.
 
@@ -23,6 +26,8 @@ def search_masks(
         costs: per group, what one of its units costs, in the budget's unit (FLOPs, parameters); or
             what keeping 0, 1, 2, … units costs, shape ``(units + 1,)``, not decreasing.
         budget: what the kept units may cost in all.
+        least: per group, how many of its best units rank before all others. They are kept as far as
+            the budget goes.
 
     Returns:
         Per group a boolean mask, True for units to keep, shape ``(units,)``.
@@ -50,14 +55,16 @@ def search_masks(
     scores = torch.cat(ratios)
     if scores.isnan().any():
         raise ValueError("A score is NaN. Check the model's activations on the calibration data.")
-    order = scores.argsort(descending=True, stable=True)
+    ranked = scores.clone()
     # The k-th best unit of a group costs what the group's k-th unit does, whichever it is.
     steps = torch.empty_like(scores)
     start = 0
-    for ratio, table in zip(ratios, tables, strict=True):
-        best_first = ratio.argsort(descending=True, stable=True)
-        steps[start + best_first] = table.diff()
+    for ratio, table, count in zip(ratios, tables, least or [0] * len(sizes), strict=True):
+        best_first = start + ratio.argsort(descending=True, stable=True)
+        steps[best_first] = table.diff()
+        ranked[best_first[:count]] = torch.inf
         start += len(ratio)
+    order = ranked.argsort(descending=True, stable=True)
     spent = sum(float(table[0]) for table in tables) + steps[order].cumsum(0)
     keep = torch.zeros_like(scores, dtype=torch.bool)
     keep[order] = spent <= budget

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kprune_ext.architectures import Context
 from kprune_ext.calibration import Sample, require_finite
 from kprune_ext.config import KPruneConfig
 from kprune_ext.encoder import Encoder
@@ -62,6 +63,7 @@ class Stream:
         scored: whether knowledge is measured on these samples.
         teacher: hidden state of the dense model, ``(batch, tokens, hidden)``; written to in place.
         student: hidden state of the model being pruned, same shape.
+        contexts: per layer its other arguments, where they take little memory.
     """
 
     numbers: tuple[int, ...]
@@ -70,6 +72,11 @@ class Stream:
     scored: bool
     teacher: Tensor
     student: Tensor
+    contexts: list[Context] | None = None
+
+    def contexts_in(self, encoder: Encoder) -> list[Context]:
+        """Per layer the arguments besides the hidden state, kept or made anew."""
+        return self.contexts or encoder.enter(self.inputs)[1]
 
 
 def choose_scored(samples: int, fraction: float, seed: int) -> set[int]:
@@ -115,6 +122,21 @@ def _enter(
         for name in part[0].inputs
     }
     tokens = torch.cat([sample.tokens for sample in part]).to(device)
-    hidden, _ = encoder.enter(inputs)
+    hidden, contexts = encoder.enter(inputs)
     require_finite(hidden[tokens], "the input of the first transformer layer")
-    return Stream(numbers, inputs, tokens, scored, memory.hold(hidden), memory.hold(hidden))
+    # Position biases can be many times larger than the states, and are quickly made again.
+    small = _bytes_in(contexts) <= hidden.numel() * hidden.element_size() // 4
+    teacher, student = memory.hold(hidden), memory.hold(hidden)
+    return Stream(numbers, inputs, tokens, scored, teacher, student, contexts if small else None)
+
+
+def _bytes_in(contexts: Sequence[Context]) -> int:
+    """Memory of all tensors, each counted once."""
+    found = {}
+    for context in contexts:
+        for value in context.values():
+            for tensor in value if isinstance(value, tuple | list) else (value,):
+                if isinstance(tensor, Tensor):
+                    storage = tensor.untyped_storage()
+                    found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())

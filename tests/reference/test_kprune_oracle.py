@@ -117,6 +117,8 @@ def test_whole_algorithm(reduction: float) -> None:
         reduction=reduction,
         temperature=TEMPERATURE,
         lambda_rep=1e-2,
+        lambda_scale="absolute",
+        min_share=0.0,
         schedule="per_sublayer",
         score_fraction=1.0,
         ridge=0.5,

@@ -41,6 +41,8 @@ def test_reduction_outside_0_and_1(reduction: float) -> None:
         ({"lambda_rep": -1e-4}, "negative"),
         ({"score_fraction": 0.0}, r"outside \(0, 1\]"),
         ({"score_fraction": 1.1}, r"outside \(0, 1\]"),
+        ({"min_share": -0.1}, r"outside \[0, 1\]"),
+        ({"lambda_scale": "log"}, "relative, absolute"),
         ({"max_tokens": 0}, "Pass 1 or more"),
         ({"sequence_length": 0}, "Pass 1 or more"),
         ({"schedule": "sometimes"}, "per_layer, per_sublayer"),
