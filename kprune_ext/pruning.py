@@ -93,6 +93,7 @@ def kprune(
             latency = measure_latency(model, sequence_length=length)
         costs = cost_tables(model, dense, config.metric, length, latency)
         budget = left = budget_for(costs, config.reduction)
+        least = least_units(costs, budget, config.min_share)
         streams = start_streams(encoder, samples, config, memory)
         scored = [stream for stream in streams if stream.scored]
         signal = Signal(
@@ -114,8 +115,7 @@ def kprune(
             if target.kind == "attention" or config.schedule == "per_sublayer":
                 knowledge = measure_knowledge(student[step:], encoder, scored, signal)
                 scores = unit_scores(student[step:], knowledge, config)
-            least = least_units(costs[step:], left, config.min_share)
-            masks = search_masks(scores, costs[step:], left, least)
+            masks = search_masks(scores, costs[step:], left, least[step:])
             keep = masks[0].nonzero().flatten().tolist()
             shrink(target, keep)
             fit = _tune(dense[step], target, encoder, streams, config)
@@ -173,7 +173,7 @@ def unit_scores(
     return scores
 
 
-def least_units(costs: Sequence[Tensor], left: float, min_share: float) -> list[int]:
+def least_units(costs: Sequence[Tensor], budget: float, min_share: float) -> list[int]:
     """Per sub-layer, ``min_share`` of the units that would stay if all were pruned alike.
 
     Scores can be all but empty for whole sub-layers, where a model is sure of its predictions or has
@@ -181,7 +181,7 @@ def least_units(costs: Sequence[Tensor], left: float, min_share: float) -> list[
     """
     fixed = sum(float(table[0]) for table in costs)
     removable = sum(float(table[-1]) for table in costs) - fixed
-    part = min_share * max(left - fixed, 0.0) / max(removable, 1e-300)
+    part = min_share * max(budget - fixed, 0.0) / max(removable, 1e-300)
     return [int(part * (len(table) - 1)) for table in costs]
 
 
