@@ -63,7 +63,7 @@ class KPruneConfig:
         },
     )
     min_share: float = dataclasses.field(
-        default=0.25,
+        default=0.5,
         metadata={
             "help": "Every sub-layer keeps at least this part of the units that it would keep if "
             "all sub-layers were pruned alike, whatever the scores say; 0 for no such bound."
@@ -85,10 +85,16 @@ class KPruneConfig:
         },
     )
     score_fraction: float = dataclasses.field(
-        default=0.25,
+        default=0.15,
         metadata={
             "help": "Part of the calibration samples on which knowledge is measured, in (0, 1]. "
             "Weight tuning always uses all of them."
+        },
+    )
+    min_score_samples: int = dataclasses.field(
+        default=512,
+        metadata={
+            "help": "Knowledge is measured on at least so many samples, if there are as many."
         },
     )
     max_score_passes: int = dataclasses.field(
@@ -160,7 +166,14 @@ class KPruneConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("max_score_passes", "max_tokens", "batch_tokens", "sequence_length", "seed"):
+        for name in (
+            "min_score_samples",
+            "max_score_passes",
+            "max_tokens",
+            "batch_tokens",
+            "sequence_length",
+            "seed",
+        ):
             value = getattr(self, name)
             if name == "sequence_length" and value is None:
                 continue

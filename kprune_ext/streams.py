@@ -79,10 +79,17 @@ class Stream:
         return self.contexts or encoder.enter(self.inputs)[1]
 
 
-def choose_scored(samples: int, fraction: float, seed: int) -> set[int]:
-    """Numbers of the samples on which knowledge is measured: at least one, the same for a seed."""
+def choose_scored(samples: int, fraction: float, least: int, seed: int) -> set[int]:
+    """Numbers of the samples on which knowledge is measured, the same for a seed.
+
+    Args:
+        samples: how many there are.
+        fraction: part of them that is chosen.
+        least: how many at least, if there are as many.
+        seed: chooses them.
+    """
     generator = torch.Generator().manual_seed(seed)
-    count = max(1, round(fraction * samples))
+    count = max(round(fraction * samples), min(samples, least))
     return set(torch.randperm(samples, generator=generator)[:count].tolist())
 
 
@@ -94,7 +101,9 @@ def start_streams(
     Raises:
         ValueError: hidden states are NaN or infinite.
     """
-    scored = choose_scored(len(samples), config.score_fraction, config.seed)
+    scored = choose_scored(
+        len(samples), config.score_fraction, config.min_score_samples, config.seed
+    )
     groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for number, sample in enumerate(samples):
         shapes = tuple((name, value.shape[1:]) for name, value in sorted(sample.inputs.items()))

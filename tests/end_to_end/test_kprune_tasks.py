@@ -8,12 +8,14 @@ import pytest
 import torch
 from kprune_models import CASES, batches_for, outputs_of, tiny
 from torch import Tensor
+from transformers import BertModel, MPNetModel, ViTModel
 
 from kprune_ext import KPruneConfig, kprune
 from kprune_ext.encoder import Encoder
 from kprune_ext.modeling import MODEL_TASKS, model_task
 from kprune_ext.sublayers import find_architecture
 
+MODELS = {"bert": BertModel, "mpnet": MPNetModel, "vit": ViTModel}
 LABELS: dict[str, Any] = {
     "sequence": lambda batch: {"labels": torch.zeros(len(batch["input_ids"])).long()},
     "tokens": lambda batch: {"labels": torch.zeros_like(batch["input_ids"])},
@@ -137,3 +139,29 @@ def test_predictions_of_another_form(predict: Any, error: type[Exception], messa
             predict=predict,
             progress=False,
         )
+
+
+@pytest.mark.parametrize("family", ["bert", "mpnet", "vit"])
+def test_a_base_model_without_its_pooler(family: str) -> None:
+    config = tiny(family, "embeddings").config
+    model = MODELS[family](config, add_pooling_layer=False).eval()
+    pruned = kprune(model, batches_for(family), progress=False)
+    assert pruned.pooler is None
+    assert pruned.kprune_report.flops < pruned.kprune_report.flops_before
+
+
+def test_images_of_several_sizes_count_their_own_tokens() -> None:
+    model = tiny("dinov2", "embeddings")
+    batches = [{"pixel_values": torch.randn(3, 3, size, size)} for size in (16, 24)]
+    report = kprune(model, batches, progress=False).kprune_report
+    assert (report.samples, report.tokens) == (6, 3 * (16 + 1) + 3 * (36 + 1))
+    few = KPruneConfig(max_tokens=60)
+    assert kprune(model, batches, few, progress=False).kprune_report.samples == 3
+
+
+@pytest.mark.parametrize(
+    "batch", [{"input_ids": torch.ones(2, 3).long()}, {"pixel_values": torch.ones(3, 16, 16)}]
+)
+def test_images_of_another_form(batch: dict[str, Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"needs 'pixel_values' of shape \(batch, channels"):
+        kprune(tiny("vit"), [batch], progress=False)

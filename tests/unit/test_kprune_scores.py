@@ -10,6 +10,7 @@ from kprune_ext import KPruneConfig
 from kprune_ext.knowledge import Knowledge
 from kprune_ext.pruning import least_units, unit_scores
 from kprune_ext.search import search_masks
+from kprune_ext.streams import choose_scored
 from kprune_ext.sublayers import find_architecture, sublayers
 
 
@@ -82,3 +83,11 @@ def test_tables_charge_the_first_unit_first() -> None:
 def test_tables_that_make_no_sense(table: list[float]) -> None:
     with pytest.raises(ValueError, match="must hold 3 numbers from 0 up that do not fall"):
         search_masks([torch.ones(2)], [torch.tensor(table)], 1)
+
+
+def test_how_many_samples_are_scored() -> None:
+    assert len(choose_scored(1000, 0.15, 20, seed=0)) == 150
+    assert len(choose_scored(1000, 0.15, 512, seed=0)) == 512
+    assert choose_scored(30, 0.15, 512, seed=0) == set(range(30))
+    assert choose_scored(1000, 0.1, 1, seed=3) == choose_scored(1000, 0.1, 1, seed=3)
+    assert choose_scored(1000, 0.1, 1, seed=3) != choose_scored(1000, 0.1, 1, seed=4)
