@@ -2,8 +2,9 @@
 
 A family is one row of :data:`ARCHITECTURES`. ``layers`` is a path inside the base model (the encoder
 without a task's head), all other paths lie inside one transformer layer. To add a family, add a row:
-the paths of its projections, and how to run one sub-layer (:mod:`kprune_ext.sublayers` has the common
-ways). Nothing else in the package names a family.
+the paths of its projections, and how to run one sub-layer (below are the common ways). Its model
+classes for all tasks follow from transformers' own tables; nothing else in the package names a family,
+except :mod:`kprune_ext.attention`, for attention that slicing alone does not make smaller.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,12 +97,12 @@ def measure_latency(
 ) -> LatencyTable:
     """Measure how long sub-layers of different sizes take, on the model's device, in seconds.
 
-    Layers are taken to be alike, so the first one is measured, with none to all of its heads, and
+    Layers are taken to be alike, so the largest one is measured, with none to all of its heads, and
     none to all of its neurons. (A table of latencies in place of FLOPs: Kwon et al., arXiv
     2204.09656, section 3.)
 
     Args:
-        model: a supported model, not pruned before; left as it was.
+        model: a supported model; left as it was.
         batch_size: sequences, or images.
         sequence_length: tokens of each; images have what tokens they have.
         rounds: the median of so many runs counts.
@@ -115,14 +116,17 @@ def measure_latency(
             _example(model, batch_size, sequence_length)
         )
         found: dict[str, dict[int, float]] = {}
-        for whole in sublayers(model, architecture)[:2]:
+        every = sublayers(model, architecture)
+        for kind in ("attention", "ffn"):
+            alike = [sublayer for sublayer in every if sublayer.kind == kind]
+            whole = max(alike, key=lambda sublayer: sublayer.units)
             sizes = sizes_to_measure(whole.units)
             runs = []
             for units in sizes:
                 layer = copy.deepcopy(whole.module)
                 part = SubLayer(0, whole.kind, whole.name, layer, whole.paths, whole.unit_size)
                 shrink(part, range(units))
-                runs.append(lambda part=part: part.run(hidden, contexts[0]))
+                runs.append(partial(part.run, hidden, contexts[whole.layer]))
             times = median_seconds(runs, rounds, lambda: _synchronize(model.device))
             found[whole.kind] = dict(zip(sizes, times, strict=True))
     return LatencyTable(

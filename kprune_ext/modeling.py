@@ -131,7 +131,8 @@ def uneven_copy(model: PreTrainedModel) -> PreTrainedModel:
     It has the model's weights, dtype and device in memory of its own, and is in evaluation mode.
     The global random state is left as it was.
     """
-    pruned_class = type(model) if isinstance(model, UnevenLayers) else PRUNED_CLASSES[type(model)]
+    is_pruned = isinstance(model, UnevenLayers)
+    pruned_class: Any = type(model) if is_pruned else PRUNED_CLASSES[type(model)]
     settings = model.config.to_dict()
     for name in ("model_type", "architectures", "transformers_version", "_name_or_path"):
         settings.pop(name, None)

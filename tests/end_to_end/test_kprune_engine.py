@@ -93,6 +93,8 @@ def test_latency_tables_are_measured_and_kept(tmp_path) -> None:
         LatencyTable.load(tmp_path / "other.json")
     pruned = run(model, padded(sequences()), metric="latency", reduction=0.3)
     assert pruned.kprune_report.cost <= 0.7 * pruned.kprune_report.cost_before
+    most = max(row.units for row in pruned.kprune_report.sublayers if row.kind == "ffn")
+    assert max(measure_latency(pruned, 2, 8, rounds=1).neurons) == most
 
 
 @pytest.mark.parametrize("damage", ["copies", "dead"])
