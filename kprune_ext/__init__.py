@@ -3,13 +3,23 @@
 Importing the package registers the pruned model classes with transformers' Auto classes.
 """
 
+from kprune_ext.budget import measure_latency
 from kprune_ext.config import KPruneConfig
+from kprune_ext.cost import LatencyTable
 from kprune_ext.modeling import register as _register
 from kprune_ext.pruning import kprune
 from kprune_ext.report import KPruneReport, SubLayerReport
 
 __version__ = "0.1.0"
 
-__all__ = ["KPruneConfig", "KPruneReport", "SubLayerReport", "__version__", "kprune"]
+__all__ = [
+    "KPruneConfig",
+    "KPruneReport",
+    "LatencyTable",
+    "SubLayerReport",
+    "__version__",
+    "kprune",
+    "measure_latency",
+]
 
 _register()

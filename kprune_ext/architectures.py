@@ -1,20 +1,25 @@
 """Where each model family keeps its attention heads and feed-forward neurons.
 
-A family is one row of :data:`ARCHITECTURES`, a task one entry of that row. Paths are relative to
-the model (``layers``) or to one transformer layer (all others).
+A family is one row of :data:`ARCHITECTURES`. ``layers`` is a path inside the base model (the encoder
+without a task's head), all other paths lie inside one transformer layer. To add a family, add a row:
+the paths of its projections, and how to run one sub-layer (below are the common ways). Its model
+classes for all tasks follow from transformers' own tables; nothing else in the package names a family,
+except :mod:`kprune_ext.attention`, for attention that slicing alone does not make smaller.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
-from transformers import BertForSequenceClassification, PreTrainedModel
-from transformers.models.bert.modeling_bert import BertSelfAttention
 
-Kind = Literal["attention", "ffn"]
+from kprune_ext import attention
+
+#: Arguments of a transformer layer besides the hidden state: masks, positions.
+Context = Mapping[str, Any]
+Run = Callable[[nn.Module, Tensor, Context], Tensor]
 
 #: Prefix of the model type of the pruned form of a family.
 PRUNED_PREFIX = "kprune_"
@@ -27,229 +32,256 @@ class SubLayerPaths:
     Attributes:
         inputs: linear modules whose output dimensions belong to the units.
         output: the linear module whose input dimensions belong to the units.
-        total: a module whose first argument is the sub-layer's output plus the residual stream.
-        run: ``(layer, hidden, attention_mask) -> hidden``, the sub-layer with residual and norm.
-        counter: for attention, the module that holds ``num_attention_heads`` and
-            ``all_head_size``; None for a feed-forward network.
-        headless: for attention, makes from the counter a module in its place that has no heads,
-            or None where transformers' own one runs without heads.
+        run: ``(layer, hidden, context) -> hidden``, the sub-layer with residual and norm.
+        stacked: how many matrices each of ``inputs`` stacks along its output dimension: 3 for a
+            fused query, key and value, 2 for a fused gate and input.
+        scale: a vector ``(hidden,)`` that multiplies the output before the residual is added.
+        counter: for attention, the module that holds numbers of heads.
+        adapt: for attention, ``(module, kept) -> module``: what takes the counter's place when only
+            the heads numbered ``kept`` are left; it may be the same module.
     """
 
     inputs: tuple[str, ...]
     output: str
-    total: str
-    run: Callable[[nn.Module, Tensor, Tensor | None], Tensor]
+    run: Run
+    stacked: int = 1
+    scale: str | None = None
     counter: str | None = None
-    headless: Callable[[nn.Module], nn.Module] | None = None
-
-
-@dataclass(frozen=True)
-class Task:
-    """A task head: its model class, and how it turns the last hidden state into logits."""
-
-    name: str
-    model_class: type[PreTrainedModel]
-    logits: Callable[[nn.Module, Tensor], Tensor]
+    adapt: Callable[[nn.Module, tuple[int, ...]], nn.Module] | None = None
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One model family."""
-
-    model_type: str
-    base: str
-    layers: str
-    attention: SubLayerPaths
-    ffn: SubLayerPaths
-    tasks: tuple[Task, ...]
-
-
-@dataclass(frozen=True)
-class SubLayer:
-    """One attention or feed-forward sub-layer of one model.
+    """One model family.
 
     Attributes:
-        layer: number of the transformer layer, from 0.
-        kind: ``"attention"`` or ``"ffn"``.
-        name: path of the output projection in the model.
-        module: the transformer layer.
-        paths: where the sub-layer's modules live in it.
-        unit_size: dimensions of a unit: the head size, or 1 for a neuron.
+        model_type: as in transformers' configs.
+        layers: path of the list of transformer layers in the base model.
+        attention, ffn: variants of the sub-layers; a layer has the first one whose modules it has.
+        neurons: the config's number of neurons of an unpruned layer.
+        extra_head_flops: ``(config, length)``: FLOPs of a head on one sequence besides projections
+            and the products of queries, keys and values.
+        refusal: why a model with this config cannot be pruned, or None if it can.
     """
 
-    layer: int
-    kind: Kind
-    name: str
-    module: nn.Module
-    paths: SubLayerPaths
-    unit_size: int
+    model_type: str
+    layers: str
+    attention: tuple[SubLayerPaths, ...]
+    ffn: tuple[SubLayerPaths, ...]
+    neurons: Callable[[Any], int] = lambda config: int(config.intermediate_size)
+    extra_head_flops: Callable[[Any, int], int] = lambda config, length: 0
+    refusal: Callable[[Any], str | None] = lambda config: None
 
     @property
-    def output(self) -> nn.Linear:
-        """The projection from the units to the residual stream."""
-        return _linear(self.module, self.paths.output)
-
-    @property
-    def inputs(self) -> list[nn.Linear]:
-        """The projections from the residual stream to the units."""
-        return [_linear(self.module, path) for path in self.paths.inputs]
-
-    @property
-    def total(self) -> nn.Module:
-        """The module that is given the sub-layer's output plus the residual stream."""
-        return self.module.get_submodule(self.paths.total)
-
-    @property
-    def units(self) -> int:
-        """How many heads or neurons there are."""
-        return self.output.in_features // self.unit_size
-
-    def run(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """The hidden state after this sub-layer, given the one before."""
-        return self.paths.run(self.module, hidden, attention_mask)
+    def pruned_type(self) -> str:
+        """Model type of the pruned form."""
+        return PRUNED_PREFIX + self.model_type
 
 
-def _linear(module: nn.Module, path: str) -> nn.Linear:
-    linear = module.get_submodule(path)
-    if type(linear) is not nn.Linear:
-        raise TypeError(
-            f"{path} is a {type(linear).__module__}.{type(linear).__qualname__}, but pruning "
-            "needs plain torch.nn.Linear projections. Merge or unload adapters and load the model "
-            "without quantisation first."
-        )
-    return linear
+def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """The first output of a module."""
+    output = module(*args, **kwargs)
+    return output[0] if isinstance(output, tuple) else output
 
 
-class HeadlessBertSelfAttention(BertSelfAttention):
-    """BERT's self-attention with no head left: it gives an output of no dimensions.
-
-    transformers before version 5 cannot reshape such an output; this one does not need to.
-    """
-
-    def __init__(self, attention: nn.Module) -> None:
-        # Takes over everything the other holds, in whatever version of transformers; building
-        # projections of its own, as BertSelfAttention would, is of no use.
-        nn.Module.__init__(self)
-        self.__dict__.update(attention.__dict__)
-
-    def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Outputs ``(batch, tokens, 0)`` and attention weights ``(batch, 0, tokens, tokens)``."""
-        batch, tokens = hidden_states.shape[:2]
-        return self.value(hidden_states), hidden_states.new_zeros(batch, 0, tokens, tokens)
+def _taken(context: Context, *names: str) -> dict[str, Any]:
+    return {name: context[name] for name in names if name in context}
 
 
-def _bert_attention(layer: nn.Module, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-    output: Tensor = layer.get_submodule("attention")(hidden, attention_mask)[0]
-    return output
+def _bert_attention(layer: nn.Module, hidden: Tensor, context: Context) -> Tensor:
+    names = ("attention_mask", "position_bias", "relative_pos", "rel_embeddings")
+    return _call(layer.get_submodule("attention"), hidden, **_taken(context, *names))
 
 
-def _bert_ffn(layer: nn.Module, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+def _bert_ffn(layer: nn.Module, hidden: Tensor, context: Context) -> Tensor:
     inner = layer.get_submodule("intermediate")(hidden)
-    output: Tensor = layer.get_submodule("output")(inner, hidden)
-    return output
+    return _call(layer.get_submodule("output"), inner, hidden)
 
 
-def _bert_classifier(model: nn.Module, hidden: Tensor) -> Tensor:
-    pooled = model.get_submodule("bert.pooler")(hidden)
-    logits: Tensor = model.get_submodule("classifier")(model.get_submodule("dropout")(pooled))
-    return logits
+def _distilbert_attention(layer: nn.Module, hidden: Tensor, context: Context) -> Tensor:
+    change = _call(layer.get_submodule("attention"), hidden, **_taken(context, "attention_mask"))
+    return _call(layer.get_submodule("sa_layer_norm"), change + hidden)
 
 
-ARCHITECTURES: tuple[Architecture, ...] = (
-    Architecture(
-        model_type="bert",
-        base="bert",
-        layers="bert.encoder.layer",
-        attention=SubLayerPaths(
+def _distilbert_ffn(layer: nn.Module, hidden: Tensor, context: Context) -> Tensor:
+    change = layer.get_submodule("ffn")(hidden)
+    return _call(layer.get_submodule("output_layer_norm"), change + hidden)
+
+
+def _pre_norm(norm: str, module: str, scale: str | None = None, *names: str) -> Run:
+    """A sub-layer that reads the normed hidden state and adds to the hidden state."""
+
+    def run(layer: nn.Module, hidden: Tensor, context: Context) -> Tensor:
+        normed = layer.get_submodule(norm)(hidden)
+        change = _call(layer.get_submodule(module), normed, **_taken(context, *names))
+        return hidden + (change if scale is None else layer.get_submodule(scale)(change))
+
+    return run
+
+
+def _deberta_position_flops(config: Any, length: int) -> int:
+    """Projections of the table of relative positions, and its products with queries and keys."""
+    if not getattr(config, "relative_attention", False):
+        return 0
+    most = config.max_relative_positions
+    most = most if most > 0 else config.max_position_embeddings
+    buckets = getattr(config, "position_buckets", -1)
+    span = 2 * (buckets if buckets > 0 else most)
+    size = config.hidden_size // config.num_attention_heads
+    shared = getattr(config, "share_att_key", False)
+    projections = 2 if shared else len({"c2p", "p2c"} & set(config.pos_att_type))
+    products = len({"c2p", "p2c"} & set(config.pos_att_type))
+    return 2 * (projections * span * config.hidden_size * size + products * length * span * size)
+
+
+def _dinov2_neurons(config: Any) -> int:
+    neurons = int(config.hidden_size * config.mlp_ratio)
+    return (int(neurons * 2 / 3) + 7) // 8 * 8 if config.use_swiglu_ffn else neurons
+
+
+def _deberta_refusal(config: Any) -> str | None:
+    if getattr(config, "conv_kernel_size", 0) > 0:
+        return "a convolution stands between its layers (conv_kernel_size > 0)"
+    return None
+
+
+_BERT = Architecture(
+    model_type="bert",
+    layers="encoder.layer",
+    attention=(
+        SubLayerPaths(
             inputs=("attention.self.query", "attention.self.key", "attention.self.value"),
             output="attention.output.dense",
-            total="attention.output.LayerNorm",
             run=_bert_attention,
             counter="attention.self",
-            headless=HeadlessBertSelfAttention,
+            adapt=attention.headless_bert,
         ),
-        ffn=SubLayerPaths(
-            inputs=("intermediate.dense",),
-            output="output.dense",
-            total="output.LayerNorm",
-            run=_bert_ffn,
+    ),
+    ffn=(SubLayerPaths(inputs=("intermediate.dense",), output="output.dense", run=_bert_ffn),),
+)
+
+_DISTILBERT = Architecture(
+    model_type="distilbert",
+    layers="transformer.layer",
+    attention=(
+        SubLayerPaths(
+            inputs=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+            output="attention.out_lin",
+            run=_distilbert_attention,
+            counter="attention",
         ),
-        tasks=(Task("sequence classification", BertForSequenceClassification, _bert_classifier),),
+    ),
+    ffn=(SubLayerPaths(inputs=("ffn.lin1",), output="ffn.lin2", run=_distilbert_ffn),),
+    neurons=lambda config: int(config.hidden_dim),
+)
+
+_MPNET = replace(
+    _BERT,
+    model_type="mpnet",
+    attention=(
+        SubLayerPaths(
+            inputs=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
+            output="attention.attn.o",
+            run=_bert_attention,
+            counter="attention.attn",
+            adapt=attention.kept_mpnet_heads,
+        ),
     ),
 )
 
-
-def supported() -> str:
-    """What can be pruned today, for messages."""
-    return "; ".join(
-        f"{row.model_type}: {', '.join(task.model_class.__name__ for task in row.tasks)}"
-        for row in ARCHITECTURES
+_DEBERTA_SHARED = SubLayerPaths(
+    inputs=tuple(f"attention.self.{name}_proj" for name in ("query", "key", "value")),
+    output="attention.output.dense",
+    run=_bert_attention,
+    counter="attention.self",
+    adapt=attention.headless_deberta,
+)
+_DEBERTA_POSITIONS = tuple(
+    replace(_DEBERTA_SHARED, inputs=_DEBERTA_SHARED.inputs + more)
+    for more in (
+        ("attention.self.pos_key_proj", "attention.self.pos_query_proj"),
+        ("attention.self.pos_key_proj",),
+        ("attention.self.pos_query_proj",),
     )
+)
+_DEBERTA = replace(
+    _BERT,
+    model_type="deberta-v2",
+    attention=(*_DEBERTA_POSITIONS, _DEBERTA_SHARED),
+    extra_head_flops=_deberta_position_flops,
+    refusal=_deberta_refusal,
+)
 
+_MODERNBERT = Architecture(
+    model_type="modernbert",
+    layers="layers",
+    attention=(
+        SubLayerPaths(
+            inputs=("attn.Wqkv",),
+            stacked=3,
+            output="attn.Wo",
+            run=_pre_norm("attn_norm", "attn", None, "attention_mask", "position_embeddings"),
+            counter="attn",
+        ),
+    ),
+    ffn=(
+        SubLayerPaths(
+            inputs=("mlp.Wi",), stacked=2, output="mlp.Wo", run=_pre_norm("mlp_norm", "mlp")
+        ),
+    ),
+)
 
-def find_architecture(model: nn.Module) -> tuple[Architecture, Task]:
-    """The table row and task of a model, dense or pruned before.
+_VIT = Architecture(
+    model_type="vit",
+    layers="layers",
+    attention=(
+        SubLayerPaths(
+            inputs=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+            output="attention.o_proj",
+            run=_pre_norm("layernorm_before", "attention", None, "attention_mask"),
+            counter="attention",
+        ),
+    ),
+    ffn=(
+        SubLayerPaths(
+            inputs=("mlp.fc1",), output="mlp.fc2", run=_pre_norm("layernorm_after", "mlp")
+        ),
+    ),
+)
 
-    Raises:
-        ValueError: the family, class or variant is not supported; the message lists what is.
-    """
-    for row in ARCHITECTURES:
-        for task in row.tasks:
-            pruned_type = PRUNED_PREFIX + row.model_type
-            is_dense = type(model) is task.model_class
-            is_pruned = (
-                isinstance(model, task.model_class) and model.config.model_type == pruned_type
-            )
-            if is_dense or is_pruned:
-                _refuse_decoder(model)
-                return row, task
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    raise ValueError(
-        f"Cannot prune a {type(model).__name__} (model type {kind!r}). Supported are exactly these "
-        f"classes: {supported()}. Unwrap the model first if it is inside another "
-        "(accelerator.unwrap_model, PeftModel.merge_and_unload); another family needs a row in "
-        "kprune_ext/architectures.py."
-    )
-
-
-def _refuse_decoder(model: nn.Module) -> None:
-    if getattr(model.config, "is_decoder", False):
-        raise ValueError(
-            "Cannot prune a decoder (config.is_decoder=True). Supported are encoders: load the "
-            "model with is_decoder=False."
+_DINOV2 = Architecture(
+    model_type="dinov2",
+    layers="encoder.layer",
+    attention=(
+        replace(
+            _VIT.attention[0],
+            run=_pre_norm("norm1", "attention", "layer_scale1", "attention_mask"),
+            scale="layer_scale1.lambda1",
+        ),
+    ),
+    ffn=tuple(
+        SubLayerPaths(
+            inputs=inputs,
+            output=output,
+            run=_pre_norm("norm2", "mlp", "layer_scale2"),
+            scale="layer_scale2.lambda1",
         )
+        for inputs, output in (
+            (("mlp.fc1",), "mlp.fc2"),
+            (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
+        )
+    ),
+    neurons=_dinov2_neurons,
+)
 
-
-def sublayers(model: PreTrainedModel, architecture: Architecture, path: str) -> list[SubLayer]:
-    """The sub-layers of a model bottom-up: attention 0, ffn 0, attention 1, …
-
-    Args:
-        model: a model of the family, with or without a task's head.
-        architecture: its table row.
-        path: where in the model the transformer layers are.
-
-    Raises:
-        TypeError: a projection is not a plain ``nn.Linear``; the message names it.
-    """
-    head_size = model.config.hidden_size // model.config.num_attention_heads
-    kinds: tuple[tuple[Kind, SubLayerPaths, int], ...] = (
-        ("attention", architecture.attention, head_size),
-        ("ffn", architecture.ffn, 1),
-    )
-    found = []
-    for number, layer in enumerate(model.get_submodule(path).children()):
-        prefix = f"{path}.{number}."
-        for kind, paths, size in kinds:
-            for projection in (*paths.inputs, paths.output):
-                _check_named(layer, projection, prefix)
-            found.append(SubLayer(number, kind, prefix + paths.output, layer, paths, size))
-    return found
-
-
-def _check_named(layer: nn.Module, path: str, prefix: str) -> None:
-    try:
-        _linear(layer, path)
-    except TypeError as error:
-        raise TypeError(prefix + str(error)) from None
+ARCHITECTURES: tuple[Architecture, ...] = (
+    _BERT,
+    *(replace(_BERT, model_type=name) for name in ("roberta", "xlm-roberta", "camembert")),
+    replace(_BERT, model_type="electra"),
+    _DISTILBERT,
+    _MPNET,
+    _DEBERTA,
+    _MODERNBERT,
+    _VIT,
+    _DINOV2,
+)

@@ -1,20 +1,15 @@
-"""Calibration data: from a user's batches to hidden states that move up two models side by side."""
+"""Calibration data: from a user's batches to single samples without padding."""
 
 from __future__ import annotations
 
 import inspect
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-
-from kprune_ext.architectures import Architecture
-from kprune_ext.config import KPruneConfig
-from kprune_ext.masking import stopping_before
 
 _LABELS = frozenset(
     {"labels", "label", "label_ids", "next_sentence_label", "start_positions", "end_positions"}
@@ -40,27 +35,11 @@ class Sample:
         return int(self.tokens.sum())
 
 
-@dataclass
-class Stream:
-    """Samples of equal length on their way up: the state of both models before a sub-layer.
-
-    Attributes:
-        teacher: hidden state of the dense model, ``(batch, tokens, hidden)``.
-        student: hidden state of the model being pruned, same shape.
-        tokens: which positions count, bool, ``(batch, tokens)``.
-        attention_mask: as the model made it for its layers.
-        scored: whether knowledge is measured on these samples.
-    """
-
-    teacher: Tensor
-    student: Tensor
-    tokens: Tensor
-    attention_mask: Tensor | None
-    scored: bool
-
-
 def collect_samples(
-    model: PreTrainedModel, dataloader: Iterable[Any], max_tokens: int
+    model: PreTrainedModel,
+    dataloader: Iterable[Any],
+    max_tokens: int,
+    image_tokens: Callable[[Mapping[str, Tensor]], int] | None = None,
 ) -> list[Sample]:
     """Samples from the dataloader, in its order, until ``max_tokens`` unmasked tokens are reached.
 
@@ -68,17 +47,25 @@ def collect_samples(
     and labels and arguments that the model's forward does not know are ignored. A batch without an
     ``attention_mask`` counts every token, as the model itself would.
 
+    Args:
+        model: decides which arguments are taken, and whether it reads text or images.
+        dataloader: batches as mappings of tensors.
+        max_tokens: unmasked tokens in all; the first sample is always taken.
+        image_tokens: for images, how many tokens the model makes of each image of a batch.
+
     Raises:
         TypeError: a batch is not a mapping of tensors.
-        ValueError: a batch has no ``input_ids``, an ``attention_mask`` of a shape that is not
-            ``(batch, tokens)``, or the data hold no unmasked token.
+        ValueError: a batch has no ``input_ids`` or ``pixel_values``, an ``attention_mask`` of a
+            shape that is not ``(batch, tokens)``, or the data hold no unmasked token.
     """
     accepted = set(inspect.signature(model.forward).parameters) - _LABELS
+    images = model.main_input_name == "pixel_values" and image_tokens is not None
     samples: list[Sample] = []
     total = batches = 0
     for batch in dataloader:
         batches += 1
-        for sample in _split(batch, accepted):
+        inputs = _tensors(batch, accepted)
+        for sample in _images(inputs, image_tokens) if images else _sequences(inputs, batch):
             if sample.count == 0:
                 continue
             if samples and total + sample.count > max_tokens:
@@ -98,7 +85,7 @@ def collect_samples(
     return samples
 
 
-def _split(batch: Any, accepted: set[str]) -> list[Sample]:
+def _tensors(batch: Any, accepted: set[str]) -> dict[str, Tensor]:
     if not isinstance(batch, Mapping):
         raise TypeError(
             f"A calibration batch is a {type(batch).__name__}, but must be a mapping from argument "
@@ -114,6 +101,28 @@ def _split(batch: Any, accepted: set[str]) -> list[Sample]:
                 f"{name!r} in a calibration batch is a {type(value).__name__}, but must be a "
                 "tensor. Let the dataset or collator return PyTorch tensors."
             )
+    return inputs
+
+
+def _images(
+    inputs: dict[str, Tensor], image_tokens: Callable[[Mapping[str, Tensor]], int] | None
+) -> list[Sample]:
+    pixels = inputs.get("pixel_values")
+    if pixels is None or pixels.ndim != 4 or image_tokens is None:
+        raise ValueError(
+            "A calibration batch needs 'pixel_values' of shape (batch, channels, height, width); "
+            f"this one has { {name: tuple(value.shape) for name, value in inputs.items()} }."
+        )
+    if not len(pixels):
+        return []
+    tokens = torch.ones(1, image_tokens(inputs), dtype=torch.bool)
+    return [
+        Sample({name: value[row : row + 1] for name, value in inputs.items()}, tokens)
+        for row in range(len(pixels))
+    ]
+
+
+def _sequences(inputs: dict[str, Tensor], batch: Mapping[Any, Any]) -> list[Sample]:
     main = inputs.get("input_ids", inputs.get("inputs_embeds"))
     if main is None or main.ndim < 2:
         raise ValueError(
@@ -139,54 +148,6 @@ def _split(batch: Any, accepted: set[str]) -> list[Sample]:
         }  # fmt: skip
         samples.append(Sample(cut, cut["attention_mask"] != 0))
     return samples
-
-
-def choose_scored(samples: int, fraction: float, seed: int) -> set[int]:
-    """Numbers of the samples on which knowledge is measured: at least one, the same for a seed."""
-    generator = torch.Generator().manual_seed(seed)
-    count = max(1, round(fraction * samples))
-    return set(torch.randperm(samples, generator=generator)[:count].tolist())
-
-
-def start_streams(
-    model: PreTrainedModel,
-    architecture: Architecture,
-    samples: list[Sample],
-    config: KPruneConfig,
-) -> list[Stream]:
-    """The samples in batches of equal length, as they enter the first transformer layer."""
-    scored = choose_scored(len(samples), config.score_fraction, config.seed)
-    groups: dict[tuple[Any, ...], list[Sample]] = defaultdict(list)
-    for number, sample in enumerate(samples):
-        shapes = tuple((name, value.shape[1:]) for name, value in sorted(sample.inputs.items()))
-        groups[sample.tokens.shape[1], number in scored, shapes].append(sample)
-    streams = []
-    for (length, is_scored, _), members in sorted(groups.items(), key=lambda item: item[0][:2]):
-        size = max(1, config.batch_tokens // length)
-        for start in range(0, len(members), size):
-            part = members[start : start + size]
-            streams.append(_enter(model, architecture, part, is_scored))
-    return streams
-
-
-@torch.no_grad()
-def _enter(
-    model: PreTrainedModel, architecture: Architecture, samples: list[Sample], scored: bool
-) -> Stream:
-    inputs = {
-        name: torch.cat([sample.inputs[name] for sample in samples]).to(model.device)
-        for name in samples[0].inputs
-    }
-    tokens = torch.cat([sample.tokens for sample in samples]).to(model.device)
-    first = next(model.get_submodule(architecture.layers).children())
-    with stopping_before(first) as calls:
-        # Asked for outright, as a config that wants these makes transformers leave hooks behind.
-        model(**inputs, output_hidden_states=False, output_attentions=False)
-    args, kwargs = calls[0]
-    arguments = inspect.signature(first.forward).bind(*args, **kwargs).arguments
-    hidden: Tensor = arguments["hidden_states"]
-    require_finite(hidden[tokens], f"the input of {architecture.layers}.0")
-    return Stream(hidden, hidden, tokens, arguments.get("attention_mask"), scored)
 
 
 def require_finite(values: Tensor, name: str) -> None:

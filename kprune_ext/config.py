@@ -5,10 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from accelerate.utils import convert_file_size_to_int
+
+from kprune_ext.tasks import PROBLEM_TYPES, ProblemType
 
 Schedule = Literal["per_layer", "per_sublayer"]
-SCHEDULES: tuple[Schedule, ...] = ("per_layer", "per_sublayer")
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+Metric = Literal["flops", "params", "latency"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
+LambdaScale = Literal["relative", "absolute"]
+LAMBDA_SCALES: tuple[LambdaScale, ...] = get_args(LambdaScale)
+Sensitivity = Literal["fisher", "gradient"]
+SENSITIVITIES: tuple[Sensitivity, ...] = get_args(Sensitivity)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +33,15 @@ class KPruneConfig:
     reduction: float = dataclasses.field(
         default=0.5,
         metadata={
-            "help": "Fraction of the encoder's FLOPs to remove, strictly between 0 and 1. For a "
-            "model that was pruned before, a fraction of what it has now."
+            "help": "Fraction of the encoder's FLOPs to remove, strictly between 0 and 1 (or of "
+            "what metric says). For a model that was pruned before, a fraction of what it has now."
+        },
+    )
+    metric: Metric = dataclasses.field(
+        default="flops",
+        metadata={
+            "help": "What reduction counts: 'flops', 'params' (of heads and neurons), or 'latency' "
+            "(measured on the model's device)."
         },
     )
     temperature: float = dataclasses.field(
@@ -32,8 +49,25 @@ class KPruneConfig:
         metadata={"help": "Temperature at which class probabilities are softened for the scores."},
     )
     lambda_rep: float = dataclasses.field(
-        default=0.3,
-        metadata={"help": "Weight of representational against predictive knowledge (lambda)."},
+        default=1.0,
+        metadata={
+            "help": "Weight of representational against predictive knowledge (lambda), in the unit "
+            "that lambda_scale says."
+        },
+    )
+    lambda_scale: LambdaScale = dataclasses.field(
+        default="relative",
+        metadata={
+            "help": "'relative': the two kinds of knowledge of all units that are still to be "
+            "pruned are brought to the same sum first; 'absolute': as they are (the paper's way)."
+        },
+    )
+    min_share: float = dataclasses.field(
+        default=0.5,
+        metadata={
+            "help": "Every sub-layer keeps at least this part of the units that it would keep if "
+            "all sub-layers were pruned alike, whatever the scores say; 0 for no such bound."
+        },
     )
     mu: float | None = dataclasses.field(
         default=None,
@@ -51,25 +85,52 @@ class KPruneConfig:
         },
     )
     score_fraction: float = dataclasses.field(
-        default=0.25,
+        default=0.15,
         metadata={
             "help": "Part of the calibration samples on which knowledge is measured, in (0, 1]. "
             "Weight tuning always uses all of them."
         },
     )
-    max_score_classes: int = dataclasses.field(
-        default=16,
+    min_score_samples: int = dataclasses.field(
+        default=512,
         metadata={
-            "help": "Predictive knowledge takes one backward pass per class; of more classes than "
-            "this, each sample counts the ones that matter most to it."
+            "help": "Knowledge is measured on at least so many samples, if there are as many."
+        },
+    )
+    max_score_passes: int = dataclasses.field(
+        default=8,
+        metadata={
+            "help": "Predictive knowledge takes one backward pass per class and position (one in "
+            "all for two classes). Where that is more than this, so many passes with random signs "
+            "estimate it, without bias."
+        },
+    )
+    sensitivity: Sensitivity = dataclasses.field(
+        default="fisher",
+        metadata={
+            "help": "Predictive knowledge: 'fisher', the Fisher information of the predictive "
+            "distribution; 'gradient', the squared gradient of the divergence from the original "
+            "model (the paper's, zero at the first sub-layer)."
+        },
+    )
+    problem_type: ProblemType | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "What the logits mean: 'single_label_classification', "
+            "'multi_label_classification' or 'regression'. None: what the task or the model's "
+            "config says."
         },
     )
     ridge: float = dataclasses.field(
         default=1.0,
         metadata={
             "help": "Strength of the pull towards the original weights in weight tuning, in units "
-            "of (units / tokens) x the mean square activation."
+            "of (units / tokens) x the mean square activation. 0: what float64 needs."
         },
+    )
+    tune_bias: bool = dataclasses.field(
+        default=True,
+        metadata={"help": "Tune the output projections' biases, too, not their weights alone."},
     )
     max_tokens: int = dataclasses.field(
         default=100_000,
@@ -92,13 +153,27 @@ class KPruneConfig:
             "unmasked tokens of the calibration samples, rounded."
         },
     )
+    max_state_memory: int | str = dataclasses.field(
+        default="4GiB",
+        metadata={
+            "help": "Hidden states of the calibration data beyond this, such as '500MiB' or a "
+            "number of bytes, are kept in a temporary file that is mapped into memory."
+        },
+    )
     seed: int = dataclasses.field(
         default=0,
         metadata={"help": "Chooses the samples on which knowledge is measured."},
     )
 
     def __post_init__(self) -> None:
-        for name in ("max_score_classes", "max_tokens", "batch_tokens", "sequence_length", "seed"):
+        for name in (
+            "min_score_samples",
+            "max_score_passes",
+            "max_tokens",
+            "batch_tokens",
+            "sequence_length",
+            "seed",
+        ):
             value = getattr(self, name)
             if name == "sequence_length" and value is None:
                 continue
@@ -106,7 +181,15 @@ class KPruneConfig:
                 raise TypeError(f"{name}={value!r} is not an integer. Pass a whole number.")
             if name != "seed" and value < 1:
                 raise ValueError(f"{name}={value} is too small. Pass 1 or more.")
-        for name in ("reduction", "temperature", "lambda_rep", "score_fraction", "ridge", "mu"):
+        for name in (
+            "reduction",
+            "temperature",
+            "lambda_rep",
+            "score_fraction",
+            "ridge",
+            "mu",
+            "min_share",
+        ):
             value = getattr(self, name)
             if name == "mu" and value is None:
                 continue
@@ -119,12 +202,17 @@ class KPruneConfig:
                 f"reduction={self.reduction} is outside (0, 1). It is the fraction of encoder "
                 "FLOPs to remove: pass 0.5 to keep half of them."
             )
+        if not 0 <= self.min_share <= 1:
+            raise ValueError(
+                f"min_share={self.min_share} is outside [0, 1]. Pass 0 for no lower bound on what "
+                "a sub-layer keeps."
+            )
         if not 0 < self.score_fraction <= 1:
             raise ValueError(
                 f"score_fraction={self.score_fraction} is outside (0, 1]. It is the part of the "
                 "calibration samples on which knowledge is measured: pass 1.0 for all of them."
             )
-        for name in ("temperature", "ridge", "mu"):
+        for name in ("temperature", "mu"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}={value} is not positive. Pass a number above 0.")
@@ -133,10 +221,60 @@ class KPruneConfig:
                 f"lambda_rep={self.lambda_rep} is negative. Pass 0 to use predictive knowledge "
                 "alone, or a positive weight."
             )
-        if self.schedule not in SCHEDULES:
+        if self.ridge < 0:
+            raise ValueError(f"ridge={self.ridge} is negative. Pass 0 for the least that works.")
+        for name, known in (
+            ("schedule", SCHEDULES),
+            ("metric", METRICS),
+            ("lambda_scale", LAMBDA_SCALES),
+            ("sensitivity", SENSITIVITIES),
+            ("problem_type", (None, *PROBLEM_TYPES)),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is unknown. Pass one of "
+                    f"{', '.join(str(value) for value in known)}."
+                )
+        if not isinstance(self.tune_bias, bool):
+            raise TypeError(f"tune_bias={self.tune_bias!r} is not a bool. Pass True or False.")
+        _ = self.state_bytes  # complains about what is no size
+
+    @property
+    def state_bytes(self) -> int:
+        """``max_state_memory`` in bytes."""
+        try:
+            return int(convert_file_size_to_int(self.max_state_memory))
+        except (TypeError, ValueError):
             raise ValueError(
-                f"schedule={self.schedule!r} is unknown. Pass one of {', '.join(SCHEDULES)}."
-            )
+                f"max_state_memory={self.max_state_memory!r} is no size. Pass a number of bytes of "
+                "at least 0, or a text such as '4GiB'."
+            ) from None
+
+    @classmethod
+    def paper(cls, reduction: float = 0.5, **options: Any) -> KPruneConfig:
+        """The publication's own choices (arXiv 2308.03449, section 4 and its hyperparameters).
+
+        Temperature 2, lambda 2.5e-4, mu 64; knowledge by the gradient of the divergence, on the
+        whole sample, before every sub-layer; least squares for the weights of the output
+        projections without a ridge, their biases as they were.
+
+        Args:
+            reduction: fraction of the encoder's FLOPs to remove.
+            options: what is to differ.
+        """
+        paper: dict[str, Any] = {
+            "temperature": 2.0,
+            "lambda_rep": 2.5e-4,
+            "lambda_scale": "absolute",
+            "min_share": 0.0,
+            "mu": 64.0,
+            "sensitivity": "gradient",
+            "schedule": "per_sublayer",
+            "score_fraction": 1.0,
+            "ridge": 0.0,
+            "tune_bias": False,
+        }
+        return cls(reduction=reduction, **(paper | options))
 
     def to_dict(self) -> dict[str, Any]:
         """Every option by name."""

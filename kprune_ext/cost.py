@@ -1,4 +1,4 @@
-"""What units cost: FLOPs in closed form.
+"""What units cost: FLOPs in closed form, and measured latencies.
 
 One FLOP is one multiplication or one addition, so a multiply-add counts twice. The budget of a
 pruning run counts the matrix products of the sub-layers that can be pruned: the projections of
@@ -9,6 +9,22 @@ or negligible. The counts equal those of ``torch.utils.flop_counter`` under eage
 """
 
 from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kprune_ext.files import replacing
+
+LATENCY_FORMAT = 1
 
 
 def head_flops(hidden_size: int, head_size: int, sequence_length: int) -> int:
@@ -29,3 +45,100 @@ def neuron_flops(hidden_size: int, sequence_length: int, projections: int = 2) -
     3 where there is a gate too.
     """
     return 2 * projections * hidden_size * sequence_length
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Measured seconds of one attention and one feed-forward sub-layer of different sizes.
+
+    Attributes:
+        device: what it was measured on.
+        batch_size, sequence_length: of the input.
+        heads, neurons: seconds by number of units kept, from none to all.
+    """
+
+    device: str
+    batch_size: int
+    sequence_length: int
+    heads: Mapping[int, float]
+    neurons: Mapping[int, float]
+
+    def costs(self, kind: str, units: int) -> Tensor:
+        """Seconds of a sub-layer with 0, 1, …, ``units`` units, ``(units + 1,)``, not decreasing.
+
+        Between measured sizes it is interpolated.
+
+        Raises:
+            ValueError: the table does not reach so far.
+        """
+        points = sorted((self.heads if kind == "attention" else self.neurons).items())
+        if not points or points[0][0] > 0 or points[-1][0] < units:
+            raise ValueError(
+                f"The latency table has no entries from 0 to {units} units for the kind {kind!r}. "
+                "Measure it on this model with kprune_ext.measure_latency."
+            )
+        sizes = torch.arange(units + 1, dtype=torch.float64)
+        known = torch.tensor([size for size, _ in points], dtype=torch.float64)
+        values = torch.tensor([seconds for _, seconds in points], dtype=torch.float64)
+        values = values.cummax(0).values
+        right = torch.searchsorted(known, sizes).clamp(1, len(known) - 1)
+        left = right - 1
+        share = (sizes - known[left]) / (known[right] - known[left])
+        return values[left] + share * (values[right] - values[left])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the table as JSON; the file appears only when it is complete."""
+        text = json.dumps({"format": LATENCY_FORMAT, **asdict(self)}, indent=1)
+        with replacing(path) as temporary:
+            Path(temporary).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> LatencyTable:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file is something else.
+            OSError: it cannot be read.
+        """
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            values: dict[str, Any] = json.loads(text)
+            if values.pop("format") != LATENCY_FORMAT:
+                raise ValueError("it has another format")
+            for kind in ("heads", "neurons"):
+                values[kind] = {int(size): float(time) for size, time in values[kind].items()}
+            return cls(**values)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{os.fspath(path)!r} is no latency table ({error}). Expected a file that "
+                "LatencyTable.save wrote; measure it anew with kprune_ext.measure_latency."
+            ) from None
+
+
+def sizes_to_measure(units: int, points: int = 9) -> list[int]:
+    """Numbers of units at even distances, none and all among them."""
+    count = min(points, units + 1)
+    return sorted({round(units * step / max(count - 1, 1)) for step in range(count)})
+
+
+def median_seconds(
+    runs: Sequence[Callable[[], Any]], rounds: int, synchronize: Callable[[], None]
+) -> list[float]:
+    """Median time of each function; they take turns, so that all see the same disturbances.
+
+    Args:
+        runs: what to time; each is called once beforehand to warm up.
+        rounds: how often each is timed.
+        synchronize: waits until the device has done what it was given.
+    """
+    for run in runs:
+        run()
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(rounds):
+        for run, measured in zip(runs, times, strict=True):
+            synchronize()
+            start = time.perf_counter()
+            run()
+            synchronize()
+            measured.append(time.perf_counter() - start)
+    return [statistics.median(measured) for measured in times]

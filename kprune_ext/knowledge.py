@@ -6,19 +6,22 @@ knowledge what it contributes to its sub-layer's output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from kprune_ext.architectures import SubLayer
-from kprune_ext.calibration import Stream, require_finite
-from kprune_ext.masking import unit_masks
+from kprune_ext.calibration import require_finite
+from kprune_ext.encoder import Encoder
+from kprune_ext.fisher import directions, divergence_gradient
+from kprune_ext.masking import MaskedUnits, unit_masks
+from kprune_ext.streams import Stream
+from kprune_ext.sublayers import SubLayer
+from kprune_ext.tasks import Predict, ProblemType
 
-ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+# Logits of so many elements go backward at a time: 64 MiB in float32.
+_MOST_LOGITS = 2**24
 
 
 @dataclass(frozen=True)
@@ -35,83 +38,63 @@ class Knowledge:
     predictive: Tensor
     representational: Tensor
 
-    def score(self, lambda_rep: float, weight: float = 1.0) -> Tensor:
-        """Predictive plus weighted representational knowledge, times ``weight``."""
-        return weight * (self.predictive + lambda_rep * self.representational)
 
+@dataclass(frozen=True)
+class Signal:
+    """What predictive knowledge is measured by.
 
-def problem_type(model: PreTrainedModel) -> ProblemType:
-    """What the classification head predicts, by the rules of transformers."""
-    declared: ProblemType | None = model.config.problem_type
-    if declared is not None:
-        return declared
-    return "regression" if model.config.num_labels == 1 else "single_label_classification"
-
-
-def logit_directions(
-    logits: Tensor, problem: ProblemType, temperature: float, limit: int
-) -> Tensor:
-    """Vectors v with  sum v vᵀ = ∂²L/∂logits², where L is the distance of predictions.
-
-    L is T² times the divergence of the softened predictions for classes (single label: one
-    softmax; multi-label: one Bernoulli per label), and the squared error for regression. Its
-    second derivative with respect to the logits z of the model being pruned does not depend on the
-    teacher: diag(p) − p pᵀ for softmax, diag(p (1 − p)) for Bernoulli, 2 I for squared error. For
-    softmax, v_c = √p_c (e_c − p). Two classes need one direction only.
-
-    Args:
-        logits: ``(batch, classes)``.
-        problem: what they mean.
+    Attributes:
+        predict: ``(model, batch) -> logits``.
+        problem: what the logits mean.
         temperature: T.
-        limit: at most so many directions, for each sample the longest.
-
-    Returns:
-        ``(directions, batch, classes)``.
+        passes: backward passes per sample at most.
+        seed: of the signs where there are more directions than passes.
+        teacher: the dense model's logits by number of the first sample of a stream. If given, the
+            gradient of the distance from them is squared, as in the paper; otherwise the expected
+            square is taken.
     """
-    batch, classes = logits.shape
-    unit = torch.eye(classes, dtype=logits.dtype, device=logits.device)
-    if problem == "regression":
-        return 2**0.5 * unit.unsqueeze(1).expand(classes, batch, classes)
-    if problem == "multi_label_classification":
-        variance = (logits / temperature).sigmoid() * (-logits / temperature).sigmoid()
-        directions = unit.unsqueeze(1) * variance.sqrt()
-    elif classes == 2:
-        difference = (logits[:, 1] - logits[:, 0]) / temperature
-        spread = (difference.sigmoid() * (-difference).sigmoid()).sqrt()
-        return torch.stack([-spread, spread], dim=1).unsqueeze(0)
-    else:
-        p = (logits / temperature).softmax(1)
-        directions = p.T.sqrt().unsqueeze(2) * (unit.unsqueeze(1) - p)
-    if classes > limit:
-        longest = directions.norm(dim=2).topk(limit, dim=0).indices
-        directions = directions.gather(0, longest.unsqueeze(2).expand(-1, -1, classes))
-    return directions
+
+    predict: Predict
+    problem: ProblemType
+    temperature: float
+    passes: int
+    seed: int = 0
+    teacher: Mapping[int, Tensor] | None = None
+
+
+@torch.no_grad()
+def teacher_logits(
+    sublayers: Sequence[SubLayer], encoder: Encoder, predict: Predict, streams: Sequence[Stream]
+) -> dict[int, Tensor]:
+    """Logits ``(batch, positions, classes)`` by number of a stream's first sample."""
+    found = {}
+    for stream in streams:
+        hidden, contexts = encoder.enter(stream.inputs)
+        for sublayer in sublayers:
+            hidden = sublayer.run(hidden, contexts[sublayer.layer])
+        found[stream.numbers[0]] = encoder.predict(predict, stream.inputs, hidden)
+    return found
 
 
 def measure_knowledge(
-    sublayers: Sequence[SubLayer],
-    logits: Callable[[Tensor], Tensor],
-    streams: Sequence[Stream],
-    *,
-    problem: ProblemType,
-    temperature: float,
-    max_classes: int,
+    sublayers: Sequence[SubLayer], encoder: Encoder, streams: Sequence[Stream], signal: Signal
 ) -> list[Knowledge]:
     """Knowledge of every unit of the given sub-layers, which must run up to the model's end.
 
     Predictive (equations 4 and 5): ½ (∂L/∂m)² for a unit's mask m, averaged over samples. The
     gradient of a divergence vanishes where student and teacher agree, so the expected square is
     taken over the student's own predictive distribution: the Fisher information of each sample,
-    ½ Σ_v (vᵀ ∂z/∂m)² over :func:`logit_directions`. It is right at the first sub-layer too.
+    ½ Σ_v (vᵀ ∂z/∂m)² over :func:`kprune_ext.fisher.directions`. It is right at the first sub-layer
+    too. With ``signal.teacher`` it is the paper's own quantity.
 
     Representational (equations 6 and 7): mean over unmasked tokens of Σ_i f_i² · mean_j W_ji² over
     the dimensions i of the unit, f being what enters the output projection W.
 
     Args:
         sublayers: the target and all later ones, bottom-up.
-        logits: the task's head, from the last hidden state to ``(batch, classes)``.
+        encoder: the model they belong to.
         streams: the state before the first of the sub-layers.
-        problem, temperature, max_classes: see :func:`logit_directions`.
+        signal: what is predicted, and how that is measured.
 
     Raises:
         ValueError: activations or logits are NaN or infinite (the module is named).
@@ -119,38 +102,88 @@ def measure_knowledge(
     predictive = [_zeros(sublayer, sublayer.units) for sublayer in sublayers]
     squares = [_zeros(sublayer, sublayer.output.in_features) for sublayer in sublayers]
     samples = tokens = 0
-    for stream in streams:
+    for stream in _in_parts(streams, encoder, signal):
         batch = len(stream.student)
         samples += batch
         tokens += int(stream.tokens.sum())
         with torch.enable_grad(), unit_masks(sublayers, batch) as masked:
-            hidden = stream.student
-            for sublayer in sublayers:
-                hidden = sublayer.run(hidden, stream.attention_mask)
-                require_finite(hidden.detach()[stream.tokens], f"the output of {sublayer.name}")
-            z = logits(hidden)
-            z = z if z.dtype == torch.float64 else z.float()
-            require_finite(z.detach(), "the logits")
-            directions = logit_directions(z.detach(), problem, temperature, max_classes)
-            masks = [entry.mask for entry in masked]
-            for direction in directions:
-                gradients = torch.autograd.grad(
-                    (z * direction).sum(), masks, retain_graph=True, materialize_grads=True
-                )
-                for total, gradient in zip(predictive, gradients, strict=True):
-                    total += gradient.double().square().sum(0)
-        for total, entry, sublayer in zip(squares, masked, sublayers, strict=True):
+            for total, gradient in _gradients(sublayers, encoder, stream, signal, masked):
+                predictive[total] += gradient.double().square().sum(0)
+        for square, entry, sublayer in zip(squares, masked, sublayers, strict=True):
             if entry.features is None:
                 raise RuntimeError(f"No forward pass reached {sublayer.name}.")
-            total += entry.features[stream.tokens].double().square().sum(0)
+            square += entry.features[stream.tokens].double().square().sum(0)
     return [
         Knowledge(0.5 * sensitivity / samples, _output_energy(sublayer, square / tokens))
         for sublayer, sensitivity, square in zip(sublayers, predictive, squares, strict=True)
     ]
 
 
+def _gradients(
+    sublayers: Sequence[SubLayer],
+    encoder: Encoder,
+    stream: Stream,
+    signal: Signal,
+    masked: list[MaskedUnits],
+) -> Iterator[tuple[int, Tensor]]:
+    """Per direction and sub-layer: the sub-layer's number and gradients ``(batch, units)``."""
+    contexts = stream.contexts_in(encoder)
+    hidden = stream.student.to(stream.tokens.device)
+    for sublayer in sublayers:
+        hidden = sublayer.run(hidden, contexts[sublayer.layer])
+        require_finite(hidden.detach()[stream.tokens], f"the output of {sublayer.name}")
+    z = encoder.predict(signal.predict, stream.inputs, hidden)
+    z = z if z.dtype == torch.float64 else z.float()
+    require_finite(z.detach(), "the logits")
+    masks = [entry.mask for entry in masked]
+    for direction in _directions(z.detach(), stream, signal):
+        found = torch.autograd.grad(
+            (z * direction).sum(), masks, retain_graph=True, materialize_grads=True
+        )
+        yield from enumerate(found)
+
+
+def _directions(z: Tensor, stream: Stream, signal: Signal) -> Iterator[Tensor]:
+    counted = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
+    if z.shape[1] == stream.tokens.shape[1]:  # a prediction for every token
+        counted = stream.tokens if z.shape[1] > 1 else counted
+    if signal.teacher is not None:
+        teacher = signal.teacher[stream.numbers[0]].to(z)
+        gradient = divergence_gradient(z, teacher, signal.problem, signal.temperature)
+        yield gradient * counted.unsqueeze(2)
+        return
+    seeds = [1_000_003 * signal.seed + number for number in stream.numbers]
+    yield from directions(z, counted, signal.problem, signal.temperature, signal.passes, seeds)
+
+
+def _in_parts(streams: Sequence[Stream], encoder: Encoder, signal: Signal) -> Iterator[Stream]:
+    """The streams, cut into smaller ones where their logits would take much memory."""
+    for stream in streams:
+        with torch.no_grad():
+            one = {name: value[:1] for name, value in stream.inputs.items()}
+            first = stream.student[:1].to(stream.tokens.device)
+            size = encoder.predict(signal.predict, one, first).numel()
+        rows = max(1, _MOST_LOGITS // size)
+        if rows >= len(stream.numbers) or signal.teacher is not None:
+            yield stream
+            continue
+        for start in range(0, len(stream.numbers), rows):
+            part = slice(start, start + rows)
+            yield Stream(
+                stream.numbers[part],
+                {name: value[part] for name, value in stream.inputs.items()},
+                stream.tokens[part],
+                stream.scored,
+                stream.teacher[part],
+                stream.student[part],
+            )
+
+
 def _output_energy(sublayer: SubLayer, mean_square: Tensor) -> Tensor:
-    column = sublayer.output.weight.detach().double().square().mean(0)
+    weight = sublayer.output.weight.detach().double()
+    if sublayer.scale is not None:
+        weight = sublayer.scale.double().unsqueeze(1) * weight
+    column = weight.square().mean(0)
     return (mean_square * column).reshape(-1, sublayer.unit_size).sum(1)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kprune_ext.architectures import SubLayer
+from kprune_ext.sublayers import SubLayer
 
 
 @contextmanager
@@ -56,44 +56,40 @@ def stopping_before(module: nn.Module) -> Iterator[list[tuple[tuple[Any, ...], d
 
 @dataclass
 class Flow:
-    """What went through a sub-layer in its last forward pass.
+    """What went through a sub-layer's output projection in its last forward pass.
 
     Attributes:
-        features: what entered the output projection, ``(batch, tokens, units * unit_size)``.
-        output: what the output projection made of it, ``(batch, tokens, hidden)``.
-        total: output plus residual stream, ``(batch, tokens, hidden)``.
+        features: what entered it, ``(batch, tokens, units * unit_size)``.
+        output: what it made of that, ``(batch, tokens, hidden)``.
     """
 
     features: Tensor | None = None
     output: Tensor | None = None
-    total: Tensor | None = None
 
-    def taken(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Features, output and total of a forward pass.
+    def taken(self) -> tuple[Tensor, Tensor]:
+        """Features and output of a forward pass.
 
         Raises:
             RuntimeError: no forward pass reached the sub-layer.
         """
-        if self.features is None or self.output is None or self.total is None:
+        if self.features is None or self.output is None:
             raise RuntimeError("No forward pass went through the watched sub-layer.")
-        return self.features, self.output, self.total
+        return self.features, self.output
 
 
 @contextmanager
 def watching(sublayer: SubLayer) -> Iterator[Flow]:
-    """Record what flows through a sub-layer's output projection and its sum with the residual."""
+    """Record what flows through a sub-layer's output projection."""
     flow = Flow()
 
     def at_output(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         flow.features, flow.output = args[0], output
 
-    def at_total(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        flow.total = args[0]
-
-    with ExitStack() as stack:
-        stack.callback(sublayer.output.register_forward_hook(at_output).remove)
-        stack.callback(sublayer.total.register_forward_pre_hook(at_total).remove)
+    handle = sublayer.output.register_forward_hook(at_output)
+    try:
         yield flow
+    finally:
+        handle.remove()
 
 
 @dataclass

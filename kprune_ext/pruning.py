@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate.utils import tqdm
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kprune_ext import cost
-from kprune_ext.architectures import SubLayer, find_architecture, sublayers
-from kprune_ext.calibration import Stream, collect_samples, require_finite, start_streams
+from kprune_ext.budget import budget_for, cost_tables, measure_latency, unit_flops
+from kprune_ext.calibration import collect_samples, require_finite
 from kprune_ext.config import KPruneConfig
-from kprune_ext.knowledge import Knowledge, measure_knowledge, problem_type
+from kprune_ext.cost import LatencyTable
+from kprune_ext.encoder import Encoder, plain_outputs
+from kprune_ext.knowledge import Knowledge, Signal, measure_knowledge, teacher_logits
 from kprune_ext.masking import evaluating, watching
-from kprune_ext.modeling import (
-    KeptUnits,
-    kept_units,
-    shrink,
-    store_kept_units,
-    uneven_copy,
-    unit_dimensions,
-)
+from kprune_ext.modeling import model_task, record_kept, uneven_copy
+from kprune_ext.progress import progress_over
 from kprune_ext.reconstruction import NormalEquations, TunedProjection, tune_projection
-from kprune_ext.report import KPruneReport, SubLayerReport
+from kprune_ext.reporting import make_report
 from kprune_ext.search import search_masks
+from kprune_ext.streams import Stream, start_streams, state_memory
+from kprune_ext.sublayers import SubLayer, find_architecture, sublayers
+from kprune_ext.surgery import set_output, shrink
+from kprune_ext.tasks import Predict, ProblemType, Task, problem_type
 
 
 def kprune(
@@ -35,6 +34,8 @@ def kprune(
     dataloader: Iterable[Any],
     config: KPruneConfig | None = None,
     *,
+    predict: Predict | None = None,
+    latency: LatencyTable | None = None,
     progress: bool = True,
 ) -> PreTrainedModel:
     """Remove attention heads and feed-forward neurons, and tune what stays; no training.
@@ -47,15 +48,22 @@ def kprune(
     Args:
         model: a supported model (see the error for a list); left exactly as it was.
         dataloader: batches as mappings of tensors, ``input_ids`` and ``attention_mask``
-            ``(batch, tokens)`` and whatever else the model takes. Labels are ignored. Batch size
-            and padding do not matter.
+            ``(batch, tokens)``, or ``pixel_values``, and whatever else the model takes. Labels are
+            ignored. Batch size and padding do not matter.
         config: options; by default half of the encoder's FLOPs are removed.
+        predict: ``(model, batch) -> logits`` in place of what the model's task says: ``(batch,
+            classes)``, or ``(batch, positions, classes)`` for several predictions per sample. It
+            must call ``model`` with the batch. They are taken for classes, or for what
+            ``config.problem_type`` says.
+        latency: for ``metric="latency"``, what :func:`kprune_ext.measure_latency` found; by
+            default it is measured with 32 sequences of the calibration data's mean length.
         progress: show a progress bar.
 
     Returns:
         A new model with smaller matrices, in evaluation mode, that transformers can save, load and
-        train. Its ``kprune_report`` tells what was kept. FLOPs (multiply-adds times 2, see
-        :mod:`kprune_ext.cost`) are at most (1 − reduction) of the original's.
+        train. Its ``kprune_report`` tells what was kept. What ``config.metric`` counts (by default
+        FLOPs, multiply-adds times 2, see :mod:`kprune_ext.cost`) is at most (1 − reduction) of the
+        original's.
 
     Raises:
         ValueError: the model is not supported; the calibration data are empty or have no unmasked
@@ -63,163 +71,174 @@ def kprune(
         TypeError: a batch is not a mapping of tensors; a projection is not a plain linear layer.
     """
     config = KPruneConfig() if config is None else config
-    architecture, task = find_architecture(model)
-    dense = sublayers(model, architecture, architecture.layers)
-    samples = collect_samples(model, dataloader, config.max_tokens)
-    tokens = sum(sample.count for sample in samples)
-    length = config.sequence_length or max(1, round(tokens / len(samples)))
-    unit_flops = [_unit_flops(sublayer, length) for sublayer in dense]
-    budget = left = _budget(dense, unit_flops, config.reduction)
+    task = model_task(model)
+    architecture = find_architecture(model)
+    dense = sublayers(model, architecture)
+    pruned: Any = uneven_copy(model).requires_grad_(False)
+    student = sublayers(pruned, architecture)
+    encoder = Encoder(pruned, architecture)
 
-    with evaluating(model):
-        streams = start_streams(model, architecture, samples, config)
-        pruned: Any = uneven_copy(model).requires_grad_(False)
-        student = sublayers(pruned, architecture, architecture.layers)
-        kept: list[Tensor] = []
+    def image_tokens(inputs: Mapping[str, Tensor]) -> int:
+        one = {name: value[:1].to(pruned.device) for name, value in inputs.items()}
+        return encoder.enter(one)[0].shape[1]
+
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        stack.enter_context(plain_outputs(pruned.config))
+        memory = stack.enter_context(state_memory(config.state_bytes))
+        samples = collect_samples(model, dataloader, config.max_tokens, image_tokens)
+        tokens = sum(sample.count for sample in samples)
+        length = config.sequence_length or max(1, round(tokens / len(samples)))
+        if config.metric == "latency" and latency is None:
+            latency = measure_latency(model, sequence_length=length)
+        costs = cost_tables(model, dense, config.metric, length, latency)
+        budget = left = budget_for(costs, config.reduction)
+        least = least_units(costs, budget, config.min_share)
+        streams = start_streams(encoder, samples, config, memory)
+        scored = [stream for stream in streams if stream.scored]
+        signal = Signal(
+            predict or task.predict,
+            config.problem_type or _meaning(model, task, predict),
+            config.temperature,
+            config.max_score_passes,
+            config.seed,
+        )
+        if config.sensitivity == "gradient":
+            teacher = teacher_logits(student, encoder, signal.predict, scored)
+            signal = replace(signal, teacher=teacher)
+
+        kept: list[list[int]] = []
         tuned: list[TunedProjection] = []
         scores: list[Tensor] = []
-        steps = tqdm(range(len(student)), desc="K-prune", unit="sub-layer", disable=not progress)
-        for step in steps:
+        for step in progress_over(student, config.schedule, disable=not progress):
             target = student[step]
             if target.kind == "attention" or config.schedule == "per_sublayer":
-                knowledge = measure_knowledge(
-                    student[step:],
-                    partial(task.logits, pruned),
-                    [stream for stream in streams if stream.scored],
-                    problem=problem_type(model),
-                    temperature=config.temperature,
-                    max_classes=config.max_score_classes,
-                )
-                scores = _scores(student[step:], knowledge, config)
-            keep = search_masks(scores, unit_flops[step:], left)[0].nonzero().flatten()
-            fit = _tune(dense[step], target, keep, streams, config.ridge)
-            shrink(target, keep, fit.weight, fit.bias)
-            _advance(target, streams)
-            left -= len(keep) * unit_flops[step]
+                knowledge = measure_knowledge(student[step:], encoder, scored, signal)
+                scores = unit_scores(student[step:], knowledge, config)
+            masks = search_masks(scores, costs[step:], left, least[step:])
+            keep = masks[0].nonzero().flatten().tolist()
+            shrink(target, keep)
+            fit = _tune(dense[step], target, encoder, streams, config)
+            set_output(target, fit.weight, fit.bias)
+            _advance(target, encoder, streams)
+            left -= float(costs[step][len(keep)])
             scores = scores[1:]
-            kept.append(keep.cpu())
+            kept.append(keep)
             tuned.append(fit)
 
-    _record_kept(pruned, kept)
+    record_kept(pruned, zip(kept[::2], kept[1::2], strict=True))
     _copy_requires_grad(model, pruned)
-    pruned.kprune_report = KPruneReport(
-        sublayers=tuple(
-            _report(before, after, flops, fit)
-            for before, after, flops, fit in zip(dense, student, unit_flops, tuned, strict=True)
+    pruned.kprune_report = make_report(
+        model,
+        pruned,
+        zip(
+            dense,
+            student,
+            [unit_flops(model, sublayer, length) for sublayer in dense],
+            tuned,
+            strict=True,
         ),
-        reduction=config.reduction,
+        config=config,
+        costs=costs,
         budget=budget,
-        sequence_length=length,
+        length=length,
         samples=len(samples),
         tokens=tokens,
-        parameters=pruned.num_parameters(),
-        parameters_before=model.num_parameters(),
     )
     return pruned
 
 
-def _unit_flops(sublayer: SubLayer, length: int) -> int:
-    hidden = sublayer.output.out_features
-    if sublayer.kind == "attention":
-        return cost.head_flops(hidden, sublayer.unit_size, length)
-    return cost.neuron_flops(hidden, length, len(sublayer.inputs) + 1)
+def _meaning(model: PreTrainedModel, task: Task, predict: Predict | None) -> ProblemType:
+    return problem_type(model, task) if predict is None else "single_label_classification"
 
 
-def _budget(dense: Sequence[SubLayer], unit_flops: Sequence[int], reduction: float) -> int:
-    total = sum(sublayer.units * flops for sublayer, flops in zip(dense, unit_flops, strict=True))
-    budget = int((1 - reduction) * total)
-    cheapest = min(unit_flops)
-    if budget < cheapest:
-        raise ValueError(
-            f"reduction={reduction} cannot be reached: it leaves {budget:,} of {total:,} FLOPs, "
-            f"and the smallest unit takes {cheapest:,}. The largest reduction for this model is "
-            f"{1 - cheapest / total:.6f}."
-            if total
-            else "The model has no heads and neurons left to prune. Pass the original model."
-        )
-    return budget
-
-
-def _scores(
+def unit_scores(
     targets: Sequence[SubLayer], knowledge: Sequence[Knowledge], config: KPruneConfig
 ) -> list[Tensor]:
-    """Knowledge of every unit as one number; a head's is mu times its mean over dimensions."""
+    """Knowledge of every unit as one number; a head's is mu times its mean over dimensions.
+
+    The two kinds of knowledge have different units, and their ratio depends on how sure the model
+    is of its predictions; on the relative scale lambda weighs shares of their sums.
+    """
+    share = config.lambda_rep
+    if config.lambda_scale == "relative":
+        predictive = sum(float(known.predictive.sum()) for known in knowledge)
+        representational = sum(float(known.representational.sum()) for known in knowledge)
+        share *= predictive / representational if predictive and representational else 1.0
     scores = []
     for sublayer, known in zip(targets, knowledge, strict=True):
         is_head = sublayer.kind == "attention" and config.mu is not None
         weight = (config.mu or 1.0) / sublayer.unit_size if is_head else 1.0
-        scores.append(known.score(config.lambda_rep, weight))
+        scores.append(weight * (known.predictive + share * known.representational))
     return scores
+
+
+def least_units(costs: Sequence[Tensor], budget: float, min_share: float) -> list[int]:
+    """Per sub-layer, ``min_share`` of the units that would stay if all were pruned alike.
+
+    Scores can be all but empty for whole sub-layers, where a model is sure of its predictions or has
+    redundant layers; what they gave cannot be made up for by tuning once nothing is left of them.
+    """
+    fixed = sum(float(table[0]) for table in costs)
+    removable = sum(float(table[-1]) for table in costs) - fixed
+    part = min_share * max(budget - fixed, 0.0) / max(removable, 1e-300)
+    return [int(part * (len(table) - 1)) for table in costs]
 
 
 @torch.no_grad()
 def _tune(
-    dense: SubLayer, target: SubLayer, keep: Tensor, streams: Sequence[Stream], ridge: float
+    dense: SubLayer,
+    target: SubLayer,
+    encoder: Encoder,
+    streams: Sequence[Stream],
+    config: KPruneConfig,
 ) -> TunedProjection:
-    """Fit the target's output projection on the units kept; moves the teacher's states past it."""
-    dims = unit_dimensions(keep, target.unit_size)
-    weight = target.output.weight.detach()[:, dims]
-    equations = NormalEquations.zeros(len(dims), len(weight), weight.device)
+    """Fit the output projection of the shrunk target; moves the teacher's states past it.
+
+    What it is to give is the teacher's sub-layer output, and the difference of the two residual
+    streams; a scale behind the projection divides that difference.
+    """
+    weight = target.output.weight.detach()
+    held: Tensor | None = target.output.bias
+    if held is None:
+        held = weight.new_zeros(len(weight))
+    elif config.tune_bias:
+        held = None
+    equations = NormalEquations.zeros(weight.shape[1], len(weight), weight.device)
     with watching(dense) as teacher, watching(target) as student:
         for stream in streams:
-            stream.teacher = dense.run(stream.teacher, stream.attention_mask)
-            target.run(stream.student, stream.attention_mask)
-            features, output, total = student.taken()
-            wanted = teacher.taken()[2] - (total - output)
-            features, wanted = features[stream.tokens][:, dims], wanted[stream.tokens]
-            require_finite(stream.teacher[stream.tokens], f"the output of {dense.name}")
+            context, tokens = stream.contexts_in(encoder)[target.layer], stream.tokens
+            above, own = (state.to(weight.device) for state in (stream.teacher, stream.student))
+            after = dense.run(above, context)
+            target.run(own, context)
+            features, given = student.taken()[0][tokens], teacher.taken()[1][tokens]
+            require_finite(after[tokens], f"the output of {dense.name}")
             require_finite(features, f"the input of {target.name}")
+            wanted = given + _unscaled((above - own)[tokens], dense.scale)
             require_finite(wanted, f"the output of {target.name}")
             equations.update(features, wanted)
-    return tune_projection(equations, weight, ridge)
+            stream.teacher.copy_(after)
+    return tune_projection(equations, weight, config.ridge, held)
+
+
+def _unscaled(difference: Tensor, scale: Tensor | None) -> Tensor:
+    if scale is None:
+        return difference
+    # An output dimension that is scaled to nothing can make up for nothing.
+    usable = scale.abs() > 1e-12
+    return torch.where(usable, difference / torch.where(usable, scale, 1), 0)
 
 
 @torch.no_grad()
-def _advance(target: SubLayer, streams: Sequence[Stream]) -> None:
+def _advance(target: SubLayer, encoder: Encoder, streams: Sequence[Stream]) -> None:
     """Move the student's states past the pruned and tuned sub-layer."""
     for stream in streams:
-        stream.student = target.run(stream.student, stream.attention_mask)
-
-
-def _record_kept(pruned: PreTrainedModel, kept: Sequence[Tensor]) -> None:
-    """Note in the config which units of the original model are left."""
-    rows = []
-    for layer, before in enumerate(kept_units(pruned.config)):
-        heads, neurons = kept[2 * layer].tolist(), kept[2 * layer + 1].tolist()
-        rows.append(
-            KeptUnits(
-                tuple(before.heads[index] for index in heads),
-                tuple(before.neurons[index] for index in neurons),
-            )
-        )
-    store_kept_units(pruned.config, rows)
+        context = stream.contexts_in(encoder)[target.layer]
+        before = stream.student.to(stream.tokens.device)
+        stream.student.copy_(target.run(before, context))
 
 
 def _copy_requires_grad(model: PreTrainedModel, pruned: PreTrainedModel) -> None:
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for name, parameter in pruned.named_parameters():
         parameter.requires_grad_(trainable[name])
-
-
-def _report(
-    before: SubLayer, after: SubLayer, unit_flops: int, fit: TunedProjection
-) -> SubLayerReport:
-    def parameters(sublayer: SubLayer) -> int:
-        return sum(
-            parameter.numel()
-            for linear in (*sublayer.inputs, sublayer.output)
-            for parameter in linear.parameters()
-        )
-
-    return SubLayerReport(
-        name=after.name,
-        layer=after.layer,
-        kind=after.kind,
-        units=after.units,
-        units_before=before.units,
-        flops=after.units * unit_flops,
-        flops_before=before.units * unit_flops,
-        parameters=parameters(after),
-        parameters_before=parameters(before),
-        error=fit.error,
-    )

@@ -68,7 +68,8 @@ class TunedProjection:
         weight: ``(outputs, units)``, float64.
         bias: ``(outputs,)``, float64.
         error: share of the target's variation about its mean that the fit misses: root of
-            (squared residuals / squared deviations). 0 is perfect; 1 is no better than a bias.
+            (squared residuals / squared deviations). 0 is perfect; 1 is no better than a bias,
+            and more is possible where the bias is held.
     """
 
     weight: Tensor
@@ -76,17 +77,21 @@ class TunedProjection:
     error: float
 
 
-def tune_projection(equations: NormalEquations, weight: Tensor, ridge: float) -> TunedProjection:
+def tune_projection(
+    equations: NormalEquations, weight: Tensor, ridge: float, bias: Tensor | None = None
+) -> TunedProjection:
     """Fit weight and bias to the targets, with a ridge towards the given weight.
 
     Minimises  sum ‖W f + b − y‖² + r ‖W − W₀‖²  over W and b, where
     r = ridge · (units / tokens) · trace(sum f fᵀ) / units: the fewer tokens a unit has, the more
-    the original weights hold. The bias is free. Solved by Cholesky after centring.
+    the original weights hold. The bias is free, or held. Solved by Cholesky, after centring if it
+    is free.
 
     Args:
         equations: the sums over the calibration tokens.
         weight: the original weights W₀ of the units kept, ``(outputs, units)``.
-        ridge: strength of the pull, above 0.
+        ridge: strength of the pull; 0 leaves only what float64 needs.
+        bias: ``(outputs,)``, to hold the bias there; None to fit it, too.
 
     Raises:
         ValueError: no token was summed, or the shapes disagree.
@@ -103,8 +108,10 @@ def tune_projection(equations: NormalEquations, weight: Tensor, ridge: float) ->
     original = weight.double()
     feature_mean = equations.feature_sum / equations.tokens
     target_mean = equations.target_sum / equations.tokens
-    gram = equations.gram - torch.outer(equations.feature_sum, feature_mean)
-    cross = equations.cross - torch.outer(equations.feature_sum, target_mean)
+    centre = feature_mean if bias is None else torch.zeros_like(feature_mean)
+    offset = target_mean if bias is None else bias.double()
+    gram = equations.gram - torch.outer(equations.feature_sum, centre)
+    cross = equations.cross - torch.outer(equations.feature_sum, offset)
 
     if units:
         mean_square = equations.gram.diagonal().mean()
@@ -117,9 +124,13 @@ def tune_projection(equations: NormalEquations, weight: Tensor, ridge: float) ->
         tuned = original + change
     else:
         tuned = original
-    bias = target_mean - tuned @ feature_mean
+    fitted = target_mean - tuned @ feature_mean if bias is None else bias.double()
 
     variation = equations.target_square - float(target_mean @ equations.target_sum)
-    missed = variation - 2 * float((tuned.T * cross).sum()) + float(((tuned @ gram) * tuned).sum())
+    # Squared distance of the targets from the bias alone, before the features explain any of it.
+    distance = equations.target_square + float(
+        equations.tokens * offset @ offset - 2 * offset @ equations.target_sum
+    )
+    missed = distance - 2 * float((tuned.T * cross).sum()) + float(((tuned @ gram) * tuned).sum())
     error = (max(missed, 0.0) / variation) ** 0.5 if variation > 0 else 0.0
-    return TunedProjection(tuned, bias, error)
+    return TunedProjection(tuned, fitted, error)

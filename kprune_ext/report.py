@@ -4,7 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kprune_ext.files import replacing
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions
+    from rich.table import Table
+
+#: Name of the report that the command ``kprune prune`` writes beside a model.
+REPORT_FILE = "kprune_report.json"
+
+_METRIC_NAMES = {
+    "flops": "FLOPs",
+    "params": "parameters of heads and neurons",
+    "latency": "measured latency of the encoder",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,20 +53,25 @@ class SubLayerReport:
 
 @dataclasses.dataclass(frozen=True)
 class KPruneReport:
-    """The outcome of a pruning run; ``str()`` is a readable table.
+    """The outcome of a pruning run; ``str()`` is a readable table, ``rich.print`` a coloured one.
 
     Attributes:
         sublayers: bottom-up.
-        reduction: the fraction of encoder FLOPs that was to be removed.
-        budget: FLOPs that the result might have.
+        metric: what was counted: ``"flops"``, ``"params"`` or ``"latency"`` (nanoseconds).
+        reduction: the fraction of it that was to be removed.
+        budget: how much of it the result might have.
+        cost, cost_before: how much of it the result and the original have.
         sequence_length: tokens per sequence at which FLOPs are counted.
         samples, tokens: calibration data used.
         parameters, parameters_before: of the whole model, embeddings and head included.
     """
 
     sublayers: tuple[SubLayerReport, ...]
+    metric: str
     reduction: float
-    budget: int
+    budget: float
+    cost: float
+    cost_before: float
     sequence_length: int
     samples: int
     tokens: int
@@ -84,6 +107,79 @@ class KPruneReport:
         fields["sublayers"] = tuple(SubLayerReport(**row) for row in fields["sublayers"])
         return cls(**fields)
 
+    def save_json(self, path: str | os.PathLike[str]) -> None:
+        """Write :meth:`to_json`; the file appears only when it is complete."""
+        with replacing(path) as temporary:
+            Path(temporary).write_text(self.to_json() + "\n", encoding="utf-8")
+
+    @classmethod
+    def load_json(cls, path: str | os.PathLike[str]) -> KPruneReport:
+        """Read what :meth:`save_json` wrote.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is something else.
+        """
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            return cls.from_dict(json.loads(text))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{os.fspath(path)!r} is no report of kprune ({type(error).__name__}: {error}). "
+                f"Pass the {REPORT_FILE} that `kprune prune` or KPruneReport.save_json wrote."
+            ) from None
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Write a picture of the units kept and the reconstruction error of each layer.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: matplotlib does not know the format that the path's ending names.
+        """
+        from kprune_ext.plots import save_kept
+
+        save_kept(self, path)
+
+    def table(self) -> Table:
+        """A row per layer, for ``rich.print``."""
+        from rich.table import Table
+
+        table = Table(title="K-prune: what is kept of each layer")
+        for column in ("layer", "heads", "neurons", "MFLOPs", "parameters", "error att.", "ffn"):
+            table.add_column(column, justify="right")
+        for layer in sorted({row.layer for row in self.sublayers}):
+            rows = [row for row in self.sublayers if row.layer == layer]
+            kinds = {row.kind: row for row in rows}
+            flops, before = sum(r.flops for r in rows), sum(r.flops_before for r in rows)
+            size, size_before = (
+                sum(r.parameters for r in rows),
+                sum(r.parameters_before for r in rows),
+            )
+            table.add_row(
+                str(layer),
+                *(f"{kinds[k].units} / {kinds[k].units_before}" for k in ("attention", "ffn")),
+                f"{flops / 1e6:.2f} / {before / 1e6:.2f}",
+                f"{size:,} / {size_before:,}",
+                *(f"{kinds[k].error:.3f}" for k in ("attention", "ffn")),
+            )
+        return table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
+        yield self.table()
+        yield self.summary()
+
+    def summary(self) -> str:
+        """What is kept of the whole model, in a few lines."""
+        share = self.flops / self.flops_before
+        return (
+            f"encoder: {self.flops / 1e6:.2f} of {self.flops_before / 1e6:.2f} MFLOPs per "
+            f"{self.sequence_length}-token sequence kept ({share:.1%})\n"
+            f"{_METRIC_NAMES[self.metric]}: {self.cost / self.cost_before:.1%} kept, budget "
+            f"{self.budget / self.cost_before:.1%}\n"
+            f"model: {self.parameters:,} of {self.parameters_before:,} parameters kept\n"
+            f"calibrated on {self.tokens:,} tokens in {self.samples:,} samples"
+        )
+
     def __str__(self) -> str:
         lines = [f"{'sub-layer':<16}{'kept':>12}{'MFLOPs':>16}{'parameters':>20}{'error':>8}"]
         for row in self.sublayers:
@@ -93,12 +189,4 @@ class KPruneReport:
             parameters = f"{row.parameters:,}/{row.parameters_before:,}"
             label = f"{row.layer} {unit}"
             lines.append(f"{label:<16}{kept:>12}{flops:>16}{parameters:>20}{row.error:>8.3f}")
-        share = self.flops / self.flops_before
-        lines.append(
-            f"encoder: {self.flops / 1e6:.2f} of {self.flops_before / 1e6:.2f} MFLOPs per "
-            f"{self.sequence_length}-token sequence kept ({share:.1%}, budget "
-            f"{self.budget / self.flops_before:.1%})"
-        )
-        lines.append(f"model: {self.parameters:,} of {self.parameters_before:,} parameters kept")
-        lines.append(f"calibrated on {self.tokens:,} tokens in {self.samples:,} samples")
-        return "\n".join(lines)
+        return "\n".join([*lines, self.summary()])

@@ -9,49 +9,76 @@ from torch import Tensor
 
 
 def search_masks(
-    knowledge: Sequence[Tensor], unit_costs: Sequence[int], budget: int
+    knowledge: Sequence[Tensor],
+    costs: Sequence[float | Tensor],
+    budget: float,
+    least: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """The units to keep under one global threshold on knowledge per cost.
 
-    All units of all groups are ranked by knowledge / cost, and the longest prefix of that ranking
-    whose costs sum to at most the budget is kept: the lowest threshold that fits. Equal scores are
-    ranked by position, so the answer is unique. Sorting replaces the paper's scan over thresholds:
-    O(n log n) in the number of units.
+    All units of all groups are ranked by knowledge / mean cost of the group's units, and the
+    longest prefix of that ranking whose costs sum to at most the budget is kept: the lowest
+    threshold that fits. Equal scores are ranked by position, so the answer is unique. Sorting
+    replaces the paper's scan over thresholds: O(n log n) in the number of units.
 
     Args:
         knowledge: per group (sub-layer), a score of at least 0 for each unit, shape ``(units,)``.
-        unit_costs: per group, what one of its units costs, in the budget's unit (FLOPs).
+        costs: per group, what one of its units costs, in the budget's unit (FLOPs, parameters); or
+            what keeping 0, 1, 2, … units costs, shape ``(units + 1,)``, not decreasing.
         budget: what the kept units may cost in all.
+        least: per group, how many of its best units rank before all others. They are kept as far as
+            the budget goes.
 
     Returns:
         Per group a boolean mask, True for units to keep, shape ``(units,)``.
 
     Raises:
-        ValueError: the groups and costs differ in number, a cost is not positive, the budget is
-            negative, or a score is NaN.
+        ValueError: the groups and costs differ in number, a cost is not positive or falls with the
+            units, the budget is negative, or a score is NaN.
     """
-    if len(knowledge) != len(unit_costs):
+    if len(knowledge) != len(costs):
         raise ValueError(
-            f"{len(knowledge)} groups of scores came with {len(unit_costs)} costs. Pass one cost "
+            f"{len(knowledge)} groups of scores came with {len(costs)} costs. Pass one cost "
             "per group."
         )
-    if any(cost <= 0 for cost in unit_costs):
-        raise ValueError(f"Unit costs must be positive, got {list(unit_costs)}.")
     if budget < 0:
         raise ValueError(f"The budget must be at least 0, got {budget}.")
     sizes = [scores.numel() for scores in knowledge]
-    scores = torch.cat(
-        [values.double() / cost for values, cost in zip(knowledge, unit_costs, strict=True)]
-    )
+    tables = [
+        _table(cost, size).to(scores.device)
+        for cost, size, scores in zip(costs, sizes, knowledge, strict=True)
+    ]
+    ratios = [
+        scores.double() / ((table[-1] - table[0]).clamp(min=1e-300) / max(size, 1))
+        for scores, table, size in zip(knowledge, tables, sizes, strict=True)
+    ]
+    scores = torch.cat(ratios)
     if scores.isnan().any():
         raise ValueError("A score is NaN. Check the model's activations on the calibration data.")
-    costs = torch.cat(
-        [
-            torch.full((size,), cost, dtype=torch.int64, device=scores.device)
-            for size, cost in zip(sizes, unit_costs, strict=True)
-        ]
-    )
-    order = scores.argsort(descending=True, stable=True)
+    ranked = scores.clone()
+    # The k-th best unit of a group costs what the group's k-th unit does, whichever it is.
+    steps = torch.empty_like(scores)
+    start = 0
+    for ratio, table, count in zip(ratios, tables, least or [0] * len(sizes), strict=True):
+        best_first = start + ratio.argsort(descending=True, stable=True)
+        steps[best_first] = table.diff()
+        ranked[best_first[:count]] = torch.inf
+        start += len(ratio)
+    order = ranked.argsort(descending=True, stable=True)
+    spent = sum(float(table[0]) for table in tables) + steps[order].cumsum(0)
     keep = torch.zeros_like(scores, dtype=torch.bool)
-    keep[order] = costs[order].cumsum(0) <= budget
+    keep[order] = spent <= budget
     return list(keep.split(sizes))
+
+
+def _table(cost: float | Tensor, size: int) -> Tensor:
+    if not isinstance(cost, Tensor):
+        if cost <= 0:
+            raise ValueError(f"Unit costs must be positive, got {cost}.")
+        return cost * torch.arange(size + 1, dtype=torch.float64)
+    if cost.shape != (size + 1,) or bool((cost.diff() < 0).any()) or bool((cost < 0).any()):
+        raise ValueError(
+            f"A table of costs for {size} units must hold {size + 1} numbers from 0 up that do "
+            f"not fall, got shape {tuple(cost.shape)}."
+        )
+    return cost.double()

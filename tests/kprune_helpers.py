@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
 VOCABULARY = 60
 
@@ -99,3 +100,11 @@ def assert_same_state(before: dict[str, Any], after: dict[str, Any]) -> None:
             other = after[key][name]
             assert (value is None) == (other is None), name
             assert value is None or torch.equal(value, other), name
+
+
+def word_tokenizer(folder: Path) -> BertTokenizerFast:
+    """A tokenizer of the tiny vocabulary; its file is written to the folder."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words += [f"word{number}" for number in range(VOCABULARY - len(words))]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    return BertTokenizerFast(vocab=str(folder / "vocab.txt"), vocab_file=str(folder / "vocab.txt"))

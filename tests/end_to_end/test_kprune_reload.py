@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from kprune_helpers import VOCABULARY, padded, sequences, tiny_bert
+from kprune_helpers import padded, sequences, tiny_bert, word_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import (
@@ -17,7 +17,6 @@ from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertTokenizerFast,
     DataCollatorWithPadding,
     PreTrainedModel,
     Trainer,
@@ -38,13 +37,6 @@ def pruned(request) -> PreTrainedModel:
 
 def batch() -> dict[str, torch.Tensor]:
     return padded(sequences(6), 6)[0]
-
-
-def tokenizer(folder: Path) -> BertTokenizerFast:
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    words += [f"word{number}" for number in range(VOCABULARY - len(words))]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    return BertTokenizerFast(vocab=str(folder / "vocab.txt"), vocab_file=str(folder / "vocab.txt"))
 
 
 def test_reloads_with_the_same_logits(pruned, tmp_path) -> None:
@@ -110,7 +102,7 @@ def test_hidden_states_and_attentions_can_be_asked_for(tmp_path) -> None:
 
 def test_pipeline(pruned, tmp_path, caplog) -> None:
     pruned.save_pretrained(tmp_path)
-    tokenizer(tmp_path).save_pretrained(tmp_path)
+    word_tokenizer(tmp_path).save_pretrained(tmp_path)
     classify = pipeline("text-classification", model=str(tmp_path), device="cpu")
     result = classify("word3 word4 word5")[0]
     inputs = AutoTokenizer.from_pretrained(tmp_path)("word3 word4 word5", return_tensors="pt")
@@ -145,7 +137,7 @@ def trainer(model: torch.nn.Module, folder: Path, **options) -> Trainer:
         model,
         TrainingArguments(**(settings | options)),
         train_dataset=training_set(),
-        data_collator=DataCollatorWithPadding(tokenizer(folder / "words")),
+        data_collator=DataCollatorWithPadding(word_tokenizer(folder / "words")),
     )
 
 

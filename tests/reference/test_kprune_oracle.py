@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from pathlib import Path
 
 import kprune_oracle as oracle
 import pytest
@@ -10,28 +10,28 @@ import torch
 from kprune_helpers import padded, sequences, tiny_bert
 
 from kprune_ext import KPruneConfig, kprune
-from kprune_ext.architectures import find_architecture, sublayers
-from kprune_ext.calibration import collect_samples, start_streams
+from kprune_ext.calibration import collect_samples
 from kprune_ext.cost import head_flops, neuron_flops
-from kprune_ext.knowledge import Knowledge, measure_knowledge
+from kprune_ext.encoder import Encoder
+from kprune_ext.knowledge import Knowledge, Signal, measure_knowledge
+from kprune_ext.modeling import model_task
 from kprune_ext.reconstruction import NormalEquations, tune_projection
 from kprune_ext.search import search_masks
+from kprune_ext.streams import StateMemory, start_streams
+from kprune_ext.sublayers import find_architecture, sublayers
 
 TEMPERATURE = 2.0
 
 
 def knowledge_of(model: torch.nn.Module, samples: list[torch.Tensor]) -> list[Knowledge]:
-    architecture, task = find_architecture(model)
+    architecture = find_architecture(model)
     config = KPruneConfig(score_fraction=1.0)
+    encoder = Encoder(model, architecture)
     collected = collect_samples(model, padded(samples), config.max_tokens)
-    return measure_knowledge(
-        sublayers(model, architecture, architecture.layers),
-        partial(task.logits, model),
-        start_streams(model, architecture, collected, config),
-        problem="single_label_classification",
-        temperature=TEMPERATURE,
-        max_classes=16,
-    )
+    streams = start_streams(encoder, collected, config, StateMemory(2**30, Path()))
+    predict = model_task(model).predict
+    signal = Signal(predict, "single_label_classification", TEMPERATURE, passes=16)
+    return measure_knowledge(sublayers(model, architecture), encoder, streams, signal)
 
 
 def test_oracle_runs_bert_as_transformers_does() -> None:
@@ -117,6 +117,8 @@ def test_whole_algorithm(reduction: float) -> None:
         reduction=reduction,
         temperature=TEMPERATURE,
         lambda_rep=1e-2,
+        lambda_scale="absolute",
+        min_share=0.0,
         schedule="per_sublayer",
         score_fraction=1.0,
         ridge=0.5,

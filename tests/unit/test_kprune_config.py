@@ -31,11 +31,18 @@ def test_reduction_outside_0_and_1(reduction: float) -> None:
     [
         ({"reduction": float("nan")}, "not finite"),
         ({"temperature": 0.0}, "not positive"),
-        ({"ridge": 0}, "not positive"),
+        ({"ridge": -1}, "negative"),
+        ({"metric": "time"}, "flops, params, latency"),
+        ({"sensitivity": "taylor"}, "fisher, gradient"),
+        ({"problem_type": "ranking"}, "None, single_label_classification"),
+        ({"max_state_memory": "much"}, "is no size"),
+        ({"max_state_memory": -1}, "is no size"),
         ({"mu": -1.0}, "not positive"),
         ({"lambda_rep": -1e-4}, "negative"),
         ({"score_fraction": 0.0}, r"outside \(0, 1\]"),
         ({"score_fraction": 1.1}, r"outside \(0, 1\]"),
+        ({"min_share": -0.1}, r"outside \[0, 1\]"),
+        ({"lambda_scale": "log"}, "relative, absolute"),
         ({"max_tokens": 0}, "Pass 1 or more"),
         ({"sequence_length": 0}, "Pass 1 or more"),
         ({"schedule": "sometimes"}, "per_layer, per_sublayer"),
@@ -46,7 +53,9 @@ def test_values_out_of_range(options: dict, message: str) -> None:
         KPruneConfig(**options)
 
 
-@pytest.mark.parametrize("options", [{"reduction": "half"}, {"seed": 1.5}, {"max_tokens": True}])
+@pytest.mark.parametrize(
+    "options", [{"reduction": "half"}, {"seed": 1.5}, {"max_tokens": True}, {"tune_bias": 1}]
+)
 def test_values_of_another_type(options: dict) -> None:
     with pytest.raises(TypeError, match="is not a"):
         KPruneConfig(**options)

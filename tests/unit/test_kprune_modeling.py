@@ -15,31 +15,31 @@ from kprune_helpers import padded, sequences, tiny_bert
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig
 
 import kprune_ext
-from kprune_ext import KPruneConfig, kprune, modeling
+from kprune_ext import KPruneConfig, kept, kprune, modeling
 
 
 @given(st.sets(st.integers(0, 300)))
 def test_indices_survive_their_short_form(indices: set[int]) -> None:
     ascending = tuple(sorted(indices))
-    assert modeling.decode_indices(modeling.encode_indices(ascending)) == ascending
+    assert kept.decode_indices(kept.encode_indices(ascending)) == ascending
 
 
 def test_indices_are_stored_as_runs() -> None:
-    assert modeling.encode_indices([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
-    assert modeling.encode_indices([]) == ""
+    assert kept.encode_indices([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
+    assert kept.encode_indices([]) == ""
 
 
 @pytest.mark.parametrize("text", ["3-1", "1,1", "2,1", "a", "1,", "-", "0-99999999999"])
 def test_malformed_indices(text: str) -> None:
     with pytest.raises(ValueError):
-        modeling.decode_indices(text)
+        kept.decode_indices(text)
 
 
 def test_a_config_that_says_nothing_keeps_everything() -> None:
     config = modeling.KPruneBertConfig(
         num_hidden_layers=2, num_attention_heads=2, intermediate_size=5, hidden_size=8
     )
-    assert modeling.kept_units(config) == [modeling.KeptUnits((0, 1), (0, 1, 2, 3, 4))] * 2
+    assert modeling.kept_units(config) == [kept.KeptUnits((0, 1), (0, 1, 2, 3, 4))] * 2
 
 
 def _drop_layer(stored: dict) -> None:

@@ -1,0 +1,163 @@
+"""What the units of a model's sub-layers cost, and how much may be kept."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kprune_ext import cost
+from kprune_ext.config import Metric
+from kprune_ext.cost import LatencyTable, median_seconds, sizes_to_measure
+from kprune_ext.encoder import Encoder, plain_outputs
+from kprune_ext.masking import evaluating
+from kprune_ext.sublayers import SubLayer, find_architecture, sublayers
+from kprune_ext.surgery import shrink
+
+
+def unit_flops(model: PreTrainedModel, sublayer: SubLayer, length: int) -> int:
+    """FLOPs of one unit of a sub-layer on one sequence."""
+    hidden = sublayer.output.out_features
+    if sublayer.kind == "attention":
+        extra = find_architecture(model).extra_head_flops(model.config, length)
+        return cost.head_flops(hidden, sublayer.unit_size, length) + extra
+    return cost.neuron_flops(hidden, length, sublayer.projections)
+
+
+def unit_parameters(sublayer: SubLayer) -> int:
+    """Weights and biases that go when one unit of a sub-layer goes."""
+    if not sublayer.units:
+        return 0
+    inputs = sum(p.numel() for linear in sublayer.inputs for p in linear.parameters())
+    return (inputs + sublayer.output.weight.numel()) // sublayer.units
+
+
+def cost_tables(
+    model: PreTrainedModel,
+    targets: Sequence[SubLayer],
+    metric: Metric,
+    length: int,
+    latency: LatencyTable | None,
+) -> list[Tensor]:
+    """Per sub-layer, what keeping 0, 1, … of its units costs, each ``(units + 1,)`` in float64.
+
+    Args:
+        model: that the sub-layers belong to.
+        targets: its sub-layers.
+        metric: FLOPs, parameters, or nanoseconds.
+        length: tokens per sequence, for FLOPs.
+        latency: for latency.
+    """
+    tables = []
+    for sublayer in targets:
+        counts = torch.arange(sublayer.units + 1, dtype=torch.float64)
+        if metric == "flops":
+            tables.append(counts * unit_flops(model, sublayer, length))
+        elif metric == "params":
+            tables.append(counts * unit_parameters(sublayer))
+        elif latency is not None:
+            tables.append(1e9 * latency.costs(sublayer.kind, sublayer.units))
+        else:
+            raise ValueError("metric='latency' needs a LatencyTable.")
+    return tables
+
+
+def budget_for(tables: Sequence[Tensor], reduction: float) -> float:
+    """What may be kept.
+
+    Raises:
+        ValueError: that is less than the cheapest unit; the message names the largest reduction.
+    """
+    total = sum(float(table[-1]) for table in tables)
+    fixed = sum(float(table[0]) for table in tables)
+    steps = [float(table[1] - table[0]) for table in tables if len(table) > 1]
+    if not steps or total <= 0:
+        raise ValueError(
+            "The model has no heads and neurons left to prune. Pass the original model."
+        )
+    budget = float(math.floor((1 - reduction) * total))
+    if budget < fixed + min(steps):
+        raise ValueError(
+            f"reduction={reduction} cannot be reached: it leaves {budget:,.0f} of {total:,.0f}, "
+            f"and what cannot be removed with the smallest unit takes {fixed + min(steps):,.0f}. "
+            f"The largest reduction for this model is {1 - (fixed + min(steps)) / total:.6f}."
+        )
+    return budget
+
+
+@torch.no_grad()
+def measure_latency(
+    model: PreTrainedModel, batch_size: int = 32, sequence_length: int = 64, rounds: int = 5
+) -> LatencyTable:
+    """Measure how long sub-layers of different sizes take, on the model's device, in seconds.
+
+    Layers are taken to be alike, so the largest one is measured, with none to all of its heads, and
+    none to all of its neurons. (A table of latencies in place of FLOPs: Kwon et al., arXiv
+    2204.09656, section 3.)
+
+    Args:
+        model: a supported model; left as it was.
+        batch_size: sequences, or images.
+        sequence_length: tokens of each; images have what tokens they have.
+        rounds: the median of so many runs counts.
+
+    Raises:
+        ValueError: the model is not supported.
+    """
+    architecture = find_architecture(model)
+    with evaluating(model), plain_outputs(model.config):
+        hidden, contexts = Encoder(model, architecture).enter(
+            _example(model, batch_size, sequence_length)
+        )
+        found: dict[str, dict[int, float]] = {}
+        every = sublayers(model, architecture)
+        for kind in ("attention", "ffn"):
+            alike = [sublayer for sublayer in every if sublayer.kind == kind]
+            whole = max(alike, key=lambda sublayer: sublayer.units)
+            sizes = sizes_to_measure(whole.units)
+            runs = []
+            for units in sizes:
+                layer = copy.deepcopy(whole.module)
+                part = SubLayer(0, whole.kind, whole.name, layer, whole.paths, whole.unit_size)
+                shrink(part, range(units))
+                runs.append(partial(part.run, hidden, contexts[whole.layer]))
+            times = median_seconds(runs, rounds, lambda: _synchronize(model.device))
+            found[whole.kind] = dict(zip(sizes, times, strict=True))
+    return LatencyTable(
+        device=_device_name(model.device),
+        batch_size=batch_size,
+        sequence_length=hidden.shape[1],
+        heads=found["attention"],
+        neurons=found["ffn"],
+    )
+
+
+def _example(model: PreTrainedModel, batch: int, length: int) -> dict[str, Tensor]:
+    config: Any = model.config
+    if model.main_input_name == "pixel_values":
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (batch, config.num_channels, height, width)
+        return {"pixel_values": torch.zeros(shape, device=model.device, dtype=model.dtype)}
+    length = min(length, getattr(config, "max_position_embeddings", length))
+    # Never the padding token, by which some families number their positions.
+    token = 1 if getattr(config, "pad_token_id", None) != 1 else 2
+    ids = torch.full((batch, length), token, device=model.device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"

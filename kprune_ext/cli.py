@@ -1,0 +1,161 @@
+"""The command `kprune`: prune a model, and look at what was kept.
+
+    kprune prune --model org/name --data texts.jsonl --reduction 0.5 --out pruned
+    kprune report pruned --plot kept.png
+    kprune prune --config prune.yaml   # made by: kprune prune ... --print_config
+
+The dataclasses are the options; this file imports nothing that they do not need.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from jsonargparse import ArgumentParser, Namespace
+
+Task = Literal[
+    "auto",
+    "sequence-classification",
+    "token-classification",
+    "question-answering",
+    "masked-lm",
+    "embeddings",
+    "image-classification",
+]
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """Remove heads and neurons from an encoder and tune what stays, with data and no training.
+
+    Args:
+        model: Hub id or local path of the model.
+        data: Data to calibrate on, labels not needed: a .txt, .json, .jsonl, .csv, .tsv or .parquet
+            file, or the id of a data set on the hub.
+        out: Folder to write the pruned model, its tokenizer and its report to; must be new or empty.
+        reduction: Fraction to remove of what metric says.
+        metric: What reduction counts.
+        task: What the model is for; auto reads it from the model's config.
+        text_field: Fields with the text, one, or two for pairs such as question and context.
+        image_field: Field with the images.
+        data_name: Configuration of the data set on the hub.
+        split: Of the data set on the hub.
+        max_length: Tokens per sequence at most.
+        batch_size: Sequences per batch; no matter for the result.
+        max_tokens: Calibration tokens.
+        lambda_rep: Weight of representational against predictive knowledge.
+        schedule: How often knowledge is measured anew.
+        score_fraction: Part of the sample on which knowledge is measured.
+        ridge: Pull towards the original weights in weight tuning.
+        sequence_length: Tokens per sequence at which FLOPs are counted; by default the data's mean.
+        seed: Of the order of the rows, and of what is scored.
+        paper: Use the publication's options in place of the defaults; those given here count for
+            nothing, except reduction, metric, max_tokens, sequence_length and seed.
+        latency: Latency table (JSON) to use, or to write if there is none; for metric latency.
+        device: Where to prune, such as cpu or cuda:1; by default a GPU if there is one.
+        dtype: To load the weights in; auto is how they are stored.
+        revision: Branch, tag or commit of the model on the hub.
+        plot: Picture of what was kept to write; needs matplotlib.
+    """
+
+    model: str
+    data: str
+    out: str
+    reduction: float = 0.5
+    metric: Literal["flops", "params", "latency"] = "flops"
+    task: Task = "auto"
+    text_field: list[str] | str = "text"
+    image_field: str = "image"
+    data_name: str | None = None
+    split: str = "train"
+    max_length: int = 128
+    batch_size: int = 32
+    max_tokens: int = 100_000
+    lambda_rep: float | None = None
+    schedule: Literal["per_layer", "per_sublayer"] | None = None
+    score_fraction: float | None = None
+    ridge: float | None = None
+    sequence_length: int | None = None
+    seed: int = 0
+    paper: bool = False
+    latency: str | None = None
+    device: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    revision: str | None = None
+    plot: str | None = None
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Print what a pruning run kept, layer by layer.
+
+    Args:
+        source: Folder of a pruned model that `kprune prune` wrote, or a report file.
+        json: File to write the report to.
+        plot: Picture of what was kept to write; needs matplotlib.
+    """
+
+    source: str
+    json: str | None = None
+    plot: str | None = None
+
+
+COMMANDS = {"prune": PruneOptions, "report": ReportOptions}
+FLAGS = {"paper": "Use the publication's options in place of the defaults."}
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of the command line and of YAML files."""
+    parser = ArgumentParser(
+        prog="kprune",
+        description="K-prune: structured pruning of transformers encoders without retraining.",
+    )
+    commands = parser.add_subcommands(dest="command", required=True)
+    for name, options in COMMANDS.items():
+        about = (options.__doc__ or "").partition("\n")[0]
+        command = ArgumentParser(description=about)
+        command.add_argument("--config", action="config", help="YAML file with options.")
+        own = {field.name for field in fields(options)}
+        command.add_class_arguments(
+            options, as_positional=name == "report", as_group=False, skip=own & FLAGS.keys()
+        )
+        for flag in FLAGS.keys() & own:
+            command.add_argument(f"--{flag}", action="store_true", help=FLAGS[flag])
+        commands.add_subcommand(name, command, help=about)
+    return parser
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        args: arguments; those of the process if None.
+
+    Raises:
+        SystemExit: with a message, if the arguments or the files they name are of no use. Nothing is
+            written then.
+    """
+    parsed = build_parser().parse_args(args)
+    name = parsed.command
+    options = COMMANDS[name](**_given(parsed[name]))
+    # PyTorch and transformers take their time: not for --help or a mistyped option.
+    from kprune_ext import commands
+
+    try:
+        if isinstance(options, PruneOptions):
+            commands.run_prune(options)
+        else:
+            commands.run_report(options)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        sys.exit(f"kprune {name}: error: {error}")
+
+
+def _given(parsed: Namespace) -> dict[str, object]:
+    return {key: value for key, value in vars(parsed).items() if key != "config"}
+
+
+if __name__ == "__main__":
+    main()

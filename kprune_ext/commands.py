@@ -1,0 +1,244 @@
+"""What the subcommands of `kprune` do."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from rich.console import Console
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
+
+from kprune_ext import modeling
+from kprune_ext.budget import measure_latency
+from kprune_ext.config import KPruneConfig
+from kprune_ext.cost import LatencyTable
+from kprune_ext.pruning import kprune
+from kprune_ext.report import REPORT_FILE, KPruneReport
+
+if TYPE_CHECKING:
+    from kprune_ext.cli import PruneOptions, ReportOptions
+
+AUTO_CLASSES = {
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "masked-lm": "AutoModelForMaskedLM",
+    "embeddings": "AutoModel",
+    "image-classification": "AutoModelForImageClassification",
+}
+_LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".txt": ("text", {}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".parquet": ("parquet", {}),
+}
+
+
+def run_prune(options: PruneOptions) -> PreTrainedModel:
+    """`kprune prune`: write the pruned model, and print its report.
+
+    Raises:
+        ValueError, TypeError, OSError, ImportError: an option or file is of no use; nothing is
+            written then.
+    """
+    config = prune_config(options)
+    out = Path(options.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{options.out!r} exists already. Give out a new or empty folder.")
+    if min(options.max_length, options.batch_size) < 1:
+        raise ValueError("max_length and batch_size must be at least 1.")
+    about = AutoConfig.from_pretrained(options.model, revision=options.revision)
+    rows = load_rows(options)
+    model = load_model(options, about)
+    if model.main_input_name == "pixel_values":
+        processor: Any = AutoImageProcessor.from_pretrained(
+            options.model, revision=options.revision
+        )
+        batches = _image_batches(rows, processor, options)
+    else:
+        processor = AutoTokenizer.from_pretrained(options.model, revision=options.revision)
+        batches = _text_batches(rows, processor, options, about)
+    pruned: Any = kprune(model, batches, config, latency=_latency(options, model))
+    _save_all(out, pruned, processor, pruned.kprune_report, options.plot)
+    _print(pruned.kprune_report)
+    print(f"Wrote {options.out}. Load it as usual after `import kprune_ext`.")
+    return pruned
+
+
+def run_report(options: ReportOptions) -> KPruneReport:
+    """`kprune report`: print the table, and write what was asked for.
+
+    Raises:
+        ValueError, OSError, ImportError: an option or file is of no use.
+    """
+    path = Path(options.source)
+    report = KPruneReport.load_json(path / REPORT_FILE if path.is_dir() else path)
+    if options.plot is not None:
+        report.plot(options.plot)
+    if options.json is not None:
+        report.save_json(options.json)
+    _print(report)
+    return report
+
+
+def prune_config(options: PruneOptions) -> KPruneConfig:
+    """The engine's options that the command line's stand for.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+    common = {
+        name: getattr(options, name) for name in ("metric", "max_tokens", "sequence_length", "seed")
+    }
+    if options.paper:
+        return KPruneConfig.paper(options.reduction, **common)
+    chosen = {
+        name: getattr(options, name)
+        for name in ("lambda_rep", "schedule", "score_fraction", "ridge")
+        if getattr(options, name) is not None
+    }
+    return KPruneConfig(reduction=options.reduction, **common, **chosen)
+
+
+def load_rows(options: PruneOptions) -> Any:
+    """The data set, in an order that the seed gives.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: its kind or a field is unknown.
+    """
+    from datasets import load_dataset
+
+    path = Path(options.data).expanduser()
+    loader = _LOADERS.get(path.suffix.lower())
+    if loader is not None and not path.is_file():
+        raise FileNotFoundError(
+            f"No data file at {options.data!r}. Give the path of a {', '.join(_LOADERS)} file, or "
+            "the id of a data set on the Hugging Face hub."
+        )
+    if path.is_file() and loader is None:
+        raise ValueError(
+            f"The data file {options.data!r} is of an unknown kind. Known are: "
+            f"{', '.join(_LOADERS)}."
+        )
+    if loader is None:
+        rows = load_dataset(options.data, options.data_name, split=options.split)
+    else:
+        kind, settings = loader
+        rows = load_dataset(kind, data_files=str(path), split="train", **settings)
+    return rows.shuffle(seed=options.seed)
+
+
+def load_model(options: PruneOptions, about: Any) -> PreTrainedModel:
+    """The model to prune, on its device.
+
+    Raises:
+        ValueError: the task cannot be told.
+    """
+    if options.task in AUTO_CLASSES:
+        kind: Any = getattr(transformers, AUTO_CLASSES[options.task])
+    else:
+        known = (transformers, modeling)  # the latter for models that were pruned before
+        written = [
+            getattr(module, name)
+            for name in about.architectures or []
+            for module in known
+            if hasattr(module, name)
+        ]
+        if not written:
+            raise ValueError(
+                f"The config of {options.model!r} does not tell what the model is for. Pass task: "
+                f"one of {', '.join(AUTO_CLASSES)}."
+            )
+        kind = written[0]
+    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    model = kind.from_pretrained(options.model, dtype=dtype, revision=options.revision)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    loaded: PreTrainedModel = model.to(device).eval()
+    return loaded
+
+
+def _check_fields(rows: Any, names: list[str], option: str) -> None:
+    missing = [name for name in names if name not in rows.column_names]
+    if missing:
+        raise ValueError(
+            f"The data have no field {missing[0]!r}; their fields are "
+            f"{', '.join(rows.column_names)}. Name the right one as {option}."
+        )
+
+
+def _text_batches(
+    rows: Any, tokenizer: Any, options: PruneOptions, about: Any
+) -> Iterator[dict[str, Any]]:
+    names = [options.text_field] if isinstance(options.text_field, str) else options.text_field
+    if not 1 <= len(names) <= 2:
+        raise ValueError("text_field takes one field, or two for pairs.")
+    _check_fields(rows, names, "text_field")
+    most = getattr(about, "max_position_embeddings", None) or options.max_length
+    length = min(options.max_length, most, tokenizer.model_max_length)
+
+    def batches() -> Iterator[dict[str, Any]]:
+        for part in rows.select_columns(names).iter(options.batch_size):
+            texts = [list(part[name]) for name in names]
+            yield dict(
+                tokenizer(
+                    *texts, truncation=True, max_length=length, padding=True, return_tensors="pt"
+                )
+            )
+
+    return batches()
+
+
+def _image_batches(rows: Any, processor: Any, options: PruneOptions) -> Iterator[dict[str, Any]]:
+    _check_fields(rows, [options.image_field], "image_field")
+
+    def batches() -> Iterator[dict[str, Any]]:
+        for part in rows.select_columns([options.image_field]).iter(options.batch_size):
+            images = [image.convert("RGB") for image in part[options.image_field]]
+            yield dict(processor(images, return_tensors="pt"))
+
+    return batches()
+
+
+def _latency(options: PruneOptions, model: PreTrainedModel) -> LatencyTable | None:
+    if options.metric != "latency" or options.latency is None:
+        return None
+    path = Path(options.latency)
+    if path.exists():
+        return LatencyTable.load(path)
+    length = options.sequence_length or 64
+    table = measure_latency(model, options.batch_size, length)
+    table.save(path)
+    return table
+
+
+def _save_all(
+    out: Path, pruned: Any, processor: Any, report: KPruneReport, plot: str | None
+) -> None:
+    """Write all files into a folder beside, which takes the name ``out`` once it is complete."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        pruned.save_pretrained(unfinished)
+        processor.save_pretrained(unfinished)
+        report.save_json(unfinished / REPORT_FILE)
+        if plot is not None:
+            report.plot(plot)
+        if out.exists():
+            out.rmdir()
+        unfinished.replace(out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _print(report: KPruneReport) -> None:
+    # In a file or pipe there is no width to fit into.
+    Console(width=None if sys.stdout.isatty() else 120).print(report)

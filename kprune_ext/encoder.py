@@ -1,0 +1,153 @@
+"""Contact with a running encoder: into its first layer, through its sub-layers, out of its last.
+
+Everything here leaves the model as it found it, also after an error.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kprune_ext.architectures import Architecture, Context
+from kprune_ext.masking import stopping_before
+from kprune_ext.sublayers import layers_path
+from kprune_ext.tasks import Predict
+
+Inputs = Mapping[str, Tensor]
+
+
+class _Enough(Exception):
+    """Ends a forward pass that has told what was asked."""
+
+
+class _StandIn(nn.Module):
+    """Takes a transformer layer's place, with its attributes but without its weights."""
+
+    def __init__(self, layer: nn.Module, answer: Callable[[tuple[Any, ...], dict], Any]) -> None:
+        super().__init__()
+        own = {name: value for name, value in vars(layer).items() if not name.startswith("_")}
+        self.__dict__.update(own)
+        self._answer = answer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        answer: Callable[..., Any] = self.__dict__["_answer"]
+        return answer(args, kwargs)
+
+
+class Encoder:
+    """A supported model, seen as: enter, sub-layers, predict.
+
+    Args:
+        model: in evaluation mode.
+        architecture: its table row.
+    """
+
+    def __init__(self, model: PreTrainedModel, architecture: Architecture) -> None:
+        self.model = model
+        self._path = layers_path(model, architecture)
+        self._layers: list[nn.Module] = list(model.get_submodule(self._path).children())
+        self._gives_tuples: bool | None = None
+
+    @torch.no_grad()
+    def enter(self, inputs: Inputs) -> tuple[Tensor, list[Context]]:
+        """The hidden state before the first layer, and each layer's other arguments.
+
+        Args:
+            inputs: of the model, each ``(batch, …)``.
+
+        Returns:
+            ``(batch, tokens, hidden)``, and per layer a mapping from names of arguments.
+        """
+        if self._gives_tuples is None:
+            with stopping_before(self._layers[0]) as calls:
+                self.model(**inputs)
+            args, kwargs = calls[0]
+            self._gives_tuples = isinstance(self._layers[0](*args, **kwargs), tuple)
+        contexts: list[Context] = []
+        entered: list[Tensor] = []
+
+        def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden, context = _bind(self._layers[len(contexts)], args, kwargs)
+            entered.append(hidden)
+            contexts.append(context)
+            if len(contexts) == len(self._layers):
+                raise _Enough
+            return self._wrapped(hidden)
+
+        with self._replaced_layers(note), suppress(_Enough):
+            self.model(**inputs)
+        return entered[0], contexts
+
+    def predict(self, predict: Predict, inputs: Inputs, hidden: Tensor) -> Tensor:
+        """What the model predicts if its last layer gives ``hidden`` ``(batch, tokens, hidden)``.
+
+        Args:
+            predict: ``(model, batch) -> logits``.
+            inputs: as the model was given them.
+            hidden: in place of what its layers make of the inputs.
+
+        Raises:
+            TypeError: ``predict`` gives no tensor.
+            ValueError: its shape is neither (batch, classes) nor (batch, positions, classes).
+        """
+        with self._replaced_layers(lambda args, kwargs: self._wrapped(hidden)):
+            logits = predict(self.model, inputs)
+        if not isinstance(logits, Tensor):
+            raise TypeError(
+                f"predict gave a {type(logits).__name__}, but must give a tensor of logits. Return "
+                "model(**batch).logits or the like."
+            )
+        if logits.ndim not in (2, 3) or len(logits) != len(hidden):
+            raise ValueError(
+                f"predict gave a tensor of shape {tuple(logits.shape)} for {len(hidden)} samples, "
+                "but must give (batch, classes) or (batch, positions, classes)."
+            )
+        return logits if logits.ndim == 3 else logits.unsqueeze(1)
+
+    def _wrapped(self, hidden: Tensor) -> Any:
+        return (hidden, None) if self._gives_tuples else hidden
+
+    @contextmanager
+    def _replaced_layers(
+        self, answer: Callable[[tuple[Any, ...], dict[str, Any]], Any]
+    ) -> Iterator[None]:
+        parent, _, name = self._path.rpartition(".")
+        holder: Any = self.model.get_submodule(parent)
+        own = getattr(holder, name)
+        setattr(holder, name, nn.ModuleList([_StandIn(layer, answer) for layer in self._layers]))
+        try:
+            yield
+        finally:
+            setattr(holder, name, own)
+
+
+def _bind(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, dict[str, Any]]:
+    signature = inspect.signature(layer.forward)
+    arguments = dict(signature.bind(*args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(parameter.name, {})
+    hidden = arguments.pop(next(iter(signature.parameters)))
+    return hidden, arguments
+
+
+@contextmanager
+def plain_outputs(config: Any) -> Iterator[None]:
+    """Have a model give named outputs without hidden states and attention weights."""
+    wanted = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
+    before = {name: getattr(config, name) for name in wanted if hasattr(config, name)}
+    for name in before:
+        setattr(config, name, wanted[name])
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)

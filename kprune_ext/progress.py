@@ -1,0 +1,37 @@
+"""A progress bar whose time left is about right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from accelerate.utils import tqdm
+
+from kprune_ext.config import Schedule
+from kprune_ext.sublayers import SubLayer
+
+_FORMAT = "{desc} {percentage:3.0f}%|{bar}| {postfix}[{elapsed}<{remaining}]"
+
+
+def progress_over(
+    sublayers: Sequence[SubLayer], schedule: Schedule, *, disable: bool = False
+) -> Iterator[int]:
+    """The numbers of the sub-layers, with a bar that names the one that is being pruned.
+
+    Scores are measured from a sub-layer to the model's end, so steps get shorter on the way up;
+    the bar counts sub-layers run through rather than steps.
+    """
+    count = len(sublayers)
+    work = [
+        3
+        + (count - step if schedule == "per_sublayer" or sublayers[step].kind == "attention" else 0)
+        for step in range(count)
+    ]
+    bar = tqdm(total=sum(work), desc="K-prune", bar_format=_FORMAT, disable=disable)
+    try:
+        for step, sublayer in enumerate(sublayers):
+            bar.set_postfix_str(f"{step}/{count} layer {sublayer.layer} {sublayer.kind} ")
+            yield step
+            bar.update(work[step])
+        bar.set_postfix_str(f"{count}/{count} sub-layers ")
+    finally:
+        bar.close()

@@ -1,0 +1,73 @@
+"""Makes the report of a pruning run from what the run left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kprune_ext.config import KPruneConfig
+from kprune_ext.reconstruction import TunedProjection
+from kprune_ext.report import KPruneReport, SubLayerReport
+from kprune_ext.sublayers import SubLayer
+
+
+def make_report(
+    model: PreTrainedModel,
+    pruned: PreTrainedModel,
+    rows: Iterable[tuple[SubLayer, SubLayer, int, TunedProjection]],
+    *,
+    config: KPruneConfig,
+    costs: Sequence[Tensor],
+    budget: float,
+    length: int,
+    samples: int,
+    tokens: int,
+) -> KPruneReport:
+    """What a run kept, spent and missed.
+
+    Args:
+        model, pruned: before and after.
+        rows: per sub-layer: before, after, FLOPs of a unit, and the fit.
+        config: of the run.
+        costs: per sub-layer, what keeping 0, 1, … units costs by the run's metric.
+        budget: what might be kept of that.
+        length: tokens per sequence at which FLOPs are counted.
+        samples, tokens: calibration data used.
+    """
+    sublayers = tuple(_row(*row) for row in rows)
+    return KPruneReport(
+        sublayers=sublayers,
+        metric=config.metric,
+        reduction=config.reduction,
+        budget=budget,
+        cost=sum(float(t[row.units]) for t, row in zip(costs, sublayers, strict=True)),
+        cost_before=sum(float(table[-1]) for table in costs),
+        sequence_length=length,
+        samples=samples,
+        tokens=tokens,
+        parameters=pruned.num_parameters(),
+        parameters_before=model.num_parameters(),
+    )
+
+
+def _row(
+    before: SubLayer, after: SubLayer, unit_flops: int, fit: TunedProjection
+) -> SubLayerReport:
+    def parameters(sublayer: SubLayer) -> int:
+        linears = (*sublayer.inputs, sublayer.output)
+        return sum(p.numel() for linear in linears for p in linear.parameters())
+
+    return SubLayerReport(
+        name=after.name,
+        layer=after.layer,
+        kind=after.kind,
+        units=after.units,
+        units_before=before.units,
+        flops=after.units * unit_flops,
+        flops_before=before.units * unit_flops,
+        parameters=parameters(after),
+        parameters_before=parameters(before),
+        error=fit.error,
+    )

@@ -1,0 +1,151 @@
+"""Hidden states of two models that move up side by side, one sub-layer at a time."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kprune_ext.architectures import Context
+from kprune_ext.calibration import Sample, require_finite
+from kprune_ext.config import KPruneConfig
+from kprune_ext.encoder import Encoder
+
+
+class StateMemory:
+    """Memory for hidden states: up to a limit where they are computed, beyond it in a file.
+
+    Args:
+        limit: bytes.
+        folder: for the file, an existing folder.
+    """
+
+    def __init__(self, limit: int, folder: Path) -> None:
+        self.limit = limit
+        self.used = 0
+        self.spilled = 0
+        self._folder = folder
+
+    def hold(self, values: Tensor) -> Tensor:
+        """A copy of the values that is counted, in memory or mapped from a file."""
+        size = values.numel() * values.element_size()
+        if self.used + size <= self.limit:
+            self.used += size
+            return values.clone()
+        path = self._folder / str(self.spilled)
+        self.spilled += size
+        held = torch.from_file(str(path), shared=True, size=values.numel(), dtype=values.dtype)
+        return held.view(values.shape).copy_(values)
+
+
+@contextmanager
+def state_memory(limit: int) -> Iterator[StateMemory]:
+    """Memory whose file goes away when the block ends."""
+    with tempfile.TemporaryDirectory(prefix="kprune-") as folder:
+        yield StateMemory(limit, Path(folder))
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Samples of equal length on their way up: the state of both models before a sub-layer.
+
+    Attributes:
+        numbers: of the samples.
+        inputs: of the model, each ``(batch, …)``, on its device.
+        tokens: which positions count, bool, ``(batch, tokens)``.
+        scored: whether knowledge is measured on these samples.
+        teacher: hidden state of the dense model, ``(batch, tokens, hidden)``; written to in place.
+        student: hidden state of the model being pruned, same shape.
+        contexts: per layer its other arguments, where they take little memory.
+    """
+
+    numbers: tuple[int, ...]
+    inputs: dict[str, Tensor]
+    tokens: Tensor
+    scored: bool
+    teacher: Tensor
+    student: Tensor
+    contexts: list[Context] | None = None
+
+    def contexts_in(self, encoder: Encoder) -> list[Context]:
+        """Per layer the arguments besides the hidden state, kept or made anew."""
+        return self.contexts or encoder.enter(self.inputs)[1]
+
+
+def choose_scored(samples: int, fraction: float, least: int, seed: int) -> set[int]:
+    """Numbers of the samples on which knowledge is measured, the same for a seed.
+
+    Args:
+        samples: how many there are.
+        fraction: part of them that is chosen.
+        least: how many at least, if there are as many.
+        seed: chooses them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    count = max(round(fraction * samples), min(samples, least))
+    return set(torch.randperm(samples, generator=generator)[:count].tolist())
+
+
+def start_streams(
+    encoder: Encoder, samples: Sequence[Sample], config: KPruneConfig, memory: StateMemory
+) -> list[Stream]:
+    """The samples in batches of equal length, as they enter the first transformer layer.
+
+    Raises:
+        ValueError: hidden states are NaN or infinite.
+    """
+    scored = choose_scored(
+        len(samples), config.score_fraction, config.min_score_samples, config.seed
+    )
+    groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for number, sample in enumerate(samples):
+        shapes = tuple((name, value.shape[1:]) for name, value in sorted(sample.inputs.items()))
+        groups[sample.tokens.shape[1], number in scored, shapes].append(number)
+    streams = []
+    for (length, is_scored, _), members in sorted(groups.items(), key=lambda item: item[0][:2]):
+        size = max(1, config.batch_tokens // length)
+        for start in range(0, len(members), size):
+            numbers = tuple(members[start : start + size])
+            streams.append(_enter(encoder, numbers, samples, is_scored, memory))
+    return streams
+
+
+def _enter(
+    encoder: Encoder,
+    numbers: tuple[int, ...],
+    samples: Sequence[Sample],
+    scored: bool,
+    memory: StateMemory,
+) -> Stream:
+    device = encoder.model.device
+    part = [samples[number] for number in numbers]
+    inputs = {
+        name: torch.cat([sample.inputs[name] for sample in part]).to(device)
+        for name in part[0].inputs
+    }
+    tokens = torch.cat([sample.tokens for sample in part]).to(device)
+    hidden, contexts = encoder.enter(inputs)
+    require_finite(hidden[tokens], "the input of the first transformer layer")
+    # Position biases can be many times larger than the states, and are quickly made again.
+    small = _bytes_in(contexts) <= hidden.numel() * hidden.element_size() // 4
+    teacher, student = memory.hold(hidden), memory.hold(hidden)
+    return Stream(numbers, inputs, tokens, scored, teacher, student, contexts if small else None)
+
+
+def _bytes_in(contexts: Sequence[Context]) -> int:
+    """Memory of all tensors, each counted once."""
+    found = {}
+    for context in contexts:
+        for value in context.values():
+            for tensor in value if isinstance(value, tuple | list) else (value,):
+                if isinstance(tensor, Tensor):
+                    storage = tensor.untyped_storage()
+                    found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())

@@ -1,0 +1,201 @@
+"""Handles on the attention and feed-forward sub-layers of one model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kprune_ext.architectures import ARCHITECTURES, Architecture, Context, SubLayerPaths
+
+Kind = Literal["attention", "ffn"]
+
+
+@dataclass(frozen=True)
+class SubLayer:
+    """One attention or feed-forward sub-layer of one model.
+
+    Attributes:
+        layer: number of the transformer layer, from 0.
+        kind: ``"attention"`` or ``"ffn"``.
+        name: path of the output projection in the model.
+        module: the transformer layer.
+        paths: where the sub-layer's modules live in it.
+        unit_size: dimensions of a unit: the head size, or 1 for a neuron.
+    """
+
+    layer: int
+    kind: Kind
+    name: str
+    module: nn.Module
+    paths: SubLayerPaths
+    unit_size: int
+
+    @property
+    def output(self) -> nn.Linear:
+        """The projection from the units to the residual stream."""
+        return _linear(self.module, self.paths.output)
+
+    @property
+    def inputs(self) -> list[nn.Linear]:
+        """The projections from the residual stream to the units."""
+        return [_linear(self.module, path) for path in self.paths.inputs]
+
+    @property
+    def units(self) -> int:
+        """How many heads or neurons there are."""
+        return self.output.in_features // self.unit_size
+
+    @property
+    def projections(self) -> int:
+        """How many matrices have a row or column for each of a unit's dimensions."""
+        return len(self.paths.inputs) * self.paths.stacked + 1
+
+    @property
+    def scale(self) -> Tensor | None:
+        """What multiplies the output before the residual is added, ``(hidden,)``."""
+        if self.paths.scale is None:
+            return None
+        return self.module.get_parameter(self.paths.scale).detach()
+
+    def run(self, hidden: Tensor, context: Context) -> Tensor:
+        """The hidden state after this sub-layer, given the one before, ``(batch, tokens, hidden)``.
+
+        Args:
+            hidden: state before the sub-layer.
+            context: the layer's other arguments, from :func:`kprune_ext.streams.enter`.
+        """
+        return self.paths.run(self.module, hidden, context)
+
+
+def supported() -> str:
+    """The families that can be pruned, for messages."""
+    return ", ".join(row.model_type for row in ARCHITECTURES)
+
+
+def find_architecture(model: nn.Module) -> Architecture:
+    """The table row of a model, dense or pruned before.
+
+    Raises:
+        ValueError: the family or variant is not supported; the message lists what is.
+    """
+    config = getattr(model, "config", None)
+    kind = getattr(config, "model_type", None)
+    if isinstance(model, PreTrainedModel):
+        for row in ARCHITECTURES:
+            if kind in (row.model_type, row.pruned_type):
+                _refuse(row, config)
+                return row
+    raise ValueError(
+        f"Cannot prune a {type(model).__name__} (model type {kind!r}). Supported model types: "
+        f"{supported()}. Unwrap the model first if it is inside another "
+        "(accelerator.unwrap_model, PeftModel.merge_and_unload). To add a family, add a row with "
+        "the paths of its projections to ARCHITECTURES in kprune_ext/architectures.py."
+    )
+
+
+def _refuse(row: Architecture, config: object) -> None:
+    if getattr(config, "is_decoder", False):
+        raise ValueError(
+            "Cannot prune a decoder (config.is_decoder=True). Supported are encoders: load the "
+            "model with is_decoder=False."
+        )
+    reason = row.refusal(config)
+    if reason is not None:
+        raise ValueError(
+            f"Cannot prune this {row.model_type} model: {reason}. Use a checkpoint without it."
+        )
+
+
+def layers_path(model: PreTrainedModel, architecture: Architecture) -> str:
+    """Where in a model, with or without a task's head, the list of transformer layers is."""
+    base = "" if model.base_model is model else model.base_model_prefix + "."
+    return base + architecture.layers
+
+
+def head_size(model: PreTrainedModel) -> int:
+    """Dimensions of one attention head."""
+    return int(model.config.hidden_size // model.config.num_attention_heads)
+
+
+def sublayers(model: PreTrainedModel, architecture: Architecture) -> list[SubLayer]:
+    """The sub-layers of a model bottom-up: attention 0, ffn 0, attention 1, …
+
+    Raises:
+        TypeError: a projection is not a plain ``nn.Linear``; the message names it.
+        ValueError: the layers are built otherwise than the table says.
+    """
+    path = layers_path(model, architecture)
+    kinds: tuple[tuple[Kind, tuple[SubLayerPaths, ...], int], ...] = (
+        ("attention", architecture.attention, head_size(model)),
+        ("ffn", architecture.ffn, 1),
+    )
+    found = []
+    for number, layer in enumerate(_layers(model, path).children()):
+        prefix = f"{path}.{number}."
+        for kind, variants, size in kinds:
+            paths = _variant(layer, variants, prefix)
+            for projection in (*paths.inputs, paths.output):
+                _check_named(layer, projection, prefix)
+            found.append(SubLayer(number, kind, prefix + paths.output, layer, paths, size))
+    return found
+
+
+def _layers(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise ValueError(_other_build(path, model)) from None
+
+
+def _variant(layer: nn.Module, variants: tuple[SubLayerPaths, ...], prefix: str) -> SubLayerPaths:
+    names = {name for name, _ in layer.named_modules()}
+    for paths in variants:
+        if names.issuperset((*paths.inputs, paths.output)):
+            return paths
+    raise ValueError(_other_build(prefix + variants[-1].output, layer))
+
+
+def _other_build(path: str, where: nn.Module) -> str:
+    import transformers
+
+    return (
+        f"There is no module {path} in this {type(where).__name__} of transformers "
+        f"{transformers.__version__}. The rows in kprune_ext/architectures.py are written for "
+        "transformers 5 (BERT for 4.57, too): update transformers."
+    )
+
+
+def _linear(module: nn.Module, path: str) -> nn.Linear:
+    linear = module.get_submodule(path)
+    if type(linear) is not nn.Linear:
+        raise TypeError(
+            f"{path} is a {type(linear).__module__}.{type(linear).__qualname__}, but pruning "
+            "needs plain torch.nn.Linear projections. Merge or unload adapters and load the model "
+            "without quantisation first."
+        )
+    return linear
+
+
+def _check_named(layer: nn.Module, path: str, prefix: str) -> None:
+    try:
+        _linear(layer, path)
+    except TypeError as error:
+        raise TypeError(prefix + str(error)) from None
+
+
+def unit_dimensions(units: Tensor, unit_size: int, stacked: int = 1, total: int = 0) -> Tensor:
+    """The dimensions that belong to units, ``(stacked * units * unit_size,)``.
+
+    Args:
+        units: numbers of units.
+        unit_size: dimensions of a unit.
+        stacked: how many matrices stand one behind the other, each with all units.
+        total: dimensions of one of them; needed if ``stacked`` is above 1.
+    """
+    offsets = torch.arange(unit_size, device=units.device)
+    dims = (units.unsqueeze(1) * unit_size + offsets).flatten()
+    return torch.cat([dims + part * total for part in range(stacked)])

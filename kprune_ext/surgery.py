@@ -1,0 +1,80 @@
+"""Cutting units out of a model's sub-layers, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kprune_ext.sublayers import SubLayer, unit_dimensions
+
+# Where attention modules note how many heads, and dimensions of all heads together, they have.
+_HEAD_COUNTS = ("num_attention_heads", "n_heads")
+_HEAD_DIMENSIONS = ("all_head_size", "dim")
+
+
+def shrink(sublayer: SubLayer, units: Sequence[int]) -> None:
+    """Leave only the given units in a sub-layer.
+
+    Args:
+        sublayer: what to shrink, in place.
+        units: numbers of the units to keep among its present ones, ascending.
+    """
+    output, paths, size = sublayer.output, sublayer.paths, sublayer.unit_size
+    numbers = torch.tensor(units, dtype=torch.long, device=output.weight.device)
+    rows = unit_dimensions(numbers, size, paths.stacked, output.in_features)
+    for path, linear in zip(paths.inputs, sublayer.inputs, strict=True):
+        bias = None if linear.bias is None else linear.bias.detach()[rows]
+        _set_linear(sublayer.module, path, linear.weight.detach()[rows], bias)
+    columns = output.weight.detach()[:, unit_dimensions(numbers, size)]
+    bias = None if output.bias is None else output.bias.detach().clone()
+    _set_linear(sublayer.module, paths.output, columns.contiguous(), bias)
+    if paths.counter is not None:
+        _count_heads(sublayer, paths.counter, tuple(units))
+
+
+def set_output(sublayer: SubLayer, weight: Tensor, bias: Tensor | None) -> None:
+    """Give a sub-layer's output projection other values, ``(hidden, units)`` and ``(hidden,)``.
+
+    A bias is left out where the projection has none.
+    """
+    with torch.no_grad():
+        sublayer.output.weight.copy_(weight)
+        if bias is not None and sublayer.output.bias is not None:
+            sublayer.output.bias.copy_(bias)
+
+
+def _count_heads(sublayer: SubLayer, path: str, kept: tuple[int, ...]) -> None:
+    counter: Any = sublayer.module.get_submodule(path)
+    if sublayer.paths.adapt is not None:
+        adapted = sublayer.paths.adapt(counter, kept)
+        if adapted is not counter:
+            _replace(sublayer.module, path, adapted)
+            counter = adapted
+    for names, count in (
+        (_HEAD_COUNTS, len(kept)),
+        (_HEAD_DIMENSIONS, len(kept) * sublayer.unit_size),
+    ):
+        for name in names:
+            if isinstance(getattr(counter, name, None), int):
+                setattr(counter, name, count)
+
+
+def _set_linear(layer: nn.Module, path: str, weight: Tensor, bias: Tensor | None) -> None:
+    """Put a linear module with this weight and bias in the place of another."""
+    old: Any = layer.get_submodule(path)
+    # Made on the meta device, as nn.Linear would draw values only for us to replace them.
+    new = nn.Linear(1, 1, bias=bias is not None, device="meta")
+    new.out_features, new.in_features = weight.shape
+    new.weight = nn.Parameter(weight, requires_grad=old.weight.requires_grad)
+    if bias is not None:
+        new.bias = nn.Parameter(bias, requires_grad=old.bias.requires_grad)
+    new.train(old.training)
+    _replace(layer, path, new)
+
+
+def _replace(layer: nn.Module, path: str, new: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(layer.get_submodule(parent), name, new)

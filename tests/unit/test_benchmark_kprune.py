@@ -1,0 +1,133 @@
+"""The K-prune benchmark in a tiny setting, and its parts against hand-made answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import kprune_accuracy
+import kprune_tasks
+import pytest
+import torch
+from kprune_baselines import unit_factors
+from kprune_helpers import VOCABULARY, word_tokenizer
+from transformers import BertConfig, BertForMaskedLM
+
+from kprune_ext.reconstruction import NormalEquations
+
+
+def sentence(generator: torch.Generator) -> str:
+    return " ".join(f"word{n}" for n in torch.randint(0, 50, (6,), generator=generator))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Four data sets in the benchmark's format, and a tiny model with its tokenizer."""
+    generator = torch.Generator().manual_seed(0)
+    for name in kprune_tasks.TASKS:
+        for split, count in (("train", 40), ("validation", 12), ("test", 12)):
+            if (name, split) == ("squad", "test"):
+                continue
+            rows = []
+            for number in range(count):
+                pair = [sentence(generator), sentence(generator)]
+                rows.append(
+                    {
+                        "sst2": {"sentence": pair[0], "label": number % 2},
+                        "mrpc": {
+                            "sentence1": pair[0],
+                            "sentence2": pair[1],
+                            "label": number % 2,
+                        },
+                        "stsb": {
+                            "sentence1": pair[0],
+                            "sentence2": pair[1],
+                            "score": number % 6,
+                        },
+                        "squad": {
+                            "question": pair[0],
+                            "context": pair[1],
+                            "answers": {"text": [pair[1].split()[0]], "answer_start": [0]},
+                        },
+                    }[name]
+                )
+            (tmp_path / name).mkdir(exist_ok=True)
+            path = tmp_path / name / f"{split}.jsonl"
+            path.write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "model").mkdir()
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=60,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    )
+    BertForMaskedLM(config).save_pretrained(tmp_path / "model")
+    word_tokenizer(tmp_path / "model").save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+def call(data: Path, *more: str) -> dict:
+    folders = {"data": data, "checkpoints": data / "fine", "model": data / "model"}
+    arguments = [text for name, path in folders.items() for text in (f"--{name}", str(path))]
+    fixed = ["--in-process", "--epochs=1", "--tokens=150", "--rounds=1", "--reductions", "0.5"]
+    results = data / "results"
+    kprune_accuracy.main([*arguments, *fixed, "--results", str(results), *more])
+    return json.loads((results / "kprune_accuracy.json").read_text())
+
+
+def test_every_task_and_method_runs_and_a_second_call_does_nothing(data: Path) -> None:
+    names = list(kprune_tasks.TASKS)
+    report = call(data, "--seeds", "0", "--tasks", *names)
+    assert len(report["runs"]) == 4 * (1 + 4)
+    for run in report["runs"]:
+        lowest = -100 if run["task"] == "stsb" else 0
+        assert lowest <= run[kprune_tasks.TASKS[run["task"]].main] <= 100
+        if run["method"] != "dense":
+            assert 0.4 < run["flops_kept"] <= 0.5
+            assert run["latency_32"]["speedup"] > 0
+    text = (data / "results" / "kprune_accuracy.md").read_text()
+    assert "fisher_mask" in text and "| squad |" in text
+    assert str(data) not in text
+    assert (data / "results" / "kprune_accuracy.png").stat().st_size > 1000
+    before = (data / "results" / "kprune_accuracy.json").read_bytes()
+    call(data, "--seeds", "0", "--tasks", *names)
+    assert (data / "results" / "kprune_accuracy.json").read_bytes() == before
+
+
+def test_runs_that_are_missing_are_added(data: Path) -> None:
+    call(data, "--seeds", "0", "--tasks", "sst2", "--methods", "ours")
+    report = call(data, "--seeds", "0", "1", "--tasks", "sst2", "--methods", "ours")
+    assert [run["seed"] for run in report["runs"]] == [0, 0, 1]
+    assert "±" in (data / "results" / "kprune_accuracy.md").read_text().splitlines()[-1]
+
+
+def test_metrics() -> None:
+    accuracy = kprune_tasks._accuracy_f1(
+        [torch.tensor(z) for z in ([0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0])],
+        [{"label": label} for label in (1, 0, 0, 1)],
+    )
+    assert accuracy == {"accuracy": 50.0, "f1": 50.0}
+    rows = [{"score": score} for score in (1.0, 2.0, 2.0, 5.0)]
+    values = [torch.tensor([value]) for value in (0.1, 0.2, 0.2, 0.9)]
+    assert kprune_tasks._spearman(values, rows)["spearman"] == pytest.approx(100)
+    assert kprune_tasks._spearman(values[::-1], rows)["spearman"] == pytest.approx(-100)
+    wanted = [{"answers": {"text": ["the Eiffel tower", "tower"]}}, {"answers": {"text": ["x"]}}]
+    found = kprune_tasks._answers(["Eiffel Tower!", "y"], wanted)
+    assert found == {"f1": 50.0, "exact_match": 50.0}
+
+
+@pytest.mark.parametrize("unit_size", [1, 3])
+def test_factors_of_units_are_least_squares(unit_size: int) -> None:
+    units, tokens = 4, 500
+    features = torch.randn(tokens, units * unit_size).double()
+    weight = torch.randn(6, units * unit_size).double()
+    factors = torch.tensor([0.5, 2.0, -1.0, 3.0]).double()
+    targets = features @ (weight * factors.repeat_interleave(unit_size)).T
+    equations = NormalEquations.zeros(units * unit_size, 6)
+    equations.update(features, targets)
+    torch.testing.assert_close(
+        unit_factors(equations, weight, unit_size), factors, rtol=0.01, atol=0.01
+    )
