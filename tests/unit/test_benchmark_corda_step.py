@@ -1,0 +1,59 @@
+"""The benchmark of a training step runs, and counts what it says."""
+
+import json
+
+import corda_step
+import pytest
+import torch
+from corda_helpers import tiny_llama
+from torch import nn
+
+from peft_corda.layer import CordaLayer
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_report_is_written_and_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(corda_step, "load_model", lambda model, dtype: tiny_llama().to(dtype))
+    monkeypatch.setattr(corda_step, "measure_memory", lambda *_: {"lora": 200, "corda": 210})
+    options = ["--ranks", "4", "--widths", "32", "--layer-ranks", "4", "--tokens", "8"]
+    options += ["--batch-size", "2", "--length", "6", "--repeats", "2", "--layer-repeats", "3"]
+    corda_step.main([*options, "--output", str(tmp_path)])
+    report = json.loads((tmp_path / "corda_step.json").read_text())
+    assert set(report["time"]) == {"model, float32, r=4", "layer 32 x 32, float32, r=4"}
+    seconds = report["time"]["model, float32, r=4"]["forward + backward"]
+    assert len(seconds["lora"]) == len(seconds["corda"]) == 2
+    assert all(value > 0 for side in seconds.values() for value in side)
+    assert "1.050×" in (tmp_path / "corda_step.md").read_text()
+    # Another rank; what is there stays as it is.
+    corda_step.main([*options, "--ranks", "2", "--output", str(tmp_path)])
+    later = json.loads((tmp_path / "corda_step.json").read_text())
+    assert later["time"]["model, float32, r=4"]["forward + backward"] == seconds
+    assert "model, float32, r=2" in later["time"]
+
+
+def test_both_sides_do_the_same_work():
+    """Gradients of both factors and of the input, and no adapter that is zero or at its start."""
+    x = torch.randn(5, 16, requires_grad=True)
+    for side in corda_step.CONFIGS:
+        model = corda_step.adapted(nn.Sequential(nn.Linear(16, 16)), side, 4, "0")
+        model(x).sum().backward()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert len(trained) == 2
+        assert all(p.grad is not None and p.grad.any() for p in trained)
+        assert x.grad is not None
+        x.grad = None
+        for layer in model.modules():
+            if isinstance(layer, CordaLayer):
+                assert all(factor.any() for factor in layer.factors_of("default"))
+
+
+def test_ratio_is_that_of_neighbours():
+    assert corda_step.ratio({"lora": [1.0, 2.0, 10.0], "corda": [1.1, 2.2, 30.0]}) == pytest.approx(
+        1.1
+    )
