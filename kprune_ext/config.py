@@ -85,7 +85,7 @@ class KPruneConfig:
         },
     )
     score_fraction: float = dataclasses.field(
-        default=0.15,
+        default=0.1,
         metadata={
             "help": "Part of the calibration samples on which knowledge is measured, in (0, 1]. "
             "Weight tuning always uses all of them."

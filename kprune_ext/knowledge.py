@@ -49,9 +49,10 @@ class Signal:
         temperature: T.
         passes: backward passes per sample at most.
         seed: of the signs where there are more directions than passes.
-        teacher: the dense model's logits by number of the first sample of a stream. If given, the
-            gradient of the distance from them is squared, as in the paper; otherwise the expected
-            square is taken.
+        teacher: the dense model's logits by number of the sample. If given, the gradient of the
+            distance from them is squared, as in the paper; otherwise the expected square is taken.
+        depth_tokens: tokens times sub-layers that go backward at a time (a sample at least), so that
+            memory does not grow with depth.
     """
 
     predict: Predict
@@ -60,19 +61,21 @@ class Signal:
     passes: int
     seed: int = 0
     teacher: Mapping[int, Tensor] | None = None
+    depth_tokens: int = 8192
 
 
 @torch.no_grad()
 def teacher_logits(
     sublayers: Sequence[SubLayer], encoder: Encoder, predict: Predict, streams: Sequence[Stream]
 ) -> dict[int, Tensor]:
-    """Logits ``(batch, positions, classes)`` by number of a stream's first sample."""
-    found = {}
+    """Logits ``(positions, classes)`` by number of the sample."""
+    found: dict[int, Tensor] = {}
     for stream in streams:
         hidden, contexts = encoder.enter(stream.inputs)
         for sublayer in sublayers:
             hidden = sublayer.run(hidden, contexts[sublayer.layer])
-        found[stream.numbers[0]] = encoder.predict(predict, stream.inputs, hidden)
+        logits = encoder.predict(predict, stream.inputs, hidden)
+        found |= dict(zip(stream.numbers, logits, strict=True))
     return found
 
 
@@ -102,7 +105,7 @@ def measure_knowledge(
     predictive = [_zeros(sublayer, sublayer.units) for sublayer in sublayers]
     squares = [_zeros(sublayer, sublayer.output.in_features) for sublayer in sublayers]
     samples = tokens = 0
-    for stream in _in_parts(streams, encoder, signal):
+    for stream in _in_parts(streams, len(sublayers), encoder, signal):
         batch = len(stream.student)
         samples += batch
         tokens += int(stream.tokens.sum())
@@ -148,7 +151,7 @@ def _directions(z: Tensor, stream: Stream, signal: Signal) -> Iterator[Tensor]:
     if z.shape[1] == stream.tokens.shape[1]:  # a prediction for every token
         counted = stream.tokens if z.shape[1] > 1 else counted
     if signal.teacher is not None:
-        teacher = signal.teacher[stream.numbers[0]].to(z)
+        teacher = torch.stack([signal.teacher[number] for number in stream.numbers]).to(z)
         gradient = divergence_gradient(z, teacher, signal.problem, signal.temperature)
         yield gradient * counted.unsqueeze(2)
         return
@@ -156,15 +159,18 @@ def _directions(z: Tensor, stream: Stream, signal: Signal) -> Iterator[Tensor]:
     yield from directions(z, counted, signal.problem, signal.temperature, signal.passes, seeds)
 
 
-def _in_parts(streams: Sequence[Stream], encoder: Encoder, signal: Signal) -> Iterator[Stream]:
-    """The streams, cut into smaller ones where their logits would take much memory."""
+def _in_parts(
+    streams: Sequence[Stream], depth: int, encoder: Encoder, signal: Signal
+) -> Iterator[Stream]:
+    """The streams, cut where activations of all sub-layers, or logits, would take much memory."""
     for stream in streams:
         with torch.no_grad():
             one = {name: value[:1] for name, value in stream.inputs.items()}
             first = stream.student[:1].to(stream.tokens.device)
             size = encoder.predict(signal.predict, one, first).numel()
-        rows = max(1, _MOST_LOGITS // size)
-        if rows >= len(stream.numbers) or signal.teacher is not None:
+        length = stream.tokens.shape[1]
+        rows = max(1, min(_MOST_LOGITS // size, signal.depth_tokens // (length * depth)))
+        if rows >= len(stream.numbers):
             yield stream
             continue
         for start in range(0, len(stream.numbers), rows):

@@ -102,6 +102,7 @@ def kprune(
             config.temperature,
             config.max_score_passes,
             config.seed,
+            depth_tokens=4 * config.batch_tokens,
         )
         if config.sensitivity == "gradient":
             teacher = teacher_logits(student, encoder, signal.predict, scored)
