@@ -9,6 +9,7 @@ from kprune_ext.cost import LatencyTable
 from kprune_ext.modeling import register as _register
 from kprune_ext.pruning import kprune
 from kprune_ext.report import KPruneReport, SubLayerReport
+from kprune_ext.saved_report import load_report
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __all__ = [
     "SubLayerReport",
     "__version__",
     "kprune",
+    "load_report",
     "measure_latency",
 ]
 

@@ -92,17 +92,19 @@ def test_sizes_that_do_not_fit_the_weights_are_refused(tmp_path) -> None:
 def test_registering_twice_is_safe() -> None:
     modeling.register()
     importlib.reload(kprune_ext)
-    assert AutoConfig.for_model("kprune_bert").model_type == "kprune_bert"
+    assert AutoConfig.for_model("kprune_ext_bert").model_type == "kprune_ext_bert"
 
 
 def test_a_name_taken_by_another_package_is_reported(monkeypatch) -> None:
     class KPruneBertConfig(BertConfig):
-        model_type = "kprune_bert"
+        model_type = "kprune_ext_bert"
 
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    monkeypatch.setitem(CONFIG_MAPPING._extra_content, "kprune_bert", KPruneBertConfig)
-    with pytest.raises(RuntimeError, match=r"'kprune_bert' is already registered.*Import only one"):
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, "kprune_ext_bert", KPruneBertConfig)
+    with pytest.raises(
+        RuntimeError, match=r"'kprune_ext_bert' is already registered.*Import only one"
+    ):
         modeling.register()
 
 
