@@ -60,12 +60,8 @@ def _from_config(config: Any, kind: Any, length: int) -> KPruneReport:
     store_kept_units(whole, kept_units(whole))
     with torch.device("meta"):
         after, before = kind(config), kind(whole)
-    rows = tuple(
-        _row(before, one, other, length)
-        for one, other in zip(
-            *(sublayers(m, find_architecture(m)) for m in (before, after)), strict=True
-        )
-    )
+    pairs = zip(*(sublayers(m, find_architecture(m)) for m in (before, after)), strict=True)
+    rows = tuple(_row(before, one, other, length) for one, other in pairs)
     flops, flops_before = (sum(getattr(r, n) for r in rows) for n in ("flops", "flops_before"))
     return KPruneReport(
         sublayers=rows,

@@ -54,7 +54,7 @@ def modeling_source(
     from kprune_ext import __version__
 
     dense_config = config_class.__bases__[0]
-    dense = {kind: kind.__mro__[2] for kind in models.values()}
+    dense = {kind: kind.__bases__[1] for kind in models.values()}
     attention_code, imports = _attention_code(architecture)
     names = sorted({dense_config.__name__, *(kind.__name__ for kind in dense.values())})
     parts = [

@@ -1,0 +1,132 @@
+"""Every family and task in new processes: with the plugin, and without it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kprune_helpers import padded, sequences, tiny_bert
+from kprune_models import CASES, auto_class, batches_for, tiny
+from safetensors.torch import save_file
+from transformers import AutoModelForSequenceClassification
+
+from kprune_ext import KPruneConfig, kprune, load_report
+from kprune_ext.modeling import kept_units, record_kept, uneven_copy
+from kprune_ext.self_contained import MODELING_FILE
+from kprune_ext.sublayers import find_architecture, sublayers
+from kprune_ext.surgery import shrink
+
+TESTS = Path(__file__).parents[1]
+
+
+def run(script: list[str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    """A process that keeps remote code out of the user's cache, and has no terminal to ask."""
+    environment = os.environ | {
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    return subprocess.run(
+        [sys.executable, *script],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+def with_empty_sublayers(model):
+    """No heads in the first layer, no neurons in the last one, uneven in between."""
+    pruned = uneven_copy(model)
+    first, ffn, attention, last = sublayers(pruned, find_architecture(pruned))
+    whole = kept_units(model.config)[0]
+    neurons = [0, *range(2, len(whole.neurons), 3)]
+    for sublayer, units in ((first, []), (ffn, neurons), (attention, [1, 3]), (last, [])):
+        shrink(sublayer, units)
+    record_kept(pruned, [([], neurons), ([1, 3], [])])
+    return pruned
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A self-contained checkpoint of every family and task."""
+    folder = tmp_path_factory.mktemp("cases")
+    cases = []
+    for number, (family, task) in enumerate(CASES):
+        pruned, batch = with_empty_sublayers(tiny(family, task)), batches_for(family, 4)[0]
+        with torch.no_grad():
+            output = pruned(**batch)
+        name = f"{number:02} {family} {task}"
+        pruned.save_pretrained(folder / name / "model", self_contained=True)
+        save_file(batch, folder / name / "inputs")
+        tensors = {
+            key: value.contiguous() for key, value in output.items() if torch.is_tensor(value)
+        }
+        save_file(tensors, folder / name / "outputs")
+        cases.append([name, auto_class(task).__name__])
+    (folder / "cases.json").write_text(json.dumps(cases))
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["plugin", "remote"])
+def test_every_family_and_task_in_a_new_process(mode: str, saved: Path, tmp_path) -> None:
+    """Remote code is also saved again, by transformers alone."""
+    done = run([str(TESTS / "kprune_process.py"), str(saved), mode], tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip().endswith(f"compared {len(CASES)}")
+
+
+def test_without_the_plugin_the_message_names_it(tmp_path) -> None:
+    """As far as transformers lets a checkpoint: the model type, or the repository with its card."""
+    pruned = kprune(tiny_bert(), padded(sequences(8)), progress=False)
+    pruned.save_pretrained(tmp_path / "plain")
+    pruned.save_pretrained(tmp_path / "with code", self_contained=True)
+    script = """
+import sys
+from transformers import AutoConfig, AutoModelForSequenceClassification
+for source in sys.argv[1:]:
+    for auto in (AutoConfig, AutoModelForSequenceClassification):
+        try:
+            auto.from_pretrained(source)
+        except ValueError as error:
+            print("MESSAGE", " ".join(str(error).split()))
+"""
+    done = run(["-c", script, str(tmp_path / "plain"), str(tmp_path / "with code")], tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    messages = [line for line in done.stdout.splitlines() if "MESSAGE" in line]
+    assert len(messages) == 4
+    assert all("model type `kprune_ext_bert`" in message for message in messages[:2])
+    assert all("trust_remote_code=True" in message for message in messages[2:])
+    card = (tmp_path / "with code" / "README.md").read_text()
+    assert "import kprune_ext" in card and f"`{MODELING_FILE}`" in card
+
+
+def test_the_code_belongs_to_the_self_contained_form_only(tmp_path) -> None:
+    pruned = kprune(tiny_bert(), padded(sequences(8)), KPruneConfig(), progress=False)
+    pruned.save_pretrained(tmp_path, self_contained=True)
+    text = (tmp_path / MODELING_FILE).read_text()
+    compile(text, MODELING_FILE, "exec")
+    assert len(text.splitlines()) < 250
+    imports = [line for line in text.splitlines() if line.startswith(("import ", "from "))]
+    assert all(
+        line.split()[1].partition(".")[0] in ("__future__", "typing", "torch", "transformers")
+        for line in imports
+    )
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["auto_map"]["AutoModelForSequenceClassification"] == (
+        "modeling_kprune_ext.KPruneBertForSequenceClassification"
+    )
+    assert not hasattr(pruned.config, "auto_map")
+
+    # With the plugin, the code is not run; saved again without asking for it, it is not there.
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert type(loaded) is type(pruned)
+    loaded.save_pretrained(tmp_path)
+    assert not (tmp_path / MODELING_FILE).exists()
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+    assert load_report(tmp_path) == pruned.kprune_report
