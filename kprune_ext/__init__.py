@@ -4,6 +4,7 @@ Importing the package registers the pruned model classes with transformers' Auto
 """
 
 from kprune_ext.budget import measure_latency
+from kprune_ext.callback import KPruneCallback
 from kprune_ext.config import KPruneConfig
 from kprune_ext.cost import LatencyTable
 from kprune_ext.modeling import register as _register
@@ -14,6 +15,7 @@ from kprune_ext.saved_report import load_report
 __version__ = "0.1.0"
 
 __all__ = [
+    "KPruneCallback",
     "KPruneConfig",
     "KPruneReport",
     "LatencyTable",

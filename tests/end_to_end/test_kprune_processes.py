@@ -40,16 +40,20 @@ def run(script: list[str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def cut(model, heads, neurons):
+    """A copy with these heads in each layer, and these neurons."""
+    pruned = uneven_copy(model)
+    units = [indices for pair in zip(heads, neurons, strict=True) for indices in pair]
+    for sublayer, kept in zip(sublayers(pruned, find_architecture(pruned)), units, strict=True):
+        shrink(sublayer, kept)
+    record_kept(pruned, list(zip(heads, neurons, strict=True)))
+    return pruned
+
+
 def with_empty_sublayers(model):
     """No heads in the first layer, no neurons in the last one, uneven in between."""
-    pruned = uneven_copy(model)
-    first, ffn, attention, last = sublayers(pruned, find_architecture(pruned))
-    whole = kept_units(model.config)[0]
-    neurons = [0, *range(2, len(whole.neurons), 3)]
-    for sublayer, units in ((first, []), (ffn, neurons), (attention, [1, 3]), (last, [])):
-        shrink(sublayer, units)
-    record_kept(pruned, [([], neurons), ([1, 3], [])])
-    return pruned
+    last = len(kept_units(model.config)[0].neurons)
+    return cut(model, [[], [1, 3]], [[0, *range(2, last, 3)], []])
 
 
 @pytest.fixture(scope="module")
