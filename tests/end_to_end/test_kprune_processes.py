@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from kprune_helpers import padded, sequences, tiny_bert
+from kprune_helpers import padded, sequences, tiny_bert, word_tokenizer
 from kprune_models import CASES, auto_class, batches_for, tiny
 from safetensors.torch import save_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, ViTImageProcessor, pipeline
 
 from kprune_ext import KPruneConfig, kprune, load_report
 from kprune_ext.modeling import kept_units, record_kept, uneven_copy
@@ -134,3 +134,55 @@ def test_the_code_belongs_to_the_self_contained_form_only(tmp_path) -> None:
     assert not (tmp_path / MODELING_FILE).exists()
     assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
     assert load_report(tmp_path) == pruned.kprune_report
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert"])
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        ("sequence", "text-classification"),
+        ("tokens", "token-classification"),
+        ("masked", "fill-mask"),
+        ("embeddings", "feature-extraction"),
+    ],
+)
+def test_text_pipelines(family: str, task: str, name: str, tmp_path, caplog) -> None:
+    pruned = with_empty_sublayers(tiny(family, task))
+    pruned.save_pretrained(tmp_path)
+    tokenizer = word_tokenizer(tmp_path)
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]  # not all have token types
+    tokenizer.save_pretrained(tmp_path)
+    run_it = pipeline(name, model=str(tmp_path), device="cpu")
+    assert type(run_it.model) is type(pruned)
+    result = run_it("word3 [MASK] word5")
+    with torch.no_grad():
+        output = pruned(**run_it.tokenizer("word3 [MASK] word5", return_tensors="pt"))
+    first = output.last_hidden_state if task == "embeddings" else output.logits
+    if task == "embeddings":
+        torch.testing.assert_close(torch.tensor(result), first)
+    elif task == "tokens":
+        # The word, the mask and the word, between the special tokens; none has the label "O".
+        scores = first[0].softmax(-1).amax(-1)[[row["index"] for row in result]].tolist()
+        assert len(result) == 3
+        assert [float(row["score"]) for row in result] == pytest.approx(scores, rel=1e-4)
+    else:
+        position = run_it.tokenizer("word3 [MASK] word5")["input_ids"].index(4)
+        rows = first[0, position] if task == "masked" else first[0]
+        assert result[0]["score"] == pytest.approx(rows.softmax(-1).max().item(), rel=1e-4)
+    assert "not supported" not in caplog.text
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov2"])
+def test_image_pipelines(family: str, tmp_path) -> None:
+    from PIL import Image
+
+    pruned = with_empty_sublayers(tiny(family, "images"))
+    pruned.save_pretrained(tmp_path)
+    size = {"height": 16, "width": 16}
+    processor = ViTImageProcessor(size=size)
+    processor.save_pretrained(tmp_path)
+    image = Image.new("RGB", (20, 30), (200, 10, 90))
+    result = pipeline("image-classification", model=str(tmp_path), device="cpu")(image)
+    with torch.no_grad():
+        logits = pruned(**processor(image, return_tensors="pt")).logits[0]
+    assert result[0]["score"] == pytest.approx(logits.softmax(-1).max().item(), rel=1e-3)
