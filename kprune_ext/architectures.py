@@ -21,8 +21,9 @@ from kprune_ext import attention
 Context = Mapping[str, Any]
 Run = Callable[[nn.Module, Tensor, Context], Tensor]
 
-#: Prefix of the model type of the pruned form of a family.
-PRUNED_PREFIX = "kprune_"
+#: Prefix of the model type of the pruned form of a family. transformers' message about an unknown
+#: model type is the one place where a user without this package can learn its name.
+PRUNED_PREFIX = "kprune_ext_"
 
 
 @dataclass(frozen=True)

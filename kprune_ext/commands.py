@@ -20,6 +20,7 @@ from kprune_ext.config import KPruneConfig
 from kprune_ext.cost import LatencyTable
 from kprune_ext.pruning import kprune
 from kprune_ext.report import REPORT_FILE, KPruneReport
+from kprune_ext.saved_report import load_report
 
 if TYPE_CHECKING:
     from kprune_ext.cli import PruneOptions, ReportOptions
@@ -79,8 +80,7 @@ def run_report(options: ReportOptions) -> KPruneReport:
     Raises:
         ValueError, OSError, ImportError: an option or file is of no use.
     """
-    path = Path(options.source)
-    report = KPruneReport.load_json(path / REPORT_FILE if path.is_dir() else path)
+    report = load_report(options.source)
     if options.plot is not None:
         report.plot(options.plot)
     if options.json is not None:

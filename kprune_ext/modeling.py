@@ -10,7 +10,7 @@ replaced.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,8 +19,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from kprune_ext import kept
 from kprune_ext.architectures import ARCHITECTURES, Architecture
+from kprune_ext.checkpoints import Checkpoints
 from kprune_ext.kept import KeptUnits, store_kept_units
-from kprune_ext.report import KPruneReport
 from kprune_ext.sublayers import find_architecture, sublayers
 from kprune_ext.surgery import shrink
 from kprune_ext.tasks import TASKS, Task, find_task
@@ -40,20 +40,8 @@ def kept_units(config: Any) -> list[KeptUnits]:
     return kept.kept_units(config, config.num_attention_heads, row.neurons(config))
 
 
-if TYPE_CHECKING:
-    _Base = PreTrainedModel
-else:
-    _Base = object
-
-
-class UnevenLayers(_Base):
-    """What pruned model classes add to transformers' own: layers of the sizes the config asks for.
-
-    Attributes:
-        kprune_report: what :func:`kprune_ext.kprune` did; None on a model that was loaded.
-    """
-
-    kprune_report: KPruneReport | None = None
+class UnevenLayers(Checkpoints):
+    """What pruned model classes add to transformers' own: layers of the sizes the config asks for."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         # A damaged config is reported before anything is built.
@@ -83,18 +71,21 @@ def _pruned_config(architecture: Architecture) -> Any:
     )
 
 
-def _pruned_model(dense: type[PreTrainedModel], config: type) -> Any:
+def _pruned_model(dense: type[PreTrainedModel], config: type, **members: Any) -> Any:
     return _define(
         f"KPrune{dense.__name__}",
         (UnevenLayers, dense),
         __doc__=f"{dense.__name__} with layers of uneven size.",
         config_class=config,
+        **members,
     )
 
 
 #: By class of dense model: what it is for, and its pruned form.
 MODEL_TASKS: dict[type, Task] = {}
 PRUNED_CLASSES: dict[type, Any] = {}
+#: Pruned classes by their name, which ``config.architectures`` has.
+KIND_OF_NAME: dict[str, Any] = {}
 _REGISTERED: list[tuple[Any, dict[Any, Any]]] = []
 
 
@@ -102,13 +93,20 @@ def _define_all() -> None:
     for architecture in ARCHITECTURES:
         dense_config = CONFIG_MAPPING[architecture.model_type]
         config = _pruned_config(architecture)
-        models = {}
+        models: dict[Any, Any] = {}
         for task in TASKS:
             dense: Any = task.mapping.get(dense_config, None)
             if dense is None:
                 continue
             MODEL_TASKS[dense] = task
-            PRUNED_CLASSES[dense] = models[task.auto] = _pruned_model(dense, config)
+            pruned = _pruned_model(
+                dense,
+                config,
+                kprune_row=architecture,
+                kprune_auto=task.auto,
+                kprune_family=models,
+            )
+            PRUNED_CLASSES[dense] = models[task.auto] = KIND_OF_NAME[pruned.__name__] = pruned
         _REGISTERED.append((config, models))
 
 

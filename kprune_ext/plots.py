@@ -39,9 +39,13 @@ def save_kept(report: KPruneReport, path: str | os.PathLike[str]) -> None:
         panel.bar(layers, [row.units for row in rows], label="kept")
         panel.set(title=f"{name} kept", xlabel="layer")
         panel.legend(fontsize="x-small")
-        errors.plot(layers, [row.error for row in rows], "o-", markersize=3, label=kind)
+        errors.plot(layers, [_number(row.error) for row in rows], "o-", markersize=3, label=kind)
     errors.set(title="reconstruction error", xlabel="layer", ylim=(0, None))
     errors.legend(fontsize="x-small")
     figure.suptitle(f"K-prune: {report.flops / report.flops_before:.1%} of encoder FLOPs kept")
     with replacing(path) as temporary:
         figure.savefig(temporary, format=Path(path).suffix[1:] or "png", dpi=120)
+
+
+def _number(error: float | None) -> float:
+    return float("nan") if error is None else error

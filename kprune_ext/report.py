@@ -36,7 +36,8 @@ class SubLayerReport:
         units, units_before: how many units it has, and had.
         flops, flops_before: per sequence of the report's length, multiply-adds times 2.
         parameters, parameters_before: of its units, and the output bias.
-        error: relative reconstruction error: 0 is perfect, 1 no better than a constant output.
+        error: relative reconstruction error: 0 is perfect, 1 no better than a constant output; None
+            where it is not known, in a report made from a saved model's sizes.
     """
 
     name: str
@@ -48,7 +49,7 @@ class SubLayerReport:
     flops_before: int
     parameters: int
     parameters_before: int
-    error: float
+    error: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ class KPruneReport:
         budget: how much of it the result might have.
         cost, cost_before: how much of it the result and the original have.
         sequence_length: tokens per sequence at which FLOPs are counted.
-        samples, tokens: calibration data used.
+        samples, tokens: calibration data used; 0 where that is not known.
         parameters, parameters_before: of the whole model, embeddings and head included.
     """
 
@@ -160,9 +161,26 @@ class KPruneReport:
                 *(f"{kinds[k].units} / {kinds[k].units_before}" for k in ("attention", "ffn")),
                 f"{flops / 1e6:.2f} / {before / 1e6:.2f}",
                 f"{size:,} / {size_before:,}",
-                *(f"{kinds[k].error:.3f}" for k in ("attention", "ffn")),
+                *(_rounded(kinds[k].error) for k in ("attention", "ffn")),
             )
         return table
+
+    def markdown(self) -> str:
+        """A Markdown table with a row per layer, and the summary below it."""
+        lines = [
+            "| layer | heads | neurons | MFLOPs | parameters |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for layer in sorted({row.layer for row in self.sublayers}):
+            rows = {row.kind: row for row in self.sublayers if row.layer == layer}
+            kept = [f"{rows[k].units} / {rows[k].units_before}" for k in ("attention", "ffn")]
+            flops, before, size, size_before = (
+                sum(getattr(row, name) for row in rows.values())
+                for name in ("flops", "flops_before", "parameters", "parameters_before")
+            )
+            spent = f"{flops / 1e6:.2f} / {before / 1e6:.2f} | {size:,} / {size_before:,}"
+            lines.append(f"| {layer} | {' | '.join(kept)} | {spent} |")
+        return "\n".join([*lines, "", *(f"- {line}" for line in self.summary().splitlines())])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
         yield self.table()
@@ -171,13 +189,18 @@ class KPruneReport:
     def summary(self) -> str:
         """What is kept of the whole model, in a few lines."""
         share = self.flops / self.flops_before
+        calibration = (
+            f"\ncalibrated on {self.tokens:,} tokens in {self.samples:,} samples"
+            if self.samples
+            else ""
+        )
         return (
             f"encoder: {self.flops / 1e6:.2f} of {self.flops_before / 1e6:.2f} MFLOPs per "
             f"{self.sequence_length}-token sequence kept ({share:.1%})\n"
             f"{_METRIC_NAMES[self.metric]}: {self.cost / self.cost_before:.1%} kept, budget "
             f"{self.budget / self.cost_before:.1%}\n"
-            f"model: {self.parameters:,} of {self.parameters_before:,} parameters kept\n"
-            f"calibrated on {self.tokens:,} tokens in {self.samples:,} samples"
+            f"model: {self.parameters:,} of {self.parameters_before:,} parameters kept"
+            + calibration
         )
 
     def __str__(self) -> str:
@@ -188,5 +211,11 @@ class KPruneReport:
             flops = f"{row.flops / 1e6:.2f}/{row.flops_before / 1e6:.2f}"
             parameters = f"{row.parameters:,}/{row.parameters_before:,}"
             label = f"{row.layer} {unit}"
-            lines.append(f"{label:<16}{kept:>12}{flops:>16}{parameters:>20}{row.error:>8.3f}")
+            lines.append(
+                f"{label:<16}{kept:>12}{flops:>16}{parameters:>20}{_rounded(row.error):>8}"
+            )
         return "\n".join([*lines, self.summary()])
+
+
+def _rounded(error: float | None) -> str:
+    return "–" if error is None else f"{error:.3f}"

@@ -55,10 +55,6 @@ def make_report(
 def _row(
     before: SubLayer, after: SubLayer, unit_flops: int, fit: TunedProjection
 ) -> SubLayerReport:
-    def parameters(sublayer: SubLayer) -> int:
-        linears = (*sublayer.inputs, sublayer.output)
-        return sum(p.numel() for linear in linears for p in linear.parameters())
-
     return SubLayerReport(
         name=after.name,
         layer=after.layer,
@@ -67,7 +63,7 @@ def _row(
         units_before=before.units,
         flops=after.units * unit_flops,
         flops_before=before.units * unit_flops,
-        parameters=parameters(after),
-        parameters_before=parameters(before),
+        parameters=after.parameters,
+        parameters_before=before.parameters,
         error=fit.error,
     )

@@ -55,6 +55,12 @@ class SubLayer:
         return len(self.paths.inputs) * self.paths.stacked + 1
 
     @property
+    def parameters(self) -> int:
+        """Weights and biases of the projections; the output's bias stays when all units go."""
+        linears = (*self.inputs, self.output)
+        return sum(p.numel() for linear in linears for p in linear.parameters())
+
+    @property
     def scale(self) -> Tensor | None:
         """What multiplies the output before the residual is added, ``(hidden,)``."""
         if self.paths.scale is None:

@@ -23,7 +23,7 @@ def arguments(folder):
 
 def test_readme_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    corda, reload, export, spend, prune = python_blocks()
+    corda, reload, export, spend, prune, with_code, within = python_blocks()
     batches = make_batches()
     ids = batches[0]["input_ids"]
 
@@ -62,3 +62,11 @@ def test_readme_code_runs(tmp_path, monkeypatch):
     with torch.no_grad():
         expected = names["pruned"].cpu().eval()(input_ids=ids).logits
         assert torch.equal(names["classifier"].eval()(input_ids=ids).logits, expected)
+
+    exec(with_code, names)
+    assert (tmp_path / "pruned" / "modeling_kprune_ext.py").exists()
+    names["classifier"] = make_model("bert")
+    dense = names["classifier"].num_parameters()
+    exec(within.replace("at_step=1000", "at_step=1"), names)
+    assert names["classifier"].num_parameters() < dense
+    assert names["classifier"].kprune_report.parameters_before == dense

@@ -92,46 +92,53 @@ def test_sizes_that_do_not_fit_the_weights_are_refused(tmp_path) -> None:
 def test_registering_twice_is_safe() -> None:
     modeling.register()
     importlib.reload(kprune_ext)
-    assert AutoConfig.for_model("kprune_bert").model_type == "kprune_bert"
+    assert AutoConfig.for_model("kprune_ext_bert").model_type == "kprune_ext_bert"
 
 
 def test_a_name_taken_by_another_package_is_reported(monkeypatch) -> None:
     class KPruneBertConfig(BertConfig):
-        model_type = "kprune_bert"
+        model_type = "kprune_ext_bert"
 
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    monkeypatch.setitem(CONFIG_MAPPING._extra_content, "kprune_bert", KPruneBertConfig)
-    with pytest.raises(RuntimeError, match=r"'kprune_bert' is already registered.*Import only one"):
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, "kprune_ext_bert", KPruneBertConfig)
+    with pytest.raises(
+        RuntimeError, match=r"'kprune_ext_bert' is already registered.*Import only one"
+    ):
         modeling.register()
 
 
 def test_importing_replaces_nothing_of_transformers_and_starts_no_cuda() -> None:
     script = """
-import inspect, sys
+import importlib, inspect, sys
 import torch, transformers
-from transformers.models.bert import configuration_bert, modeling_bert
-from transformers import configuration_utils, modeling_utils, Trainer, pytorch_utils
-from transformers.models.auto import auto_factory, configuration_auto, modeling_auto
+for name in ("Trainer", "TrainerCallback", "pipeline", "PreTrainedModel", "AutoModel"):
+    getattr(transformers, name)
+families = ("bert", "roberta", "xlm_roberta", "camembert", "electra", "distilbert", "mpnet",
+            "deberta_v2", "modernbert", "vit", "dinov2")
+for family in families:
+    for part in ("modeling", "configuration"):
+        importlib.import_module(f"transformers.models.{family}.{part}_{family}")
 
 def identities():
     found = {}
-    modules = (modeling_bert, configuration_bert, configuration_utils, modeling_utils,
-               auto_factory, configuration_auto, modeling_auto, pytorch_utils, torch.nn)
-    for module in modules:
-        for name, value in vars(module).items():
-            if inspect.isclass(value) or inspect.isfunction(value):
-                found[module.__name__, name] = id(value)
+    for module_name, module in list(sys.modules.items()):
+        if not (module_name + ".").startswith("transformers.") and module is not torch.nn:
+            continue
+        for name, value in list(vars(module).items()):
+            if inspect.isclass(value) or inspect.isroutine(value):
+                found[module_name, name] = value
             if inspect.isclass(value):
-                for member, attribute in vars(value).items():
-                    if inspect.isfunction(attribute):
-                        found[module.__name__, name, member] = id(attribute)
+                for member, attribute in list(vars(value).items()):
+                    if inspect.isroutine(attribute) or isinstance(attribute, property):
+                        found[module_name, name, member] = attribute
     return found
 
 before = identities()
 import kprune_ext
-assert len(before) > 500
-changed = [key for key, value in identities().items() if before.get(key) != value]
+assert len(before) > 10_000, len(before)
+after = identities()
+changed = [key for key, value in before.items() if after.get(key) is not value]
 assert not changed, changed
 assert not torch.cuda.is_initialized()
 """

@@ -1,0 +1,85 @@
+"""The part of a model card (README.md) that is about the pruning."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from kprune_ext.report import KPruneReport
+
+CARD_NAME = "README.md"
+# Around our section, so that saving again replaces it and leaves everything else alone.
+_START, _END = "<!-- kprune_ext: start -->", "<!-- kprune_ext: end -->"
+_SECTION = re.compile(rf"\n*{re.escape(_START)}.*?{re.escape(_END)}\n*", flags=re.DOTALL)
+_TEXT = """\
+## Pruned with K-prune
+
+Attention heads and feed-forward neurons were removed with
+[K-prune](https://arxiv.org/abs/2308.03449); what is left of each layer:
+
+{table}
+
+{loading}
+"""
+_PLUGIN = """\
+transformers needs a plugin to load it: `pip install peft-corda`, then
+
+```python
+import kprune_ext  # before the model is loaded
+from transformers import {auto}
+
+model = {auto}.from_pretrained("path or hub id")
+```"""
+_SELF_CONTAINED = """\
+
+Without the plugin, pass `trust_remote_code=True` in place of the import: that runs `{file}` of this
+repository, so read it first."""
+
+
+def pruning_section(report: KPruneReport, auto: str, modeling_file: str | None) -> str:
+    """What was kept, and how to load the model.
+
+    Args:
+        report: of the pruning.
+        auto: name of transformers' Auto class that loads the model.
+        modeling_file: name of the code beside the weights, if they come with it.
+    """
+    loading = _PLUGIN.format(auto=auto)
+    if modeling_file is not None:
+        loading += "\n" + _SELF_CONTAINED.format(file=modeling_file)
+    return _TEXT.format(table=report.markdown(), loading=loading)
+
+
+def with_section(text: str, section: str) -> str:
+    """The text of a card with our section at its end, in place of an older one."""
+    rest = _SECTION.sub("\n\n", text).rstrip("\n")
+    return f"{rest}\n\n{_START}\n{section}{_END}\n"
+
+
+def card_text(folder: str | os.PathLike[str], section: str) -> str:
+    """The folder's card, or a new one, with the section."""
+    path = os.path.join(folder, CARD_NAME)
+    if not os.path.isfile(path):
+        return new_card(section)
+    # Line breaks as they are: the text is the user's.
+    with open(path, encoding="utf-8", newline="") as file:
+        return with_section(file.read(), section)
+
+
+def new_card(section: str) -> str:
+    """A card with nothing but the section."""
+    data = ModelCardData(library_name="transformers", tags=["kprune"])
+    return with_section(f"---\n{data.to_yaml()}\n---\n\n# Pruned model", section)
+
+
+def remote_card(repo_id: str, section: str, token: str | bool | None) -> str:
+    """The card of a repository on the hub, or a new one where it has none, with the section."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        card = ModelCard.load(repo_id, token=token)  # type: ignore[arg-type]
+    except EntryNotFoundError:
+        return new_card(section)
+    return with_section(str(card), section)

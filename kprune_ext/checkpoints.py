@@ -1,0 +1,228 @@
+"""How pruned models are saved, loaded and uploaded: as transformers' are, and more carefully."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from huggingface_hub import HfApi
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from kprune_ext.architectures import Architecture
+from kprune_ext.card import CARD_NAME, card_text, pruning_section, remote_card
+from kprune_ext.kept import kept_units
+from kprune_ext.loading import check_weights, refuse_pickle, stored_report
+from kprune_ext.report import REPORT_FILE, KPruneReport
+from kprune_ext.saving import replacing_files
+from kprune_ext.self_contained import MODELING_FILE, auto_map, modeling_source
+
+logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    _Base = PreTrainedModel
+else:
+    _Base = object
+
+
+class Checkpoints(_Base):
+    """Saving and loading of pruned models.
+
+    Attributes:
+        kprune_report: what :func:`kprune_ext.kprune` did; None on a model without a stored report.
+        kprune_row: the family's table row.
+        kprune_auto: the Auto class that loads models of this class.
+        kprune_family: by Auto class, the pruned models of the family.
+    """
+
+    kprune_report: KPruneReport | None = None
+    kprune_row: ClassVar[Architecture]
+    kprune_auto: ClassVar[Any]
+    kprune_family: ClassVar[dict[Any, Any]]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a pruned model, with the options of transformers' ``from_pretrained``.
+
+        Raises:
+            ValueError: the weights are pickled, incomplete, damaged, or not of the sizes that the
+                config says.
+            OSError: there is no such folder, file or repository.
+        """
+        source = pretrained_model_name_or_path
+        refuse_pickle(source, kwargs)
+        wants_info = kwargs.pop("output_loading_info", False)
+        allow_mismatched = kwargs.pop("ignore_mismatched_sizes", False)
+        where = dict(kwargs)
+        loads_file = kwargs.get("state_dict") is None and not kwargs.get("gguf_file")
+        safe = {"use_safetensors": True} if loads_file else {}
+        try:
+            # Mismatched sizes pass here, so that the message can be ours.
+            loaded: Any = super().from_pretrained(
+                source,
+                *args,
+                **(kwargs | safe),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+        except SafetensorError as error:
+            raise ValueError(
+                f"A file of weights in {os.fspath(source)!r} is damaged or no safetensors file "
+                f"({error}). Restore it from the pruned checkpoint."
+            ) from error
+        model, info = loaded
+        if loads_file:
+            check_weights(model, source, info, allow_mismatched)
+            model.kprune_report = _fitting(model, stored_report(source, where))
+        return (model, info) if wants_info else model
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
+        *,
+        self_contained: bool = False,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save weights, config, report and a model card; all of it, or what was there before stays.
+
+        Args:
+            save_directory: folder; other files in it stay.
+            is_main_process: whether this process writes.
+            state_dict: to save in place of the model's own.
+            self_contained: also write a modelling file, with which transformers loads the model
+                without this package if it is given ``trust_remote_code=True``.
+            push_to_hub: upload afterwards, as :meth:`push_to_hub` does.
+            kwargs: other options of transformers' ``save_pretrained``, or of :meth:`push_to_hub`.
+
+        Raises:
+            ValueError: an option asks for pickled weights, or for a sharded way of saving that
+                cannot be undone.
+            OSError: the folder cannot be written.
+        """
+        if kwargs.pop("safe_serialization", True) is not True:
+            raise ValueError(
+                "Pruned models are saved as safetensors only. Leave out safe_serialization=False."
+            )
+        if kwargs.get("distributed_checkpoint"):
+            raise ValueError(
+                "distributed_checkpoint=True is not supported for pruned models: its many writers "
+                "cannot be undone together. Leave it out; weights are gathered, then saved."
+            )
+        hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
+        if not is_main_process:
+            super().save_pretrained(save_directory, False, state_dict, **kwargs)
+            return
+        replaceable = {MODELING_FILE, REPORT_FILE}
+        with replacing_files(save_directory, replaceable) as folder:
+            with self._config_for_saving(self_contained):
+                super().save_pretrained(folder, True, state_dict, **kwargs)
+            if (folder / "config.json").exists():  # else it is an adapter that was saved
+                self._write_extras(folder, Path(save_directory), self_contained)
+        if push_to_hub:
+            name = hub.pop("repo_id", None) or Path(save_directory).resolve().name
+            self.push_to_hub(name, self_contained=self_contained, **hub)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        self_contained: bool = False,
+        commit_message: str | None = "Upload model",
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Upload the model, with its section in the model card that the repository has.
+
+        Args:
+            repo_id: name, with or without a namespace; made if need be.
+            self_contained: as in :meth:`save_pretrained`.
+            commit_message, commit_description, revision, create_pr: of the commit.
+            private: whether a new repository is.
+            token: of the hub; by default that of `hf auth login`.
+            kwargs: options of :meth:`save_pretrained`, such as ``max_shard_size``.
+
+        Returns:
+            What ``huggingface_hub.HfApi.upload_folder`` does.
+        """
+        hub = HfApi(token=token)
+        repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        kwargs.pop("tags", None)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, self_contained=self_contained, **kwargs)
+            text = remote_card(repo_id, self._section(self_contained), token)
+            Path(folder, CARD_NAME).write_text(text, encoding="utf-8")
+            return hub.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+    def _section(self, self_contained: bool) -> str:
+        from kprune_ext.saved_report import load_report
+
+        file = MODELING_FILE if self_contained else None
+        return pruning_section(load_report(self), self.kprune_auto.__name__, file)
+
+    def _write_extras(self, folder: Path, target: Path, self_contained: bool) -> None:
+        if self_contained:
+            text = modeling_source(self.kprune_row, type(self.config), self.kprune_family)
+            (folder / MODELING_FILE).write_text(text, encoding="utf-8")
+        if self.kprune_report is not None:
+            self.kprune_report.save_json(folder / REPORT_FILE)
+        text = card_text(target, self._section(self_contained))
+        with open(folder / CARD_NAME, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+
+    @contextlib.contextmanager
+    def _config_for_saving(self, self_contained: bool) -> Iterator[None]:
+        config: Any = self.config
+        before = config.__dict__.pop("auto_map", None)
+        if self_contained:
+            config.auto_map = auto_map(type(config), self.kprune_family)
+        try:
+            yield
+        finally:
+            config.__dict__.pop("auto_map", None)
+            if before is not None:
+                config.auto_map = before
+
+
+_HUB_OPTIONS = (
+    "repo_id",
+    "commit_message",
+    "commit_description",
+    "private",
+    "token",
+    "revision",
+    "create_pr",
+    "tags",
+)
+
+
+def _fitting(model: Any, report: KPruneReport | None) -> KPruneReport | None:
+    """The report, if it is about a model of these sizes."""
+    if report is None:
+        return None
+    rows = kept_units(
+        model.config, model.config.num_attention_heads, model.kprune_row.neurons(model.config)
+    )
+    sizes = [size for row in rows for size in (len(row.heads), len(row.neurons))]
+    if sizes == [row.units for row in report.sublayers]:
+        return report
+    logger.warning("Left out %s: it is about a model with other sizes than this one.", REPORT_FILE)
+    return None

@@ -1,0 +1,108 @@
+"""Checkpoints of pruned models that appear whole or not at all.
+
+New files are written into a hidden folder inside the checkpoint's own, and each takes its name by a
+rename once all are complete. An error, or a kill while weights are written, leaves what was there
+before. Only a kill between two of the final renames, which move no data, can mix two checkpoints; for
+weights in one file that is either harmless or refused on loading, as sizes then differ.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_UNFINISHED = ".kprune-unfinished-"
+_WEIGHTS = re.compile(
+    r"model(?:\.(?P<variant>(?!safetensors)[^.]+?))?"
+    r"(?:-\d{5}-of-\d{5})?\.safetensors(?P<index>\.index\.(?:[^.]+\.)?json)?"
+)
+
+
+@contextmanager
+def replacing_files(
+    folder: str | os.PathLike[str], replaceable: Iterable[str] = ()
+) -> Iterator[Path]:
+    """An empty folder whose files move into ``folder`` if the block ends without an error.
+
+    Files there of other names stay, except weights that the new ones take the place of: shards, or
+    the single file where there are shards now.
+
+    Args:
+        folder: of the checkpoint; made if need be, and removed again after an error.
+        replaceable: names of files that are removed, too, where no new one takes their place.
+
+    Raises:
+        NotADirectoryError: there is a file of that name.
+    """
+    target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(
+            f"Cannot save to {os.fspath(folder)!r}: it is a file. Pass the name of a folder."
+        )
+    made = [path for path in (target, *target.parents) if not path.exists()]
+    target.mkdir(parents=True, exist_ok=True)
+    for left in target.glob(f"{_UNFINISHED}*"):  # of a save that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    unfinished = target / f"{_UNFINISHED}{uuid.uuid4().hex}"
+    new, old = unfinished / "new", unfinished / "old"
+    done = False
+    try:
+        new.mkdir(parents=True)
+        old.mkdir()
+        yield new
+        _put_in_place(new, old, target, set(replaceable))
+        done = True
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if not done:
+            for path in made:
+                if path.is_dir() and not any(path.iterdir()):
+                    path.rmdir()
+
+
+def _put_in_place(new: Path, old: Path, target: Path, replaceable: set[str]) -> None:
+    names = sorted(path.name for path in new.iterdir())
+    present = {path.name for path in target.iterdir() if path.is_file()}
+    stale = (replaceable & present) - set(names) | _stale_weights(present, set(names))
+    placed: list[str] = []
+    for name in (present & set(names)) | stale:
+        _keep(target / name, old / name)
+    try:
+        for name in names:
+            os.replace(new / name, target / name)
+            placed.append(name)
+        for name in stale:
+            os.remove(target / name)
+    except BaseException:
+        for name in placed:
+            if name not in present:
+                os.remove(target / name)
+        for path in old.iterdir():
+            os.replace(path, target / path.name)
+        raise
+
+
+def _keep(path: Path, second: Path) -> None:
+    """Give a file a second name, or a copy where the file system has no links."""
+    try:
+        os.link(path, second)
+    except OSError:
+        shutil.copy2(path, second)
+
+
+def _stale_weights(present: set[str], names: set[str]) -> set[str]:
+    written = {variant for name in names for variant in _variant(name)}
+    return {name for name in present - names if written & set(_variant(name))}
+
+
+def _variant(name: str) -> list[str]:
+    """The variant of a file of weights, empty for the usual one; nothing for other files."""
+    match = _WEIGHTS.fullmatch(name)
+    if match is None:
+        return []
+    return [match["variant"] or re.sub(r"^\.index\.|\.?json$", "", match["index"] or "")]

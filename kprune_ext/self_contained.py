@@ -1,0 +1,139 @@
+"""The modelling file with which transformers loads a pruned model where this package is missing."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from kprune_ext import attention, standalone
+from kprune_ext.architectures import Architecture, SubLayerPaths
+from kprune_ext.kept import decode_indices
+
+MODELING_FILE = "modeling_kprune_ext.py"
+
+_HEADER = '''\
+"""Layers of uneven size for a {family} model that was pruned with kprune_ext.
+
+Written by kprune_ext {version} (in the distribution peft-corda, Apache-2.0), so that transformers can
+load the model with trust_remote_code=True. With `import kprune_ext` it needs neither.
+"""
+'''
+_CLASS = '''\
+class {name}({bases}):
+    """{about}."""
+
+    {setting}
+'''
+
+
+def auto_map(config_class: type, models: Mapping[Any, type[PreTrainedModel]]) -> dict[str, str]:
+    """The config's field that tells transformers which class of the file to take.
+
+    Args:
+        config_class: of the pruned family.
+        models: by Auto class, its pruned models.
+    """
+    module = MODELING_FILE.removesuffix(".py")
+    named = {auto.__name__: f"{module}.{kind.__name__}" for auto, kind in models.items()}
+    return {"AutoConfig": f"{module}.{config_class.__name__}"} | named
+
+
+def modeling_source(
+    architecture: Architecture, config_class: type, models: Mapping[Any, type[PreTrainedModel]]
+) -> str:
+    """The file's text: nothing but what this family needs, from this package's own source.
+
+    Args:
+        architecture: the family's table row.
+        config_class: of the pruned family.
+        models: by Auto class, its pruned models.
+    """
+    from kprune_ext import __version__
+
+    dense_config = config_class.__bases__[0]
+    dense = {kind: kind.__bases__[1] for kind in models.values()}
+    attention_code, imports = _attention_code(architecture)
+    names = sorted({dense_config.__name__, *(kind.__name__ for kind in dense.values())})
+    parts = [
+        _HEADER.format(family=architecture.model_type, version=__version__),
+        "from __future__ import annotations\n",
+        "from typing import Any\n",
+        "from torch import Tensor, nn",
+        "from transformers import (\n    " + ",\n    ".join(names) + ",\n)",
+        *imports,
+        "",
+        inspect.getsource(decode_indices),
+        *attention_code,
+        f"LAYERS = {architecture.layers!r}",
+        _table(architecture),
+        inspect.getsource(standalone.UnevenLayers),
+        inspect.getsource(standalone.set_units),
+        inspect.getsource(standalone.set_size),
+        inspect.getsource(standalone.replace_module),
+        _CLASS.format(
+            name=config_class.__name__,
+            bases=dense_config.__name__,
+            about="With the field ``kprune``, the units that are kept",
+            setting=f"model_type = {architecture.pruned_type!r}",
+        ),
+    ]
+    for kind, base in dense.items():
+        parts.append(
+            _CLASS.format(
+                name=kind.__name__,
+                bases=f"UnevenLayers, {base.__name__}",
+                about=f"{base.__name__} with layers of uneven size",
+                setting=f"config_class = {config_class.__name__}",
+            )
+        )
+    return "\n".join(parts)
+
+
+def _attention_code(architecture: Architecture) -> tuple[list[str], list[str]]:
+    """Source of the family's own attention modules, and the imports that it needs."""
+    adapters = {paths.adapt for paths in architecture.attention if paths.adapt is not None}
+    own: list[type] = []
+    imports: set[str] = set()
+    for adapt in adapters:
+        for kind in _classes_used(adapt):
+            if kind.__module__ == attention.__name__:
+                own.append(kind)
+                imports.update(map(_import, kind.__bases__))
+            else:
+                imports.add(_import(kind))
+    code = [inspect.getsource(attention._take_over)] if own else []
+    code += [inspect.getsource(kind) for kind in own]
+    code += [inspect.getsource(adapt) for adapt in adapters]
+    return code, sorted(imports)
+
+
+def _classes_used(function: Callable[..., Any]) -> list[type]:
+    values = (getattr(attention, name, None) for name in function.__code__.co_names)
+    return [value for value in values if isinstance(value, type)]
+
+
+def _import(kind: type) -> str:
+    return f"from {kind.__module__} import {kind.__name__}"
+
+
+def _table(architecture: Architecture) -> str:
+    lines = ["SUBLAYERS: dict[str, Any] = {"]
+    for kind in ("attention", "ffn"):
+        variants: tuple[SubLayerPaths, ...] = getattr(architecture, kind)
+        lines.append(f"    {kind!r}: [")
+        for paths in variants:
+            adapt = None if paths.adapt is None else paths.adapt.__name__
+            lines += [
+                "        {",
+                f"            'inputs': {paths.inputs!r},",
+                f"            'output': {paths.output!r},",
+                f"            'stacked': {paths.stacked},",
+                f"            'counter': {paths.counter!r},",
+                f"            'adapt': {adapt},",
+                "        },",
+            ]
+        lines.append("    ],")
+    return "\n".join([*lines, "}", ""])
