@@ -23,6 +23,7 @@ from .config import CordaConfig
 from .factors import CordaFactors, sample_of
 from .files import atomic_save, replacing
 from .passes import Group
+from .placement import whole_parameters
 from .processes import Processes
 from .runner import digest_of
 from .statistics import CovarianceAccumulator
@@ -125,9 +126,8 @@ def identity(
         data: what the calibration data is recognised by.
     """
     weights = hashlib.sha256()
-    for _, parameter in model.named_parameters():
-        if parameter.device.type != "meta":
-            weights.update(sample_of(parameter.detach()).numpy().tobytes())
+    for parameter in whole_parameters(model):
+        weights.update(sample_of(parameter).numpy().tobytes())
     return {
         "methods": list(methods),
         "corda_weighting": config.corda_weighting,

@@ -15,9 +15,11 @@ from .checkpoint import Snapshots
 from .groups import InputSharing
 from .masks import kept_rows
 from .passes import Group
+from .placement import moves_weights
 from .processes import Processes
-from .runner import Batch, Runner, count_of, evaluating, moves_weights, visiting
+from .runner import Batch, Runner, count_of, evaluating, visiting
 from .statistics import Covariance, CovarianceAccumulator, CrossAccumulator, CrossCovariance
+from .weights import whole_bias
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ class _Sums:
             if isinstance(accumulator, CrossAccumulator):
                 assert output is not None  # modules of cross-covariances are visited after
                 given = kept_rows(name, output, self._runner.mask).float()
-                bias = getattr(self._modules[name], "bias", None)
+                bias = whole_bias(self._modules[name])
                 accumulator.update_pair(rows, given if bias is None else given - bias.float())
             else:
                 accumulator.update(rows)

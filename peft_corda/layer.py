@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from .difference import add_difference
+from .placement import execution_device, is_partitioned
 from .weights import quantization_of, weight_shape
 
 _START_NAMES = ("lora_A0", "lora_B0")
@@ -77,7 +78,7 @@ class CordaVariant(LoraVariant):
         start_a, start_b = module.lora_A0[active_adapter], module.lora_B0[active_adapter]
         scale, dropout = module.scaling[active_adapter], module.lora_dropout[active_adapter]
         drops = dropout.training and not isinstance(dropout, nn.Identity)
-        if not drops and not _is_partitioned(factor_a.weight):
+        if not drops and not is_partitioned(factor_a.weight):
             summed = add_difference(
                 result, x, factor_a.weight, factor_b.weight, start_a, start_b, scale
             )
@@ -155,10 +156,10 @@ class CordaLayer(LoraLayer):
         PEFT also calls this after loading weights with `low_cpu_mem_usage`, where going through the
         bfloat16 of a base would round a float32 adapter.
         """
-        if adapter_name not in self.lora_B0.started:
-            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-            return
         target = self._base_device() if device is None else device
+        if adapter_name not in self.lora_B0.started:
+            super()._move_adapter_to_device_of_base_layer(adapter_name, target)
+            return
         for linears in (self.lora_A, self.lora_B):
             linears[adapter_name].to(target)
         for start in (self.lora_A0, self.lora_B0):
@@ -210,7 +211,8 @@ class CordaLayer(LoraLayer):
         return [name for name in names if name in self.lora_A]
 
     def _base_device(self) -> torch.device:
-        return cast(nn.Linear, self.get_base_layer()).weight.device
+        # Where it computes: the weight itself may be offloaded.
+        return execution_device(self.get_base_layer())
 
     def __repr__(self) -> str:
         return super().__repr__().replace("lora.Corda", "corda.", 1)
@@ -244,11 +246,6 @@ def new_layer(
     from .bnb_layers import LAYERS
 
     return cast(CordaLayer, LAYERS[kind](base_layer, adapter_name, config=config, **kwargs))
-
-
-def _is_partitioned(weight: Tensor) -> bool:
-    """Whether DeepSpeed keeps only a part of it here, and gathers it for its module's forward."""
-    return hasattr(weight, "ds_id")
 
 
 def _linear(layers: nn.ModuleDict, adapter_name: str) -> nn.Linear:
