@@ -9,7 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate.utils import convert_file_size_to_int, send_to_device
+from accelerate.utils import (
+    convert_file_size_to_int,
+    extract_model_from_parallel,
+    send_to_device,
+)
 from peft import PeftModel
 from torch import nn
 
@@ -22,9 +26,10 @@ from .factors import CordaFactors, ModuleFactors
 from .groups import discover, with_cross
 from .memory import give_back
 from .model import CordaModel
+from .placement import reshard, spreading_of
 from .plan import Plan, make_plan
 from .processes import Processes
-from .runner import count_of, digest_of
+from .runner import Runner, count_of, digest_of, first_example
 from .targets import find_targets
 
 
@@ -44,7 +49,8 @@ def calibrate(
 
     Args:
         model: the base model, or a `PeftModel` around it (which is run with its adapters as they
-            are). Left as it was: weights, mode, hooks and gradients.
+            are), also wrapped by `DistributedDataParallel`, sharded by `fully_shard` or DeepSpeed
+            ZeRO-3, or offloaded by accelerate. Left as it was: weights, mode, hooks and gradients.
         config: its target modules, ranks, method, weighting and damping are used. The result is also
             put into `config.corda_factors`, so that `get_peft_model(model, config)` comes next.
         dataloader: batches that stand for the knowledge to keep (``kpm``) or for the task (``ipm``),
@@ -77,20 +83,21 @@ def calibrate(
         ValueError: if an argument is out of range, no module matches, one is not supported or too
             small for its rank, the data is empty, masked out, or gives NaN or infinite activations,
             `max_memory` is too small for a single layer, or `checkpoint_dir` belongs to another
-            calibration.
-        RuntimeError: if another process failed.
+            calibration, or if the model is tensor-parallel or wrapped by FSDP1.
+        RuntimeError: if another process failed, ended or did not come in time.
     """
     chosen = _check_arguments(config, methods, dtype)
     given = _bytes(max_memory)
-    processes = Processes()
+    model = extract_model_from_parallel(model)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    processes = Processes(in_step=spreading_of(base) is not None)
     targets = find_targets(base, config)
     with processes.together():
         # An iterator can be run through once, passes may need more.
         batches = list(dataloader) if isinstance(dataloader, Iterator) else dataloader
         own = next(iter(batches), None)
     first = _first(own, processes)
-    with processes.together():
+    with processes.together(running_model=True):
         layout = discover(base, targets, first)
     groups = layout.groups
     if chosen == ("ipm",) and config.corda_weighting == "covariance":
@@ -110,6 +117,7 @@ def calibrate(
         dtype=dtype,
         without_padding=not layout.masked,
         processes=processes,
+        spare=_spare(base, targets, first) if processes.in_step else None,
     )
     if options.progress:
         print(plan, file=sys.stderr)
@@ -146,6 +154,7 @@ def _run_pass(
     """The factors of the modules of one pass."""
     groups = plan.passes[number]
     covariances = collect_covariances(base, targets, batches, groups, options, plan.carried(number))
+    reshard(base)
     give_back()
     modules = factorise(
         groups, covariances, targets, config, methods, options.processes, options.progress
@@ -224,6 +233,13 @@ def _bytes(max_memory: int | str | None) -> int | None:
             "max_memory must be a whole number of bytes or a text such as '500MB' or '4GiB', got "
             f"{max_memory!r}."
         ) from None
+
+
+def _spare(
+    base: nn.Module, targets: Mapping[str, nn.Module], first: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    part = Runner(base, targets).parts(first)[0]
+    return first_example(part) or part
 
 
 def _first(batch: Mapping[str, Any] | None, processes: Processes) -> Mapping[str, Any]:

@@ -74,9 +74,9 @@ class Checkpoint:
 
     def finish(self, number: int, factors: CordaFactors) -> None:
         """Keep the factors of a pass; its sums are no longer needed."""
-        if self._processes.is_main:
-            factors.save(self._pass_file(number))
-        self._processes.wait()
+        with self._processes.together():
+            if self._processes.is_main:
+                factors.save(self._pass_file(number))
         self._sums_file().unlink(missing_ok=True)
 
     def snapshots(self, number: int) -> Snapshots:

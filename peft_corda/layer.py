@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora import LoraConfig
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
@@ -21,34 +20,11 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from .difference import add_difference
-from .placement import execution_device, is_partitioned
+from .placement import execution_device, fill, is_dtensor, is_partitioned
+from .starts import StartBuffers
 from .weights import quantization_of, weight_shape
 
 _START_NAMES = ("lora_A0", "lora_B0")
-
-
-class StartBuffers(BufferDict):
-    """Frozen starting factors by adapter name, saved with the adapter.
-
-    Remembers which adapters were given a start, by calibration or from a checkpoint.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(persistent=True)
-        self.started: set[str] = set()
-
-    def __delitem__(self, key: str) -> None:
-        super().__delitem__(key)
-        self.started.discard(key)
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        for name in self.keys():
-            loaded = state_dict.get(prefix + name)
-            if loaded is not None and bool(loaded.any()):
-                self.started.add(name)
 
 
 class CordaVariant(LoraVariant):
@@ -78,14 +54,18 @@ class CordaVariant(LoraVariant):
         start_a, start_b = module.lora_A0[active_adapter], module.lora_B0[active_adapter]
         scale, dropout = module.scaling[active_adapter], module.lora_dropout[active_adapter]
         drops = dropout.training and not isinstance(dropout, nn.Identity)
-        if not drops and not is_partitioned(factor_a.weight):
+        # Factors that are spread over processes are whole within their own modules' forward alone.
+        apart = is_partitioned(factor_a.weight) or is_dtensor(factor_a.weight)
+        if not drops and not apart:
             summed = add_difference(
                 result, x, factor_a.weight, factor_b.weight, start_a, start_b, scale
             )
         else:
             # The same two products through the same kernels: equal factors cancel to the last bit.
-            start = F.linear(F.linear(x, start_a), start_b)
-            summed = result + (factor_b(factor_a(dropout(x))) - start) * scale
+            hidden = factor_a(dropout(x))
+            dtype = hidden.dtype  # FSDP2's mixed precision casts parameters, but not buffers
+            start = F.linear(F.linear(x.to(dtype), start_a.to(dtype)), start_b.to(dtype))
+            summed = result + (factor_b(hidden) - start) * scale
         if factor_b.weight.requires_grad and summed.requires_grad:
             module.refuse_to_train_without_start(active_adapter, summed)
         return summed
@@ -131,6 +111,8 @@ class CordaLayer(LoraLayer):
     ) -> None:
         """Set `A`, `B` and what they are taken to have started from, `A0` and `B0`."""
         device = self._base_device()
+        if device.type == "meta":  # the base is still to be loaded; what is frozen here is not
+            device = factor_a.device
         for linears, starts, factor, start in (
             (self.lora_A, self.lora_A0, factor_a, start_a),
             (self.lora_B, self.lora_B0, factor_b, start_b),
@@ -144,7 +126,7 @@ class CordaLayer(LoraLayer):
                 )
             else:
                 # The same parameter: an optimizer may have it already.
-                linear.weight.data = value.clone()
+                fill(linear.weight, value)
             starts[adapter_name] = start.to(value).contiguous().clone()
         self.lora_B0.started.add(adapter_name)
 
@@ -159,6 +141,8 @@ class CordaLayer(LoraLayer):
         target = self._base_device() if device is None else device
         if adapter_name not in self.lora_B0.started:
             super()._move_adapter_to_device_of_base_layer(adapter_name, target)
+            return
+        if target.type == "meta":
             return
         for linears in (self.lora_A, self.lora_B):
             linears[adapter_name].to(target)

@@ -31,7 +31,7 @@ def spreading_of(model: nn.Module) -> str | None:
         _refuse_tensor_parallel(next(iter(dict(model.named_parameters())), "the model"))
     fully_sharded = any(is_fully_sharded(module) for module in model.modules())
     for name, parameter in model.named_parameters():
-        if _is_dtensor(parameter):
+        if is_dtensor(parameter):
             shards = sum(placement.is_shard() for placement in _dtensor(parameter).placements)
             if shards and not (fully_sharded and shards == 1):
                 _refuse_tensor_parallel(name)
@@ -48,6 +48,11 @@ def is_fully_sharded(module: nn.Module) -> bool:
 def is_partitioned(parameter: Tensor) -> bool:
     """Whether DeepSpeed keeps only a part of it here, and gathers it for its module's forward."""
     return hasattr(parameter, "ds_id")
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether only a part of it is here, as FSDP2 and tensor parallelism keep it."""
+    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
 def moves_weights(model: nn.Module) -> bool:
@@ -77,7 +82,7 @@ def execution_device(module: nn.Module) -> torch.device:
                     else torch.device(device)
                 )
     parameter = next(module.parameters())
-    if _is_dtensor(parameter) and parameter.device.type != "meta":
+    if is_dtensor(parameter) and parameter.device.type != "meta":
         # With FSDP's CPU offloading the weights wait elsewhere.
         kind = _dtensor(parameter).device_mesh.device_type
         return (
@@ -86,7 +91,7 @@ def execution_device(module: nn.Module) -> torch.device:
             else torch.device(kind)
         )
     if is_partitioned(parameter):
-        return cast(torch.device, torch.device(cast(Any, parameter).ds_tensor.device))
+        return torch.device(cast(Any, parameter).ds_tensor.device)
     return parameter.device
 
 
@@ -116,19 +121,39 @@ def whole(parameter: Tensor) -> Tensor:
     """
     if is_partitioned(parameter):
         return parameter.detach().clone()  # DeepSpeed frees what it has gathered
-    if not _is_dtensor(parameter):
+    if not is_dtensor(parameter):
         return parameter.detach()
     spread = _dtensor(parameter.detach())
     return cast(Tensor, spread.to(spread.device_mesh.device_type).full_tensor())
 
 
 def whole_parameters(model: nn.Module) -> Iterator[Tensor]:
-    """Every parameter, one at a time; None is kept."""
+    """Every parameter that is anywhere, one at a time."""
     for module in model.modules():
         with brought_in(module):
             for parameter in module.parameters(recurse=False):
                 if parameter.device.type != "meta":
                     yield whole(parameter)
+
+
+def fill(parameter: Tensor, value: Tensor) -> None:
+    """Give a parameter that may be spread over processes this value `(same shape)`, in place.
+
+    If it is, all processes must call this with the same value.
+    """
+    if is_partitioned(parameter):
+        from deepspeed import zero
+
+        with zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.data.copy_(value)
+    elif is_dtensor(parameter):
+        from torch.distributed.tensor import distribute_tensor
+
+        spread = _dtensor(parameter)
+        own = distribute_tensor(value, spread.device_mesh, spread.placements, src_data_rank=None)
+        spread.to_local().copy_(own.to_local())
+    else:
+        parameter.data = value.clone()
 
 
 def reshard(model: nn.Module) -> None:
@@ -143,10 +168,6 @@ def _hooks(module: nn.Module) -> list[ModelHook]:
     if isinstance(hook, SequentialHook):
         return list(hook.hooks)
     return [] if hook is None else [cast(ModelHook, hook)]
-
-
-def _is_dtensor(tensor: Tensor) -> bool:
-    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
 def _dtensor(tensor: Tensor) -> Any:
