@@ -91,6 +91,8 @@ def calibrate(
     model = extract_model_from_parallel(model)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     processes = Processes(in_step=spreading_of(base) is not None)
+    # Weights are gathered by the outermost module that was sharded.
+    runs = model if processes.in_step else base
     targets = find_targets(base, config)
     with processes.together():
         # An iterator can be run through once, passes may need more.
@@ -98,7 +100,7 @@ def calibrate(
         own = next(iter(batches), None)
     first = _first(own, processes)
     with processes.together(running_model=True):
-        layout = discover(base, targets, first)
+        layout = discover(runs, targets, first)
     groups = layout.groups
     if chosen == ("ipm",) and config.corda_weighting == "covariance":
         groups = with_cross(groups, targets)
@@ -117,7 +119,7 @@ def calibrate(
         dtype=dtype,
         without_padding=not layout.masked,
         processes=processes,
-        spare=_spare(base, targets, first) if processes.in_step else None,
+        spare=_spare(runs, targets, first) if processes.in_step else None,
     )
     if options.progress:
         print(plan, file=sys.stderr)
@@ -128,7 +130,7 @@ def calibrate(
             snapshots = checkpoint.snapshots(number) if checkpoint is not None else None
             label = f"Calibrating ({number + 1} of {len(plan.passes)})"
             now = replace(options, description=label, snapshots=snapshots)
-            part = _run_pass(base, targets, batches, plan, number, now, config, chosen)
+            part = _run_pass(runs, targets, batches, plan, number, now, config, chosen)
             if checkpoint is not None:
                 checkpoint.finish(number, part)
         found.update(part.modules)
@@ -142,7 +144,7 @@ def calibrate(
 
 
 def _run_pass(
-    base: nn.Module,
+    model: nn.Module,
     targets: Mapping[str, nn.Module],
     batches: Iterable[Mapping[str, Any]],
     plan: Plan,
@@ -153,8 +155,10 @@ def _run_pass(
 ) -> CordaFactors:
     """The factors of the modules of one pass."""
     groups = plan.passes[number]
-    covariances = collect_covariances(base, targets, batches, groups, options, plan.carried(number))
-    reshard(base)
+    covariances = collect_covariances(
+        model, targets, batches, groups, options, plan.carried(number)
+    )
+    reshard(model)
     give_back()
     modules = factorise(
         groups, covariances, targets, config, methods, options.processes, options.progress
@@ -236,9 +240,9 @@ def _bytes(max_memory: int | str | None) -> int | None:
 
 
 def _spare(
-    base: nn.Module, targets: Mapping[str, nn.Module], first: Mapping[str, Any]
+    model: nn.Module, targets: Mapping[str, nn.Module], first: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    part = Runner(base, targets).parts(first)[0]
+    part = Runner(model, targets).parts(first)[0]
     return first_example(part) or part
 
 

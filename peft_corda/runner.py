@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from peft import PeftModel
 from torch import Tensor, nn
 
 from .masks import token_mask, unpadded
@@ -56,7 +57,8 @@ class Runner:
         """
         # Where weights are gathered, that is set up by the first call of the whole model.
         self._module = model if spreading_of(model) else _shortest(model, targets)
-        self._takes_cache = "use_cache" in inspect.signature(self._module.forward).parameters
+        inner = model.get_base_model() if isinstance(model, PeftModel) else self._module
+        self._takes_cache = "use_cache" in inspect.signature(inner.forward).parameters
         self.device = execution_device(model)
         two_sequences = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         self._without_padding = without_padding or two_sequences

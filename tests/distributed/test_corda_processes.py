@@ -9,6 +9,7 @@ from launching import launched
 from peft_corda import CordaFactors, calibrate
 from peft_corda.targets import find_targets
 
+
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     """What each of the two processes saw."""
@@ -67,7 +68,9 @@ def test_passes_change_nothing(seen):
 def test_error_in_one_process_ends_both(case, failed, error, seen):
     assert seen[failed][case].startswith(error)
     other = seen[1 - failed][case]
-    assert other.startswith(f"RuntimeError: Calibration failed in process {failed}, and this process")
+    assert other.startswith(
+        f"RuntimeError: Calibration failed in process {failed}, and this process"
+    )
     assert f"There it was: {error}" in other
 
 

@@ -31,7 +31,9 @@ def test_factors_are_those_of_one_process(case, seen, tmp_path):
         ours, theirs = found.modules[name], module
         assert ours.energy == pytest.approx(theirs.energy, rel=1e-6), name
         own, expected = (of.directions[method] for of in (ours, theirs))
-        torch.testing.assert_close(own.S.square().sum(), expected.S.square().sum(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            own.S.square().sum(), expected.S.square().sum(), rtol=1e-5, atol=0
+        )
         overlap = torch.linalg.svdvals(own.U.double().T @ expected.U.double())
         assert overlap.min() > 1 - 1e-4, name
 
