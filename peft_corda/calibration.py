@@ -26,7 +26,7 @@ from .factors import CordaFactors, ModuleFactors
 from .groups import discover, with_cross
 from .memory import give_back
 from .model import CordaModel
-from .placement import reshard, spreading_of
+from .placement import spreading_of
 from .plan import Plan, make_plan
 from .processes import Processes
 from .runner import Runner, count_of, digest_of, first_example
@@ -158,7 +158,6 @@ def _run_pass(
     covariances = collect_covariances(
         model, targets, batches, groups, options, plan.carried(number)
     )
-    reshard(model)
     give_back()
     modules = factorise(
         groups, covariances, targets, config, methods, options.processes, options.progress

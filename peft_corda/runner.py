@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from .masks import token_mask, unpadded
-from .placement import execution_device, spreading_of
+from .placement import execution_device, reshard, spreading_of
 
 # Batch entries that only serve a loss.
 _LABEL_KEYS = {"labels", "label", "label_ids", "start_positions", "end_positions"}
@@ -136,6 +136,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+        reshard(model)
 
 
 def first_example(batch: Batch) -> dict[str, Any] | None:

@@ -43,8 +43,10 @@ def calibrated(batches: Any, **options: Any) -> bytes:
     model = sharded(deep_model("llama", 3))
     method = options.pop("method", "kpm")
     factors = calibrate(model, make_config(corda_method=method), batches, verbose=False, **options)
-    left = all(isinstance(parameter, DTensor) for parameter in model.parameters())
-    assert left and not any(module._forward_hooks for module in model.model.layers.modules())
+    # As it was: sharded, and without a hook of ours.
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in linears)
     return bytes_of(factors)
 
 
