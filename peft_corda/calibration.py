@@ -87,7 +87,7 @@ def calibrate(
         RuntimeError: if another process failed, ended or did not come in time.
     """
     chosen = _check_arguments(config, methods, dtype)
-    given = _bytes(max_memory)
+    given = bytes_of_limit(max_memory)
     model = extract_model_from_parallel(model)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     processes = Processes(in_step=spreading_of(base) is not None)
@@ -226,7 +226,12 @@ def _check_arguments(
     return tuple(method for method in METHODS if method in chosen)
 
 
-def _bytes(max_memory: int | str | None) -> int | None:
+def bytes_of_limit(max_memory: int | str | None) -> int | None:
+    """`max_memory` as a number of bytes, or None.
+
+    Raises:
+        ValueError: if it is neither a number nor a text that tells one.
+    """
     if max_memory is None:
         return None
     try:

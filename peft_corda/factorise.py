@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .config import CordaConfig
 from .decomposition import Directions, decompose, decompose_product, right_factor
 from .factors import SAMPLE_SIZE, ModuleFactors, sample_of
-from .passes import Group
+from .passes import Group, owners_of
 from .processes import Processes
 from .statistics import Covariance, CrossCovariance, damped, damped_cross, effective_rank
 from .targets import rank_of
@@ -42,7 +42,7 @@ def factorise(
     Returns:
         Factors by module name, on the CPU.
     """
-    owners = processes.owners([_cost(group, targets) for group in groups])
+    owners = owners_of([_cost(group, targets) for group in groups], processes.count)
     # Weights that are spread over processes are gathered for one piece of work each at a time.
     rounds = processes.rounds(owners) if processes.in_step else [range(len(groups))]
     found: dict[str, ModuleFactors] = {}

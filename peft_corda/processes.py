@@ -74,15 +74,6 @@ class Processes:
             return None
         return self._object_from(value, owner)
 
-    def owners(self, costs: Sequence[float]) -> list[int]:
-        """Which process does each piece of work: the dearest first, to whoever has least to do."""
-        load = [0.0] * self.count
-        owners = [0] * len(costs)
-        for piece in sorted(range(len(costs)), key=lambda piece: -costs[piece]):
-            owners[piece] = load.index(min(load))
-            load[owners[piece]] += costs[piece]
-        return owners
-
     def rounds(self, owners: Sequence[int]) -> list[list[int]]:
         """Pieces of work in an order in which every process has one of each round to do at most."""
         waiting: list[list[int]] = [[] for _ in range(self.count)]

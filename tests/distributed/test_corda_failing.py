@@ -51,10 +51,10 @@ def test_trouble_in_one_process_ends_the_other(case, expected, tmp_path):
     status, said, took = ended(tmp_path, case)
     assert status[0] == 1
     last = said[0].strip().splitlines()[-1]
-    assert re.match(expected, last), said[0]
+    assert re.search(expected, last), said[0]
     assert took < 2 * failing_processes.PATIENCE + 20
     if case.endswith("bad"):
-        assert said[1].strip().splitlines()[-1].startswith(BAD)
+        assert BAD in said[1].strip().splitlines()[-1]
     assert not (tmp_path / "factors.safetensors").exists()
     left = {path.name for path in (tmp_path / "checkpoint").iterdir()}
     assert left <= {"plan.json", "sums-0.safetensors", "sums-1.safetensors"}
