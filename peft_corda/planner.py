@@ -12,7 +12,7 @@ A multiplication and an addition are 2 FLOPs.
 - factors: `r (out + 2) + 32` numbers of 4 bytes a module and method, on the CPU;
 - a forward pass: `2 out · in · T` a module, times the share of the model that is run again in later
   passes; statistics: `in² · T` a group (half of a full product);
-- a decomposition: `2 n · in²` for the product, `2 in · n²` for its triangle, `2 out · n²` for a tall `W`,
+- a decomposition: `2 n · in²` for the product, `2 in · n²` for its triangle, `2 out · n²` if tall,
   and `10 n³` for eigenvectors, or `8 n² · (r + max(16, r / 4))` where they are found by iteration.
 """
 
