@@ -9,7 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate.utils import convert_file_size_to_int, send_to_device
+from accelerate.utils import (
+    convert_file_size_to_int,
+    extract_model_from_parallel,
+    send_to_device,
+)
 from peft import PeftModel
 from torch import nn
 
@@ -22,9 +26,10 @@ from .factors import CordaFactors, ModuleFactors
 from .groups import discover, with_cross
 from .memory import give_back
 from .model import CordaModel
+from .placement import spreading_of
 from .plan import Plan, make_plan
 from .processes import Processes
-from .runner import count_of, digest_of
+from .runner import Runner, count_of, digest_of, first_example
 from .targets import find_targets
 
 
@@ -44,7 +49,8 @@ def calibrate(
 
     Args:
         model: the base model, or a `PeftModel` around it (which is run with its adapters as they
-            are). Left as it was: weights, mode, hooks and gradients.
+            are), also wrapped by `DistributedDataParallel`, sharded by `fully_shard` or DeepSpeed
+            ZeRO-3, or offloaded by accelerate. Left as it was: weights, mode, hooks and gradients.
         config: its target modules, ranks, method, weighting and damping are used. The result is also
             put into `config.corda_factors`, so that `get_peft_model(model, config)` comes next.
         dataloader: batches that stand for the knowledge to keep (``kpm``) or for the task (``ipm``),
@@ -77,21 +83,24 @@ def calibrate(
         ValueError: if an argument is out of range, no module matches, one is not supported or too
             small for its rank, the data is empty, masked out, or gives NaN or infinite activations,
             `max_memory` is too small for a single layer, or `checkpoint_dir` belongs to another
-            calibration.
-        RuntimeError: if another process failed.
+            calibration, or if the model is tensor-parallel or wrapped by FSDP1.
+        RuntimeError: if another process failed, ended or did not come in time.
     """
     chosen = _check_arguments(config, methods, dtype)
-    given = _bytes(max_memory)
-    processes = Processes()
+    given = bytes_of_limit(max_memory)
+    model = extract_model_from_parallel(model)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    processes = Processes(in_step=spreading_of(base) is not None)
+    # Weights are gathered by the outermost module that was sharded.
+    runs = model if processes.in_step else base
     targets = find_targets(base, config)
     with processes.together():
         # An iterator can be run through once, passes may need more.
         batches = list(dataloader) if isinstance(dataloader, Iterator) else dataloader
         own = next(iter(batches), None)
     first = _first(own, processes)
-    with processes.together():
-        layout = discover(base, targets, first)
+    with processes.together(running_model=True):
+        layout = discover(runs, targets, first)
     groups = layout.groups
     if chosen == ("ipm",) and config.corda_weighting == "covariance":
         groups = with_cross(groups, targets)
@@ -110,6 +119,7 @@ def calibrate(
         dtype=dtype,
         without_padding=not layout.masked,
         processes=processes,
+        spare=_spare(runs, targets, first) if processes.in_step else None,
     )
     if options.progress:
         print(plan, file=sys.stderr)
@@ -120,7 +130,7 @@ def calibrate(
             snapshots = checkpoint.snapshots(number) if checkpoint is not None else None
             label = f"Calibrating ({number + 1} of {len(plan.passes)})"
             now = replace(options, description=label, snapshots=snapshots)
-            part = _run_pass(base, targets, batches, plan, number, now, config, chosen)
+            part = _run_pass(runs, targets, batches, plan, number, now, config, chosen)
             if checkpoint is not None:
                 checkpoint.finish(number, part)
         found.update(part.modules)
@@ -134,7 +144,7 @@ def calibrate(
 
 
 def _run_pass(
-    base: nn.Module,
+    model: nn.Module,
     targets: Mapping[str, nn.Module],
     batches: Iterable[Mapping[str, Any]],
     plan: Plan,
@@ -145,7 +155,9 @@ def _run_pass(
 ) -> CordaFactors:
     """The factors of the modules of one pass."""
     groups = plan.passes[number]
-    covariances = collect_covariances(base, targets, batches, groups, options, plan.carried(number))
+    covariances = collect_covariances(
+        model, targets, batches, groups, options, plan.carried(number)
+    )
     give_back()
     modules = factorise(
         groups, covariances, targets, config, methods, options.processes, options.progress
@@ -214,7 +226,12 @@ def _check_arguments(
     return tuple(method for method in METHODS if method in chosen)
 
 
-def _bytes(max_memory: int | str | None) -> int | None:
+def bytes_of_limit(max_memory: int | str | None) -> int | None:
+    """`max_memory` as a number of bytes, or None.
+
+    Raises:
+        ValueError: if it is neither a number nor a text that tells one.
+    """
     if max_memory is None:
         return None
     try:
@@ -224,6 +241,13 @@ def _bytes(max_memory: int | str | None) -> int | None:
             "max_memory must be a whole number of bytes or a text such as '500MB' or '4GiB', got "
             f"{max_memory!r}."
         ) from None
+
+
+def _spare(
+    model: nn.Module, targets: Mapping[str, nn.Module], first: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    part = Runner(model, targets).parts(first)[0]
+    return first_example(part) or part
 
 
 def _first(batch: Mapping[str, Any] | None, processes: Processes) -> Mapping[str, Any]:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .passes import Group
-from .runner import Runner, evaluating, moves_weights, token_shape, visiting
+from .placement import moves_weights
+from .runner import Runner, evaluating, token_shape, visiting
 
 
 @dataclass(frozen=True)

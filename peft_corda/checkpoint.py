@@ -23,6 +23,7 @@ from .config import CordaConfig
 from .factors import CordaFactors, sample_of
 from .files import atomic_save, replacing
 from .passes import Group
+from .placement import whole_parameters
 from .processes import Processes
 from .runner import digest_of
 from .statistics import CovarianceAccumulator
@@ -73,9 +74,9 @@ class Checkpoint:
 
     def finish(self, number: int, factors: CordaFactors) -> None:
         """Keep the factors of a pass; its sums are no longer needed."""
-        if self._processes.is_main:
-            factors.save(self._pass_file(number))
-        self._processes.wait()
+        with self._processes.together():
+            if self._processes.is_main:
+                factors.save(self._pass_file(number))
         self._sums_file().unlink(missing_ok=True)
 
     def snapshots(self, number: int) -> Snapshots:
@@ -125,9 +126,8 @@ def identity(
         data: what the calibration data is recognised by.
     """
     weights = hashlib.sha256()
-    for _, parameter in model.named_parameters():
-        if parameter.device.type != "meta":
-            weights.update(sample_of(parameter.detach()).numpy().tobytes())
+    for parameter in whole_parameters(model):
+        weights.update(sample_of(parameter).numpy().tobytes())
     return {
         "methods": list(methods),
         "corda_weighting": config.corda_weighting,

@@ -3,6 +3,7 @@
     peft-corda calibrate --model org/name --data texts.jsonl --output factors.safetensors
     peft-corda report factors.safetensors --mean_rank 16
     peft-corda init --model org/name --factors factors.safetensors --output adapter
+    peft-corda plan --model org/name --r 64 --gpus 8
     peft-corda export trained-adapter plain-lora --dtype bfloat16
     peft-corda calibrate --config calibrate.yaml   # made by: peft-corda calibrate ... --print_config
 
@@ -178,6 +179,41 @@ class ReportOptions:
     min_rank: int = 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """Print what a calibration takes: bytes per device, passes, FLOPs. Needs no weights.
+
+    Args:
+        model: Hub id of the model, or folder or file with its config.
+        task: What the model is for, as PEFT names it.
+        dtype: Of the weights; "auto" is what the config says.
+        r: Rank of the adapters.
+        target_modules: Names of linear layers, as in a LoraConfig.
+        exclude_modules: Names of modules to leave out.
+        corda_method: What to find directions for.
+        num_samples: Sequences to calibrate on, all devices together.
+        max_length: Tokens per sequence.
+        batch_size: Sequences per batch.
+        max_memory: What the statistics may take at a time, such as 4GiB.
+        gpus: Devices, each with a process and its share of the data.
+        json: File to write the figures to.
+    """
+
+    model: str
+    task: Task = "CAUSAL_LM"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    r: int = 16
+    target_modules: list[str] | str = "all-linear"
+    exclude_modules: list[str] | str | None = None
+    corda_method: Literal["kpm", "ipm", "both"] = "kpm"
+    num_samples: int = 256
+    max_length: int = 512
+    batch_size: int = 8
+    max_memory: int | str | None = None
+    gpus: int = 1
+    json: str | None = None
+
+
 # Options that take no value on the command line.
 FLAGS = {
     "trust_remote_code": "Run code that comes with the model. Only for a source that you trust.",
@@ -189,6 +225,7 @@ COMMANDS = {
     "report": ReportOptions,
     "init": InitOptions,
     "export": ExportOptions,
+    "plan": PlanOptions,
 }
 
 
@@ -230,7 +267,7 @@ def main(args: Sequence[str] | None = None) -> None:
     name = parsed.command
     options = COMMANDS[name](**_given(parsed[name]))
     # PyTorch and transformers take their time: not for --help or a mistyped option.
-    from . import adapter_commands, commands
+    from . import adapter_commands, commands, plan_command
 
     try:
         if isinstance(options, CalibrateOptions):
@@ -239,6 +276,8 @@ def main(args: Sequence[str] | None = None) -> None:
             adapter_commands.run_init(options)
         elif isinstance(options, ExportOptions):
             adapter_commands.run_export(options)
+        elif isinstance(options, PlanOptions):
+            plan_command.run_plan(options)
         else:
             commands.run_report(options)
     except (ValueError, OSError, ImportError) as error:

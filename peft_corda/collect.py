@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate.utils import tqdm
@@ -15,9 +16,11 @@ from .checkpoint import Snapshots
 from .groups import InputSharing
 from .masks import kept_rows
 from .passes import Group
+from .placement import moves_weights
 from .processes import Processes
-from .runner import Batch, Runner, count_of, evaluating, moves_weights, visiting
+from .runner import Batch, Runner, count_of, evaluating, visiting
 from .statistics import Covariance, CovarianceAccumulator, CrossAccumulator, CrossCovariance
+from .weights import whole_bias
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class PassOptions:
         without_padding: see `Runner`.
         snapshots: where to keep and find partial sums, if anywhere.
         processes: that feed their own share of the data each.
+        spare: what a process runs that has no data left, where the model is run in step; it does not
+            count.
     """
 
     description: str = "Calibrating"
@@ -39,6 +44,7 @@ class PassOptions:
     without_padding: bool = False
     snapshots: Snapshots | None = None
     processes: Processes = field(default_factory=Processes)
+    spare: Batch | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ def collect_covariances(
     watched = {name: targets[name] for group in groups for name in group.members}
     with_output = {group.leader for group in groups if group.outputs is not None}
     sums = _Sums(groups, watched, runner, options)
-    with options.processes.together():
+    with options.processes.together(running_model=True):
         carried: AbstractContextManager[None] = nullcontext()
         if relay is not None:
             span = relay[1]
@@ -98,29 +104,44 @@ def collect_covariances(
             if done and relay is not None:
                 # Batches passed over leave no hidden states behind.
                 relay[0].give_up()
-            # An iterator, as tqdm would make two, each with the workers of a DataLoader.
-            bar = tqdm(
-                iter(batches),
-                total=count_of(batches),
-                desc=options.description,
-                disable=not options.progress,
-            )
-            for number, batch in enumerate(bar):
-                if options.snapshots is not None:
-                    options.snapshots.saw(batch)
-                if number < done:
-                    continue
-                for part in runner.parts(batch, number):
-                    if relay is not None:
-                        relay[0].next_part(part)
-                    sums.forget_input()
-                    runner.run(part)
-                sums.check_finite()
-                if options.snapshots is not None:
-                    options.snapshots.maybe_write(number + 1, sums.accumulators)
-            if options.snapshots is not None:
-                options.snapshots.saw_all()
+            parts = _parts(batches, done, runner, sums, options, relay)
+            for part in options.processes.items(parts):
+                sums.begin(counts=part is not None)
+                runner.run(part if part is not None else dict(options.spare or {}))
     return sums.finish()
+
+
+def _parts(
+    batches: Iterable[Batch],
+    done: int,
+    runner: Runner,
+    sums: _Sums,
+    options: PassOptions,
+    relay: tuple[Relay, Span] | None,
+) -> Iterator[dict[str, Any]]:
+    """What is to be run, from batch number `done` on; sums are looked after between batches."""
+    snapshots = options.snapshots
+    # An iterator, as tqdm would make two, each with the workers of a DataLoader.
+    bar = tqdm(
+        iter(batches),
+        total=count_of(batches),
+        desc=options.description,
+        disable=not options.progress,
+    )
+    for number, batch in enumerate(bar):
+        if snapshots is not None:
+            snapshots.saw(batch)
+        if number < done:
+            continue
+        for part in runner.parts(batch, number):
+            if relay is not None:
+                relay[0].next_part(part)
+            yield part
+        sums.check_finite()
+        if snapshots is not None:
+            snapshots.maybe_write(number + 1, sums.accumulators)
+    if snapshots is not None:
+        snapshots.saw_all()
 
 
 class _Sums:
@@ -142,8 +163,11 @@ class _Sums:
         self._options = options
         self._sharing = InputSharing()
         self._seen: dict[str, int] = {}
+        self._counts = True
 
     def visit(self, name: str, inputs: Tensor, output: Tensor | None = None) -> None:
+        if not self._counts:
+            return
         number, leader = self._sharing.number_of(inputs), self._leader_of[name]
         if name == leader:
             self._seen[name] = number
@@ -159,14 +183,20 @@ class _Sums:
             if isinstance(accumulator, CrossAccumulator):
                 assert output is not None  # modules of cross-covariances are visited after
                 given = kept_rows(name, output, self._runner.mask).float()
-                bias = getattr(self._modules[name], "bias", None)
+                bias = whole_bias(self._modules[name])
                 accumulator.update_pair(rows, given if bias is None else given - bias.float())
             else:
                 accumulator.update(rows)
         self._runner.visited(name)
 
-    def forget_input(self) -> None:
+    def begin(self, counts: bool) -> None:
+        """Before each run of the model.
+
+        Args:
+            counts: whether its inputs are to be added.
+        """
         self._sharing.forget()
+        self._counts = counts
 
     def restore(self, snapshots: Snapshots | None) -> int:
         """Take up partial sums, if there are any; returns how many batches they are of."""

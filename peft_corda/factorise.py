@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .config import CordaConfig
 from .decomposition import Directions, decompose, decompose_product, right_factor
 from .factors import SAMPLE_SIZE, ModuleFactors, sample_of
-from .passes import Group
+from .passes import Group, owners_of
 from .processes import Processes
 from .statistics import Covariance, CrossCovariance, damped, damped_cross, effective_rank
 from .targets import rank_of
@@ -42,13 +42,30 @@ def factorise(
     Returns:
         Factors by module name, on the CPU.
     """
-    owners = processes.owners([_cost(group, targets) for group in groups])
+    owners = owners_of([_cost(group, targets) for group in groups], processes.count)
+    # Weights that are spread over processes are gathered for one piece of work each at a time.
+    rounds = processes.rounds(owners) if processes.in_step else [range(len(groups))]
     found: dict[str, ModuleFactors] = {}
-    with processes.together():
-        bar = tqdm(list(zip(groups, owners, strict=True)), desc="Decomposing", disable=not progress)
-        for group, owner in bar:
-            own = _decomposed if owner == processes.rank else _placeholders
-            found.update(own(group, covariances.pop(group.leader), targets, config, methods))
+    bar = tqdm(total=len(groups), desc="Decomposing", disable=not progress)
+    for pieces in rounds:
+        gathered: dict[str, Tensor] = {}
+        if processes.in_step:
+            with processes.together(running_model=True):
+                for piece in pieces:
+                    for name in groups[piece].members:
+                        weight = dense_weight(name, targets[name])
+                        if owners[piece] == processes.rank:
+                            gathered[name] = weight
+        with processes.together():
+            for piece in pieces:
+                group, covariance = groups[piece], covariances.pop(groups[piece].leader)
+                if owners[piece] == processes.rank:
+                    own = _decomposed(group, covariance, targets, config, methods, gathered)
+                else:
+                    own = _placeholders(group, covariance, targets, config, methods)
+                found.update(own)
+                bar.update()
+    bar.close()
     if processes.count > 1:
         for group, owner in zip(groups, owners, strict=True):
             for name in group.members:
@@ -62,7 +79,9 @@ def _decomposed(
     targets: Mapping[str, nn.Module],
     config: CordaConfig,
     methods: Sequence[str],
+    gathered: dict[str, Tensor],
 ) -> dict[str, ModuleFactors]:
+    """Of one piece of work; weights that have not been gathered are read."""
     factor, spread, tokens = None, None, covariance.tokens
     if isinstance(covariance, Covariance):
         spread = effective_rank(covariance.matrix)
@@ -72,7 +91,7 @@ def _decomposed(
         del covariance  # its memory is needed
     found = {}
     for name in group.members:
-        weight = dense_weight(name, targets[name])
+        weight = gathered.pop(name) if name in gathered else dense_weight(name, targets[name])
         rank, directions, energy = rank_of(config, name), {}, 0.0
         for method in methods:
             if factor is None:

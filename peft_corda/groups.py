@@ -100,6 +100,15 @@ def discover(model: nn.Module, targets: Mapping[str, nn.Module], batch: Batch) -
     return calls.layout()
 
 
+def layout_of(model: nn.Module, targets: Mapping[str, nn.Module], part: Batch) -> Layout:
+    """As `discover`, from one run of a batch without padding, which may be on the meta device."""
+    runner = Runner(model, targets)
+    calls = _Calls(targets, runner)
+    with evaluating(model), visiting(targets, calls.visit):
+        runner.run(dict(part))
+    return calls.layout()
+
+
 class _Calls:
     """Keeps account of which target was called with what.
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora import LoraConfig
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
@@ -21,33 +20,11 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from .difference import add_difference
+from .placement import execution_device, fill, is_dtensor, is_partitioned
+from .starts import StartBuffers
 from .weights import quantization_of, weight_shape
 
 _START_NAMES = ("lora_A0", "lora_B0")
-
-
-class StartBuffers(BufferDict):
-    """Frozen starting factors by adapter name, saved with the adapter.
-
-    Remembers which adapters were given a start, by calibration or from a checkpoint.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(persistent=True)
-        self.started: set[str] = set()
-
-    def __delitem__(self, key: str) -> None:
-        super().__delitem__(key)
-        self.started.discard(key)
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        for name in self.keys():
-            loaded = state_dict.get(prefix + name)
-            if loaded is not None and bool(loaded.any()):
-                self.started.add(name)
 
 
 class CordaVariant(LoraVariant):
@@ -77,14 +54,18 @@ class CordaVariant(LoraVariant):
         start_a, start_b = module.lora_A0[active_adapter], module.lora_B0[active_adapter]
         scale, dropout = module.scaling[active_adapter], module.lora_dropout[active_adapter]
         drops = dropout.training and not isinstance(dropout, nn.Identity)
-        if not drops and not _is_partitioned(factor_a.weight):
+        # Factors that are spread over processes are whole within their own modules' forward alone.
+        apart = is_partitioned(factor_a.weight) or is_dtensor(factor_a.weight)
+        if not drops and not apart:
             summed = add_difference(
                 result, x, factor_a.weight, factor_b.weight, start_a, start_b, scale
             )
         else:
             # The same two products through the same kernels: equal factors cancel to the last bit.
-            start = F.linear(F.linear(x, start_a), start_b)
-            summed = result + (factor_b(factor_a(dropout(x))) - start) * scale
+            hidden = factor_a(dropout(x))
+            dtype = hidden.dtype  # FSDP2's mixed precision casts parameters, but not buffers
+            start = F.linear(F.linear(x.to(dtype), start_a.to(dtype)), start_b.to(dtype))
+            summed = result + (factor_b(hidden) - start) * scale
         if factor_b.weight.requires_grad and summed.requires_grad:
             module.refuse_to_train_without_start(active_adapter, summed)
         return summed
@@ -130,6 +111,8 @@ class CordaLayer(LoraLayer):
     ) -> None:
         """Set `A`, `B` and what they are taken to have started from, `A0` and `B0`."""
         device = self._base_device()
+        if device.type == "meta":  # the base is still to be loaded; what is frozen here is not
+            device = factor_a.device
         for linears, starts, factor, start in (
             (self.lora_A, self.lora_A0, factor_a, start_a),
             (self.lora_B, self.lora_B0, factor_b, start_b),
@@ -143,7 +126,7 @@ class CordaLayer(LoraLayer):
                 )
             else:
                 # The same parameter: an optimizer may have it already.
-                linear.weight.data = value.clone()
+                fill(linear.weight, value)
             starts[adapter_name] = start.to(value).contiguous().clone()
         self.lora_B0.started.add(adapter_name)
 
@@ -155,10 +138,12 @@ class CordaLayer(LoraLayer):
         PEFT also calls this after loading weights with `low_cpu_mem_usage`, where going through the
         bfloat16 of a base would round a float32 adapter.
         """
-        if adapter_name not in self.lora_B0.started:
-            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-            return
         target = self._base_device() if device is None else device
+        if adapter_name not in self.lora_B0.started:
+            super()._move_adapter_to_device_of_base_layer(adapter_name, target)
+            return
+        if target.type == "meta":
+            return
         for linears in (self.lora_A, self.lora_B):
             linears[adapter_name].to(target)
         for start in (self.lora_A0, self.lora_B0):
@@ -210,7 +195,8 @@ class CordaLayer(LoraLayer):
         return [name for name in names if name in self.lora_A]
 
     def _base_device(self) -> torch.device:
-        return cast(nn.Linear, self.get_base_layer()).weight.device
+        # Where it computes: the weight itself may be offloaded.
+        return execution_device(self.get_base_layer())
 
     def __repr__(self) -> str:
         return super().__repr__().replace("lora.Corda", "corda.", 1)
@@ -244,11 +230,6 @@ def new_layer(
     from .bnb_layers import LAYERS
 
     return cast(CordaLayer, LAYERS[kind](base_layer, adapter_name, config=config, **kwargs))
-
-
-def _is_partitioned(weight: Tensor) -> bool:
-    """Whether DeepSpeed keeps only a part of it here, and gathers it for its module's forward."""
-    return hasattr(weight, "ds_id")
 
 
 def _linear(layers: nn.ModuleDict, adapter_name: str) -> nn.Linear:

@@ -24,7 +24,7 @@ def token_mask(attention_mask: Any) -> Tensor | None:
     Raises:
         ValueError: if the mask is of another shape, or a packed one of whole numbers.
     """
-    if attention_mask is None:
+    if attention_mask is None or getattr(attention_mask, "is_meta", False):
         return None
     shape = tuple(getattr(attention_mask, "shape", ()))
     if len(shape) == 4 and shape[2] == shape[3]:

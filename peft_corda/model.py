@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 import torch
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
+from transformers.modeling_utils import is_fsdp_enabled
 
 from .combining import Combination, combined
 from .config import CordaConfig, saved_last
@@ -15,6 +16,7 @@ from .decomposition import starting_factors
 from .export import convert_for_saving
 from .factors import CordaFactors, WeightSample, sample_of
 from .layer import CordaLayer, new_layer
+from .processes import Processes
 from .targets import find_targets, rank_of
 from .weights import decomposable, dense_weight, rounding_of, weight_shape
 
@@ -94,21 +96,43 @@ class CordaModel(LoraModel):
             if isinstance(module, CordaLayer) and adapter_name in module.lora_A
         }
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What `DistributedDataParallel` need not send anew in each step: `A0` and `B0`.
+
+        They never change, and are the same on all processes from the start. Names are those of the
+        `PeftModel`, which hands on the question.
+        """
+        return [
+            f"base_model.{name}"
+            for name, _ in self.named_buffers()
+            if ".lora_A0." in name or ".lora_B0." in name
+        ]
+
     @torch.no_grad()
     def _fill(self, adapter_name: str, factors: CordaFactors) -> None:
         config = self._config_of(adapter_name)
+        processes = Processes()
+        # Then the others have no weights to start from.
+        from_main = processes.count > 1 and is_fsdp_enabled()
         for name, layer in self.adapter_layers(adapter_name).items():
-            weight = dense_weight(name, layer.get_base_layer())
-            directions = factors.modules[name].directions[config.corda_method]
-            rank = layer.r[adapter_name]
-            factor_a, factor_b = starting_factors(
-                decomposable(weight),
-                directions.U[:, :rank].to(weight.device),
-                directions.S[:rank].to(weight.device),
-                config.corda_scaling,
-                layer.scaling[adapter_name],
-            )
-            layer.start_adapter(adapter_name, factor_a, factor_b)
+            base, rank = layer.get_base_layer(), layer.r[adapter_name]
+            if not from_main or processes.is_main:
+                weight = dense_weight(name, base)
+                directions = factors.modules[name].directions[config.corda_method]
+                starts = starting_factors(
+                    decomposable(weight),
+                    directions.U[:, :rank].to(weight.device),
+                    directions.S[:rank].to(weight.device),
+                    config.corda_scaling,
+                    layer.scaling[adapter_name],
+                )
+            else:
+                rows, columns = weight_shape(base)
+                starts = torch.zeros(rank, columns), torch.zeros(rows, rank)
+            if from_main:
+                starts = processes.from_owner(starts[0], 0), processes.from_owner(starts[1], 0)
+            layer.start_adapter(adapter_name, *starts)
 
     def _config_of(self, adapter_name: str) -> CordaConfig:
         return cast(CordaConfig, self.peft_config[adapter_name])
@@ -208,6 +232,16 @@ def _factors_of(config: CordaConfig) -> CordaFactors | None:
 
 
 def _check_fits(factors: CordaFactors, targets: dict[str, nn.Module], config: CordaConfig) -> None:
+    processes = Processes()
+    if processes.count == 1 or not is_fsdp_enabled():
+        _compare(factors, targets, config)
+        return
+    with processes.together():
+        if processes.is_main:
+            _compare(factors, targets, config)
+
+
+def _compare(factors: CordaFactors, targets: dict[str, nn.Module], config: CordaConfig) -> None:
     factors.check_fits(
         method=config.corda_method,
         weighting=config.corda_weighting,

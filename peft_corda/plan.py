@@ -10,7 +10,7 @@ from torch import nn
 from .blocks import Relay
 from .chain import Chain, find_chain
 from .collect import Span
-from .passes import Group, plan_passes
+from .passes import Group, passes_within, plan_passes
 from .processes import Processes
 from .runner import Batch, Runner, count_of, digest_of, first_example, token_shape
 
@@ -94,13 +94,11 @@ def make_plan(
     example = first_example(Runner(model, targets).parts(first)[0])
     found = None if example is None else find_chain(model, targets, example)
     hidden = None if found is None else _hidden_bytes(found.chain, batches, first)
-    largest = max(group.bytes(itemsize) for group in groups)
     # All processes must come to the same plan, whatever share of the data each has.
     needed = processes.largest(limits[-1] if hidden is None else hidden)
-    enough = [limit for limit in limits if needed + largest <= limit]
-    if found is None or not enough:
+    passes, carried = passes_within(groups, limits, itemsize, needed)
+    if found is None or not carried:
         return plain
-    passes = plan_passes(groups, enough[0] - needed, itemsize)
     spans = _spans(found.chain, groups, passes)
     if not all(found.holds_from(span.first) for span in spans if span.first > 0):
         return plain

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from peft import PeftModel
 from torch import Tensor, nn
 
 from .masks import token_mask, unpadded
+from .placement import execution_device, reshard, spreading_of
 
 # Batch entries that only serve a loss.
 _LABEL_KEYS = {"labels", "label", "label_ids", "start_positions", "end_positions"}
@@ -53,9 +55,11 @@ class Runner:
             without_padding: cut padding off and run sequences of equal length together, for models
                 whose modules do not tell which tokens they are given.
         """
-        self._module = _shortest(model, targets)
-        self._takes_cache = "use_cache" in inspect.signature(self._module.forward).parameters
-        self.device = next(model.parameters()).device
+        # Where weights are gathered, that is set up by the first call of the whole model.
+        self._module = model if spreading_of(model) else _shortest(model, targets)
+        inner = model.get_base_model() if isinstance(model, PeftModel) else self._module
+        self._takes_cache = "use_cache" in inspect.signature(inner.forward).parameters
+        self.device = execution_device(model)
         two_sequences = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         self._without_padding = without_padding or two_sequences
         self.stop_after: str | None = None
@@ -132,6 +136,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+        reshard(model)
 
 
 def first_example(batch: Batch) -> dict[str, Any] | None:
@@ -156,11 +161,6 @@ def count_of(batches: Iterable[Batch]) -> int | None:
         return len(batches) if isinstance(batches, Sized) else None
     except TypeError:  # a DataLoader of an IterableDataset
         return None
-
-
-def moves_weights(model: nn.Module) -> bool:
-    """Whether accelerate's hooks bring weights in before a module and take them away after it."""
-    return any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
 def digest_of(batch: Any) -> str:

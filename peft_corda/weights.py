@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .placement import brought_in, shape_of, whole
+
 SUPPORTED = (
     "torch.nn.Linear and transformers' Conv1D with floating-point weights, bitsandbytes' Linear4bit and "
     "Linear8bitLt, and torchao's 8-bit weights"
@@ -26,7 +28,7 @@ def is_supported(module: nn.Module) -> bool:
     # subclass of which nothing is known here.
     if not isinstance(module, nn.Linear | Conv1D) or _is_of_torchao(_weight(module)):
         return False
-    return _weight(module).is_floating_point() and _weight(module).ndim == 2
+    return _weight(module).is_floating_point() and len(shape_of(_weight(module))) == 2
 
 
 def quantization_of(module: nn.Module) -> str | None:
@@ -51,27 +53,37 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, nn.Linear):
         # A quantised weight has another shape.
         return module.out_features, module.in_features
-    rows, columns = _weight(module).shape
+    rows, columns = shape_of(_weight(module))
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
 def dense_weight(name: str, module: nn.Module) -> Tensor:
     """`W (out, in)` of a supported module: detached; of a dense one sharing memory with it.
 
-    A quantised weight is what the quantised layer multiplies by.
+    A quantised weight is what the quantised layer multiplies by. One that accelerate has offloaded is
+    read, one that is spread over processes is gathered, for which all of them must call this.
 
     Raises:
-        ValueError: if the weight is not in memory (offloaded, or on the meta device).
+        ValueError: if the weight is not in memory (on the meta device, and not offloaded either).
     """
-    weight = _weight(module).detach()
-    if weight.device.type == "meta":
-        raise ValueError(
-            f"The weight of {name} is not in memory (it is on the meta device: offloaded, or not "
-            "loaded yet). CORDA reads each target weight once: load the model onto CPU or GPU first."
-        )
-    if quantization_of(module) is not None:
-        return _dequantized(module)
-    return weight.T if isinstance(module, Conv1D) else weight
+    with brought_in(module):
+        if _weight(module).device.type == "meta":
+            raise ValueError(
+                f"The weight of {name} is not in memory (it is on the meta device: not loaded yet). "
+                "CORDA reads each target weight once: load the model onto CPU or GPU first."
+            )
+        if quantization_of(module) is not None:
+            return _dequantized(module)
+        weight = whole(_weight(module))
+        return weight.T if isinstance(module, Conv1D) else weight
+
+
+def whole_bias(module: nn.Module) -> Tensor | None:
+    """The bias `(out,)` of a module, read or gathered as by `dense_weight`."""
+    if getattr(module, "bias", None) is None:
+        return None
+    with brought_in(module):
+        return whole(cast(Tensor, module.bias))
 
 
 def decomposable(weight: Tensor) -> Tensor:

@@ -1,37 +1,19 @@
 """Two processes, each with its own share of the data, find what one finds with all of it."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import two_processes
 from corda_helpers import covariances_of, deep_model, make_config
+from launching import launched
 
 from peft_corda import CordaFactors, calibrate
 from peft_corda.targets import find_targets
-
-TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     """What each of the two processes saw."""
-    folder = tmp_path_factory.mktemp("processes")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, two_processes.__file__, str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"seen-{rank}.pt") for rank in range(2)]
+    return launched(two_processes, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +67,11 @@ def test_passes_change_nothing(seen):
 )
 def test_error_in_one_process_ends_both(case, failed, error, seen):
     assert seen[failed][case].startswith(error)
-    message = f"RuntimeError: Calibration failed in process {failed}, see its own error message."
-    assert seen[1 - failed][case].startswith(message)
+    other = seen[1 - failed][case]
+    assert other.startswith(
+        f"RuntimeError: Calibration failed in process {failed}, and this process"
+    )
+    assert f"There it was: {error}" in other
 
 
 def test_no_data_anywhere(seen):

@@ -1,0 +1,115 @@
+"""One process against two, one thread each: wall time of calibration and of decomposition.
+
+    python benchmarks/corda_processes.py --report corda_processes.json
+
+A random Llama model; the same sequences in all, shared out over the processes. Needs as many cores as
+processes that have nothing else to do. Statistics are timed without decompositions and the other way
+round, by the calls that `calibrate` makes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import distributed
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peft_corda import CordaConfig
+from peft_corda.collect import PassOptions, collect_covariances
+from peft_corda.factorise import factorise
+from peft_corda.groups import discover
+from peft_corda.processes import Processes
+from peft_corda.targets import find_targets
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--hidden", type=int, default=576)
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--method", default="kpm", choices=["kpm", "ipm"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--report", type=Path, default=Path("corda_processes.json"))
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def make_model(args: argparse.Namespace) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": args.hidden, "intermediate_size": 8 * args.hidden // 3}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
+    if args.hidden % 9:
+        heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    config = LlamaConfig(vocab_size=1024, num_hidden_layers=args.blocks, **sizes, **heads)
+    return LlamaForCausalLM(config).eval()
+
+
+def child(args: argparse.Namespace) -> None:
+    """Time both parts in each of the processes; the slowest counts."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    processes, model = Processes(), make_model(args)
+    config = CordaConfig(r=args.rank, corda_method=args.method, target_modules="all-linear")
+    ids = torch.randint(1024, (args.sequences, args.length))
+    batches = [{"input_ids": row[None]} for row in ids[processes.rank :: processes.count]]
+    targets = find_targets(model, config)
+    groups = discover(model, targets, {"input_ids": ids[:1]}).groups
+    times: dict[str, list[float]] = {"statistics": [], "decomposition": []}
+    for _ in range(args.repeats):
+        distributed.barrier()
+        start = time.perf_counter()
+        options = PassOptions(progress=False, processes=processes)
+        covariances = collect_covariances(model, targets, batches, groups, options)
+        distributed.barrier()
+        middle = time.perf_counter()
+        factorise(groups, covariances, targets, config, [args.method], processes, progress=False)
+        distributed.barrier()
+        times["statistics"].append(middle - start)
+        times["decomposition"].append(time.perf_counter() - middle)
+    if processes.is_main:
+        args.child.write_text(json.dumps(times))
+    distributed.destroy_process_group()
+
+
+def measured(count: int, arguments: list[str]) -> dict[str, list[float]]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "times.json"
+        subprocess.run(
+            [*launch, f"--nproc_per_node={count}", __file__, *arguments, "--child", str(path)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            check=True,
+        )
+        return json.loads(path.read_text())
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if argv is None else argv
+    args = parse_arguments(arguments)
+    if args.child is not None:
+        child(args)
+        return
+    seconds = {count: measured(count, arguments) for count in (1, 2)}
+    best = {count: {part: min(own) for part, own in t.items()} for count, t in seconds.items()}
+    speedup = {part: best[1][part] / best[2][part] for part in best[1]}
+    settings = {key: value for key, value in vars(args).items() if key not in ("child", "report")}
+    args.report.write_text(
+        json.dumps({"settings": settings, "seconds": seconds, "speedup": speedup}, indent=1) + "\n"
+    )
+    print("| part | 1 process, s | 2 processes, s | speed-up |\n| --- | --- | --- | --- |")
+    for part, gain in speedup.items():
+        print(f"| {part} | {best[1][part]:.2f} | {best[2][part]:.2f} | {gain:.2f}× |")
+
+
+if __name__ == "__main__":
+    main()

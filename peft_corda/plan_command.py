@@ -1,0 +1,57 @@
+"""What `peft-corda plan` does."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from transformers import AutoConfig
+
+from .calibration import bytes_of_limit
+from .commands import AUTO_CLASSES
+from .config import CordaConfig
+from .decomposition import METHODS
+from .files import replacing
+from .planner import Estimate, estimate
+
+if TYPE_CHECKING:
+    from .cli import PlanOptions
+
+
+def run_plan(options: PlanOptions) -> Estimate:
+    """`peft-corda plan`: print the estimate, and write it as JSON if that was asked for.
+
+    Raises:
+        ValueError, OSError: as `planner.estimate`, or if there is no such config; nothing is written.
+    """
+    methods = METHODS if options.corda_method == "both" else (options.corda_method,)
+    config = CordaConfig(
+        r=options.r,
+        corda_method=methods[0],
+        target_modules=options.target_modules,
+        exclude_modules=options.exclude_modules,
+        task_type=options.task,
+    )
+    about = AutoConfig.from_pretrained(options.model)
+    own = getattr(about, "dtype", None) or torch.float32
+    dtype = own if options.dtype == "auto" else getattr(torch, options.dtype)
+    with init_empty_weights(include_buffers=True):
+        model = getattr(transformers, AUTO_CLASSES[options.task]).from_config(about).to(dtype)
+    found = estimate(
+        model,
+        config,
+        sequences=options.num_samples,
+        length=options.max_length,
+        batch_size=options.batch_size,
+        max_memory=bytes_of_limit(options.max_memory),
+        gpus=options.gpus,
+        methods=methods,
+    )
+    if options.json is not None:
+        with replacing(options.json) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            json.dump(found.to_dict(), file, indent=1)
+    print(found)
+    return found

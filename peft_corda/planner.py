@@ -1,0 +1,274 @@
+"""What a calibration will take, from a model's config alone: bytes, passes and arithmetic.
+
+Sums over target modules `W (out, in)`, with `n = min(out, in)`, `T` calibration tokens and rank `r`.
+A multiplication and an addition are 2 FLOPs.
+
+- statistics: `in²` numbers of 4 bytes a group (modules that share an input), the largest pass counts;
+- hidden states carried between passes: `T · hidden` numbers of the model's dtype;
+- activations of one batch: `tokens · (8 · hidden + 4 · widest)` numbers of the model's dtype, and the
+  attention scores of no layer, which kernels do not keep;
+- workspace of one decomposition, float64: `in² + out · in + 2 n · in + 3 n²`, and where `W` is wide its
+  products in float32, `in² + n · in`; with FSDP2 the gathered weight too;
+- factors: `r (out + 2) + 32` numbers of 4 bytes a module and method, on the CPU;
+- a forward pass: `2 out · in · T` a module, times the share of the model that is run again in later
+  passes; statistics: `in² · T` a group (half of a full product);
+- a decomposition: `2 n · in²` for the product, `2 in · n²` for its triangle, `2 out · n²` if tall,
+  and `10 n³` for eigenvectors, or `8 n² · (r + max(16, r / 4))` where they are found by iteration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .chain import find_chain
+from .config import CordaConfig
+from .decomposition import METHODS
+from .factors import SAMPLE_SIZE
+from .groups import layout_of, with_cross
+from .iterative import pays
+from .passes import Group, owners_of, passes_within
+from .plan import default_memory
+from .targets import find_targets, rank_of
+from .weights import weight_shape
+
+# Tokens of the example that shows which modules share an input.
+_EXAMPLE = 8
+_FLOAT32, _FLOAT64 = 4, 8
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one calibration takes on each of `gpus` devices.
+
+    Bytes are of one device, FLOPs of all together.
+
+    Attributes:
+        gpus: data-parallel processes, one device each.
+        modules: target modules.
+        passes: over the data.
+        carried: whether passes go on from where the last one ended.
+        weights: bytes of the whole model.
+        weights_spread: of its share under FSDP2, with the largest block gathered.
+        statistics: of the largest pass.
+        hidden_states: carried from pass to pass, of this process's share of the data.
+        activations: of one batch.
+        workspace: of the largest decomposition.
+        factors: of all modules.
+        peak: above the weights: the larger of running the model and decomposing.
+        forward_flops, statistics_flops, decomposition_flops: of all devices together.
+        decomposition_share: of the decompositions that the busiest device does.
+    """
+
+    gpus: int
+    modules: int
+    passes: int
+    carried: bool
+    weights: int
+    weights_spread: int
+    statistics: int
+    hidden_states: int
+    activations: int
+    workspace: int
+    factors: int
+    peak: int
+    forward_flops: float
+    statistics_flops: float
+    decomposition_flops: float
+    decomposition_share: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-ready values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        again = "from where the last one ended" if self.carried else "from the start of the model"
+        how = f", each {again}" if self.passes > 1 else ""
+        rows = [
+            ("weights, whole", self.weights),
+            (f"weights, spread over {self.gpus} (FSDP2)", self.weights_spread),
+            ("statistics", self.statistics),
+            ("hidden states", self.hidden_states),
+            ("activations", self.activations),
+            ("workspace of a decomposition", self.workspace),
+            ("factors (CPU)", self.factors),
+            ("peak above the weights", self.peak),
+        ]
+        flops = [
+            ("running the model", self.forward_flops),
+            ("statistics", self.statistics_flops),
+            ("decompositions", self.decomposition_flops),
+        ]
+        lines = [f"{self.modules} modules, {self.passes} pass{'es' * (self.passes > 1)}{how}"]
+        lines += [f"Bytes per device ({self.gpus} in all)"]
+        lines += [f"  {name:<34}{size / 1e9:>12,.3f} GB" for name, size in rows]
+        lines += ["FLOPs, all devices together"]
+        lines += [f"  {name:<34}{count / 1e12:>12,.3f} TFLOPs" for name, count in flops]
+        return "\n".join(
+            [
+                *lines,
+                f"  the busiest device does {self.decomposition_share:.0%} of the decompositions",
+            ]
+        )
+
+
+def estimate(
+    model: nn.Module,
+    config: CordaConfig,
+    *,
+    sequences: int = 256,
+    length: int = 512,
+    batch_size: int = 8,
+    max_memory: int | None = None,
+    gpus: int = 1,
+    methods: Sequence[str] | None = None,
+) -> Estimate:
+    """What `calibrate` would take.
+
+    Args:
+        model: on the meta device, or with weights; a text model, called with `input_ids`.
+        config: target modules, ranks and method.
+        sequences: of the calibration data, all processes together.
+        length: tokens of each.
+        batch_size: sequences a batch.
+        max_memory: bytes, as for `calibrate`.
+        gpus: processes.
+        methods: as for `calibrate`.
+
+    Raises:
+        ValueError: if a number is less than 1, the model cannot be run on the meta device (as where
+            its data decide on the way), `max_memory` is too small, or as `find_targets`.
+    """
+    for name, value in {
+        "sequences": sequences,
+        "length": length,
+        "batch_size": batch_size,
+        "gpus": gpus,
+    }.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    chosen = tuple(methods or (config.corda_method,))
+    if any(method not in METHODS for method in chosen):
+        raise ValueError(f"methods must be some of {METHODS}, got {methods!r}.")
+    targets = find_targets(model, config)
+    own_sequences = -(-sequences // gpus)
+    groups, hidden = _looked_at(model, targets, own_sequences * length)
+    if chosen == ("ipm",) and config.corda_weighting == "covariance":
+        groups = with_cross(groups, targets)
+    limits = default_memory(model, groups, _FLOAT32) if max_memory is None else (max_memory,)
+    passes, carried = passes_within(groups, limits, _FLOAT32, hidden)
+    hidden = (hidden or 0) if carried else 0
+    shapes = {name: weight_shape(module) for name, module in targets.items()}
+    ranks = {name: rank_of(config, name) for name in targets}
+    itemsize = next(model.parameters()).element_size()
+    statistics = max(sum(group.bytes() for group in groups) for groups in passes)
+    narrowest = min(columns for _, columns in shapes.values())
+    widest = max(max(shape) for shape in shapes.values())
+    tokens = min(batch_size, own_sequences) * length
+    activations = itemsize * tokens * (8 * narrowest + 4 * widest)
+    workspace = max(_workspace(*shape) for shape in shapes.values())
+    factors = sum(
+        _FLOAT32 * (len(chosen) * ranks[name] * (shape[0] + 2) + SAMPLE_SIZE)
+        for name, shape in shapes.items()
+    )
+    costs = [
+        sum(
+            _arithmetic(*shapes[name], ranks[name], method)
+            for name in group.members
+            for method in chosen
+        )
+        for group in groups
+    ]
+    loads = [0.0] * gpus
+    for cost, owner in zip(costs, owners_of(costs, gpus), strict=True):
+        loads[owner] += cost
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return Estimate(
+        gpus=gpus,
+        modules=len(targets),
+        passes=len(passes),
+        carried=carried,
+        weights=weights,
+        weights_spread=weights if gpus == 1 else -(-weights // gpus) + _largest_unit(model),
+        statistics=statistics,
+        hidden_states=hidden,
+        activations=activations,
+        workspace=workspace,
+        factors=factors,
+        peak=statistics + hidden + factors + max(activations, workspace),
+        forward_flops=sequences * length * _run_flops(passes, shapes, carried),
+        statistics_flops=float(sequences * length * sum(_sum_flops(group) for group in groups)),
+        decomposition_flops=sum(costs),
+        decomposition_share=max(loads) / sum(costs),
+    )
+
+
+def _looked_at(
+    model: nn.Module, targets: Mapping[str, nn.Module], tokens: int
+) -> tuple[list[Group], int | None]:
+    """Groups, and bytes of the hidden states of so many tokens if the blocks form a chain."""
+    device = next(model.parameters()).device
+    example = {
+        "input_ids": torch.zeros(1, _EXAMPLE, dtype=torch.long, device=device),
+        # Without one, models look into position ids for packed sequences.
+        "attention_mask": torch.zeros(1, 1, _EXAMPLE, _EXAMPLE, device=device),
+    }
+    try:
+        groups = layout_of(model, targets, example).groups
+        found = find_chain(model, targets, example)
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be planned for without weights: {error}. Models that "
+            "choose their way by their data, or read other than input_ids, have to be calibrated to "
+            "see what they take."
+        ) from error
+    return groups, None if found is None else found.chain.bytes_per_token * tokens
+
+
+def _workspace(rows: int, columns: int) -> int:
+    least = min(rows, columns)
+    numbers = columns**2 + rows * columns + 2 * least * columns + 3 * least**2
+    wide = _FLOAT32 * (columns**2 + least * columns) if 2 * rows <= columns else 0
+    return _FLOAT64 * numbers + wide
+
+
+def _arithmetic(rows: int, columns: int, rank: int, method: str) -> float:
+    least = min(rows, columns)
+    flops = 2.0 * least * columns**2 + 2.0 * columns * least**2
+    if rows > columns:
+        flops += 2.0 * rows * least**2
+    if pays(least, rank, method):
+        return flops + 8.0 * least**2 * (rank + max(16, rank // 4))
+    return flops + 10.0 * least**3
+
+
+def _run_flops(
+    passes: Sequence[Sequence[Group]], shapes: Mapping[str, tuple[int, int]], carried: bool
+) -> float:
+    """Of all passes, per token."""
+    own = [
+        sum(2.0 * shapes[name][0] * shapes[name][1] for group in groups for name in group.members)
+        for groups in passes
+    ]
+    # Without hidden states each pass runs all that is in front of it once more.
+    return sum(own) if carried else sum(sum(own[: number + 1]) for number in range(len(own)))
+
+
+def _sum_flops(group: Group) -> float:
+    rows = group.features if group.outputs is None else 2 * group.outputs
+    return float(rows * group.features)
+
+
+def _largest_unit(model: nn.Module) -> int:
+    """Bytes of the largest block, or of the largest module outside of them."""
+    blocks = [block for m in model.modules() if isinstance(m, nn.ModuleList) for block in m]
+    sizes = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks]
+    if not sizes:
+        return sum(p.numel() * p.element_size() for p in model.parameters())
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    rest = [p.numel() * p.element_size() for p in model.parameters() if id(p) not in inside]
+    return max([*sizes, *rest])

@@ -1,0 +1,65 @@
+"""Where adapters started from: buffers that are saved with them, and that FSDP2 can live with."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from peft.tuners._buffer_dict import BufferDict
+from torch import Tensor
+
+
+class StartBuffers(BufferDict):
+    """Frozen starting factors by adapter name, saved with the adapter.
+
+    Remembers which adapters were given a start, by calibration or from a checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self._in_state_dict = False
+        super().__init__(persistent=True)
+        self.started: set[str] = set()
+
+    @property
+    def _non_persistent_buffers_set(self) -> set[str]:
+        """None of them; under accelerate's FSDP all, as far as others than the state dict ask.
+
+        With `cpu_ram_efficient_loading` accelerate takes everything persistent for a sharded
+        parameter, and keeps what is not persistent as it is.
+        """
+        hidden = not self._in_state_dict and _loaded_by_fsdp()
+        return set(self._buffers) if hidden else set()
+
+    @_non_persistent_buffers_set.setter
+    def _non_persistent_buffers_set(self, _: set[str]) -> None:
+        """Set by `torch.nn.Module`, whose own account of them is not needed."""
+
+    def __delitem__(self, key: str) -> None:
+        super().__delitem__(key)
+        self.started.discard(key)
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], *args: Any) -> None:
+        # On the meta device while accelerate shards the model.
+        away = _loaded_by_fsdp() and any(buffer.is_meta for buffer in self.values())
+        self._in_state_dict = not away
+        try:
+            super()._save_to_state_dict(destination, *args)
+        finally:
+            self._in_state_dict = False
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        self._in_state_dict = any(prefix + name in state_dict for name in self.keys())
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        finally:
+            self._in_state_dict = False
+        for name in self.keys():
+            loaded = state_dict.get(prefix + name)
+            if loaded is not None and bool(loaded.any()):
+                self.started.add(name)
+
+
+def _loaded_by_fsdp() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")

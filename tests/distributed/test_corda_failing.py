@@ -1,0 +1,60 @@
+"""When one process fails, is killed or does not come, the other ends with a message, in time."""
+
+import re
+import subprocess
+import sys
+import time
+
+import failing_processes
+import pytest
+from launching import environment
+
+BAD = "IndexError: index out of range"
+GONE = "lost contact with another process"
+
+
+def ended(folder, case):
+    """Exit status and what was printed of both, and seconds from the beginning of the calibration."""
+    command = [sys.executable, failing_processes.__file__, str(folder)]
+    children = [
+        subprocess.Popen(
+            [*command, str(rank), case],
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        # The other first: it must come to an end by itself, whatever the one does.
+        said = [children[0].communicate(timeout=120)[1]]
+        took = time.time() - float((folder / "began-0").read_text())
+    finally:
+        if case.endswith("late"):
+            children[1].kill()
+        said.append(children[1].communicate(timeout=120)[1])
+    return [child.returncode for child in children], said, took
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        ("whole bad", f"RuntimeError: Calibration failed in process 1, .* {BAD}"),
+        ("sharded bad", f"RuntimeError: Calibration failed in process 1, .* {BAD}"),
+        ("whole killed", f"RuntimeError: Process 0 of 2 {GONE}"),
+        ("sharded killed", f"RuntimeError: Process 0 of 2 {GONE}"),
+        ("whole late", f"RuntimeError: Process 0 of 2 {GONE}"),
+    ],
+)
+def test_trouble_in_one_process_ends_the_other(case, expected, tmp_path):
+    status, said, took = ended(tmp_path, case)
+    assert status[0] == 1
+    last = said[0].strip().splitlines()[-1]
+    assert re.search(expected, last), said[0]
+    assert took < 2 * failing_processes.PATIENCE + 20
+    if case.endswith("bad"):
+        assert BAD in said[1].strip().splitlines()[-1]
+    assert not (tmp_path / "factors.safetensors").exists()
+    left = {path.name for path in (tmp_path / "checkpoint").iterdir()}
+    assert left <= {"plan.json", "sums-0.safetensors", "sums-1.safetensors"}
