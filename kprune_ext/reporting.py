@@ -36,7 +36,9 @@ def make_report(
         length: tokens per sequence at which FLOPs are counted.
         samples, tokens: calibration data used.
     """
-    sublayers = tuple(_row(*row) for row in rows)
+    sublayers = tuple(
+        sublayer_row(before, after, flops, fit.error) for before, after, flops, fit in rows
+    )
     return KPruneReport(
         sublayers=sublayers,
         metric=config.metric,
@@ -52,9 +54,16 @@ def make_report(
     )
 
 
-def _row(
-    before: SubLayer, after: SubLayer, unit_flops: int, fit: TunedProjection
+def sublayer_row(
+    before: SubLayer, after: SubLayer, unit_flops: int, error: float | None
 ) -> SubLayerReport:
+    """What one sub-layer keeps.
+
+    Args:
+        before, after: the sub-layer of the two models.
+        unit_flops: FLOPs of one of its units, per sequence.
+        error: relative reconstruction error, if known.
+    """
     return SubLayerReport(
         name=after.name,
         layer=after.layer,
@@ -65,5 +74,5 @@ def _row(
         flops_before=before.units * unit_flops,
         parameters=after.parameters,
         parameters_before=before.parameters,
-        error=fit.error,
+        error=error,
     )

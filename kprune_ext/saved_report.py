@@ -13,8 +13,9 @@ from transformers import AutoConfig, PreTrainedModel
 from kprune_ext.budget import unit_flops
 from kprune_ext.kept import store_kept_units
 from kprune_ext.modeling import KIND_OF_NAME, UnevenLayers, kept_units
-from kprune_ext.report import REPORT_FILE, KPruneReport, SubLayerReport
-from kprune_ext.sublayers import SubLayer, find_architecture, sublayers
+from kprune_ext.report import REPORT_FILE, KPruneReport
+from kprune_ext.reporting import sublayer_row
+from kprune_ext.sublayers import find_architecture, sublayers
 
 
 def load_report(
@@ -61,7 +62,9 @@ def _from_config(config: Any, kind: Any, length: int) -> KPruneReport:
     with torch.device("meta"):
         after, before = kind(config), kind(whole)
     pairs = zip(*(sublayers(m, find_architecture(m)) for m in (before, after)), strict=True)
-    rows = tuple(_row(before, one, other, length) for one, other in pairs)
+    rows = tuple(
+        sublayer_row(one, other, unit_flops(before, one, length), None) for one, other in pairs
+    )
     flops, flops_before = (sum(getattr(r, n) for r in rows) for n in ("flops", "flops_before"))
     return KPruneReport(
         sublayers=rows,
@@ -75,20 +78,4 @@ def _from_config(config: Any, kind: Any, length: int) -> KPruneReport:
         tokens=0,
         parameters=after.num_parameters(),
         parameters_before=before.num_parameters(),
-    )
-
-
-def _row(model: Any, before: SubLayer, after: SubLayer, length: int) -> SubLayerReport:
-    flops = unit_flops(model, before, length)
-    return SubLayerReport(
-        name=after.name,
-        layer=after.layer,
-        kind=after.kind,
-        units=after.units,
-        units_before=before.units,
-        flops=after.units * flops,
-        flops_before=before.units * flops,
-        parameters=after.parameters,
-        parameters_before=before.parameters,
-        error=None,
     )

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import kprune_accuracy
+import kprune_recovery
 import kprune_tasks
 import pytest
 import torch
@@ -131,3 +132,35 @@ def test_factors_of_units_are_least_squares(unit_size: int) -> None:
     torch.testing.assert_close(
         unit_factors(equations, weight, unit_size), factors, rtol=0.01, atol=0.01
     )
+
+
+def recover(data: Path, *more: str) -> dict:
+    folders = {"data": data, "checkpoints": data / "fine", "model": data / "model"}
+    arguments = [text for name, path in folders.items() for text in (f"--{name}", str(path))]
+    results = data / "results"
+    fixed = ["--tokens=150", "--rank=2", "--rounds=1", "--epochs=1", "--reductions", "0.5"]
+    kprune_recovery.main([*arguments, *fixed, "--results", str(results), *more])
+    return json.loads((results / "kprune_recovery.json").read_text())
+
+
+def test_recovery_trains_each_adapter_and_goes_on(data: Path) -> None:
+    report = recover(data, "--rates", "1e-3", "--after", "none", "corda")
+    assert [run["after"] for run in report["runs"]] == ["none", "none", "corda"]
+    pruned, adapted = report["runs"][1:]
+    assert adapted["parameters"] == pruned["parameters"] and adapted["trained"] > 0
+    more = recover(data, "--rates", "1e-3", "--after", "none", "corda", "lora")
+    assert more["runs"][:3] == report["runs"] and more["runs"][3]["after"] == "lora"
+    assert more["runs"][3]["trained"] == adapted["trained"]
+
+
+def test_recovery_refuses_results_of_another_study(data: Path) -> None:
+    recover(data, "--after", "none")
+    with pytest.raises(SystemExit, match="of another study"):
+        recover(data, "--after", "none", "--adapter-epochs", "2")
+
+
+def test_the_rate_is_chosen_by_validation_not_by_test() -> None:
+    run = {"reduction": 0.6, "after": "lora", "seed": 0}
+    runs = [run | {"rate": 1.0, "validation": 80.0, "test": 99.0}]
+    runs += [run | {"rate": 2.0, "validation": 81.0, "test": 10.0, "seed": s} for s in (0, 1)]
+    assert kprune_recovery.best_rates(runs) == [runs[1:]]
