@@ -5,8 +5,8 @@
         --reductions 0.8 --tokens 12000 --methods ours
 
 Fine-tunes once per task (kept in `--checkpoints`), then prunes in a process of its own for every run, so
-that CPU time and peak memory are the run's alone. Writes `results/kprune_accuracy.{json,md,png}` after
-every run; started again, it goes on with the runs that are missing.
+that CPU time and peak memory are the run's alone. Writes `results/kprune_accuracy.{json,md}` after
+every run, and a picture at the end; started again, it goes on with the runs that are missing.
 """
 
 from __future__ import annotations
@@ -264,8 +264,8 @@ def main(given: list[str] | None = None) -> None:
         done.add(key_of(run))
         report = provenance(__file__, given) | {"runs": [*report["runs"], result]}
         write_report(args.results, NAME, report, as_markdown(report))
-        plot(report, args.results / f"{NAME}.png")
         print({name: result.get(name) for name in (*KEY, TASKS[run["task"]].main)}, flush=True)
+    plot(report, args.results / f"{NAME}.png")
 
 
 if __name__ == "__main__":

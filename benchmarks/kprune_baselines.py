@@ -21,13 +21,13 @@ from transformers import PreTrainedModel
 
 from kprune_ext import KPruneConfig
 from kprune_ext.budget import budget_for, cost_tables
-from kprune_ext.calibration import collect_samples
 from kprune_ext.encoder import Encoder
 from kprune_ext.knowledge import Signal, measure_knowledge
 from kprune_ext.masking import watching
 from kprune_ext.modeling import model_task, record_kept, uneven_copy
 from kprune_ext.reconstruction import NormalEquations
 from kprune_ext.search import search_masks
+from kprune_ext.sharing import shared_data
 from kprune_ext.streams import StateMemory, Stream, start_streams
 from kprune_ext.sublayers import SubLayer, find_architecture, sublayers
 from kprune_ext.surgery import set_output, shrink
@@ -41,8 +41,8 @@ def prune_by(
 ) -> tuple[PreTrainedModel, float]:
     """The pruned model, and the share of encoder FLOPs that it keeps."""
     architecture, task = find_architecture(model), model_task(model)
-    samples = collect_samples(model, batches, config.max_tokens)
-    length = round(sum(sample.count for sample in samples) / len(samples))
+    data = shared_data(model, batches, config)
+    length = round(data.tokens / data.count)
     pruned: Any = uneven_copy(model).requires_grad_(False)
     dense, student = (sublayers(m, architecture) for m in (model, pruned))
     costs = cost_tables(model, dense, "flops", length, None)
@@ -51,10 +51,8 @@ def prune_by(
     if kind == "magnitude":
         scores = [_squared_norms(sublayer) for sublayer in student]
     else:
-        streams = start_streams(encoder, samples, config, StateMemory(2**40, Path()))
-        signal = Signal(
-            task.predict, problem_type(model, task), 1.0, config.max_score_passes, config.seed
-        )
+        streams = start_streams(encoder, data, config, StateMemory(2**40, Path()))
+        signal = Signal(task.predict, problem_type(model, task), 1.0, config.max_score_passes)
         scored = [stream for stream in streams if stream.scored]
         found = measure_knowledge(student, encoder, scored, signal)
         scores = [knowledge.predictive for knowledge in found]

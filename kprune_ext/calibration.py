@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,11 +36,31 @@ class Sample:
         return int(self.tokens.sum())
 
 
+@dataclass(frozen=True)
+class CalibrationData:
+    """One process's samples, and what is known of those of all processes.
+
+    Attributes:
+        samples: of this process.
+        keys: a number for each of them, see :func:`sample_keys`.
+        largest_scored: knowledge is measured on samples whose key is at most this.
+        count: samples of all processes.
+        tokens: unmasked tokens of all processes.
+    """
+
+    samples: Sequence[Sample]
+    keys: Sequence[int]
+    largest_scored: int
+    count: int
+    tokens: int
+
+
 def collect_samples(
     model: PreTrainedModel,
     dataloader: Iterable[Any],
     max_tokens: int,
     image_tokens: Callable[[Mapping[str, Tensor]], int] | None = None,
+    needed: bool = True,
 ) -> list[Sample]:
     """Samples from the dataloader, in its order, until ``max_tokens`` unmasked tokens are reached.
 
@@ -52,11 +73,12 @@ def collect_samples(
         dataloader: batches as mappings of tensors.
         max_tokens: unmasked tokens in all; the first sample is always taken.
         image_tokens: for images, how many tokens the model makes of each image of a batch.
+        needed: whether there must be any data.
 
     Raises:
         TypeError: a batch is not a mapping of tensors.
         ValueError: a batch has no ``input_ids`` or ``pixel_values``, an ``attention_mask`` of a
-            shape that is not ``(batch, tokens)``, or the data hold no unmasked token.
+            shape that is not ``(batch, tokens)``, or needed data hold no unmasked token.
     """
     accepted = set(inspect.signature(model.forward).parameters) - _LABELS
     images = model.main_input_name == "pixel_values" and image_tokens is not None
@@ -72,12 +94,12 @@ def collect_samples(
                 return samples
             samples.append(sample)
             total += sample.count
-    if batches == 0:
+    if batches == 0 and needed:
         raise ValueError(
             "The calibration data are empty: the dataloader gave no batch. Pass a dataloader over "
             "some hundreds of inputs (an iterator that was used up before gives none)."
         )
-    if not samples:
+    if not samples and needed:
         raise ValueError(
             f"The calibration data hold no unmasked token: attention_mask is 0 everywhere in "
             f"{batches} batches. Check the collator: 1 marks tokens, 0 marks padding."
@@ -148,6 +170,38 @@ def _sequences(inputs: dict[str, Tensor], batch: Mapping[Any, Any]) -> list[Samp
         }  # fmt: skip
         samples.append(Sample(cut, cut["attention_mask"] != 0))
     return samples
+
+
+def sample_keys(samples: Sequence[Sample], seed: int) -> list[int]:
+    """A number of 63 bits for each sample that depends on its content and the seed alone.
+
+    So what is drawn at random for a sample is the same in whichever process and order it comes.
+    """
+    return [_key(sample.inputs, seed) for sample in samples]
+
+
+def _key(inputs: Mapping[str, Tensor], seed: int) -> int:
+    content = hashlib.blake2b(str(seed).encode(), digest_size=8)
+    for name, value in sorted(inputs.items()):
+        content.update(f"{name}{tuple(value.shape)}".encode())
+        content.update(
+            value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
+    return int.from_bytes(content.digest(), "little") >> 1
+
+
+def largest_scored(keys: Sequence[int], fraction: float, least: int) -> int:
+    """The largest key of the samples on which knowledge is measured, -1 if there are none.
+
+    Keys are as good as random, so those up to a bound are a random part of the samples.
+
+    Args:
+        keys: of all samples.
+        fraction: part of them that is chosen.
+        least: how many at least, if there are as many.
+    """
+    count = max(round(fraction * len(keys)), min(len(keys), least))
+    return sorted(keys)[count - 1] if count else -1
 
 
 def require_finite(values: Tensor, name: str) -> None:

@@ -19,6 +19,7 @@ from kprune_ext.masking import MaskedUnits, unit_masks
 from kprune_ext.streams import Stream
 from kprune_ext.sublayers import SubLayer
 from kprune_ext.tasks import Predict, ProblemType
+from peft_corda.processes import Processes
 
 # Logits of so many elements go backward at a time: 64 MiB in float32.
 _MOST_LOGITS = 2**24
@@ -48,8 +49,7 @@ class Signal:
         problem: what the logits mean.
         temperature: T.
         passes: backward passes per sample at most.
-        seed: of the signs where there are more directions than passes.
-        teacher: the dense model's logits by number of the sample. If given, the gradient of the
+        teacher: the dense model's logits by key of the sample. If given, the gradient of the
             distance from them is squared, as in the paper; otherwise the expected square is taken.
         depth_tokens: tokens times sub-layers that go backward at a time (a sample at least), so that
             memory does not grow with depth.
@@ -59,7 +59,6 @@ class Signal:
     problem: ProblemType
     temperature: float
     passes: int
-    seed: int = 0
     teacher: Mapping[int, Tensor] | None = None
     depth_tokens: int = 8192
 
@@ -68,19 +67,23 @@ class Signal:
 def teacher_logits(
     sublayers: Sequence[SubLayer], encoder: Encoder, predict: Predict, streams: Sequence[Stream]
 ) -> dict[int, Tensor]:
-    """Logits ``(positions, classes)`` by number of the sample."""
+    """Logits ``(positions, classes)`` by key of the sample."""
     found: dict[int, Tensor] = {}
     for stream in streams:
         hidden, contexts = encoder.enter(stream.inputs)
         for sublayer in sublayers:
             hidden = sublayer.run(hidden, contexts[sublayer.layer])
         logits = encoder.predict(predict, stream.inputs, hidden)
-        found |= dict(zip(stream.numbers, logits, strict=True))
+        found |= dict(zip(stream.keys, logits, strict=True))
     return found
 
 
 def measure_knowledge(
-    sublayers: Sequence[SubLayer], encoder: Encoder, streams: Sequence[Stream], signal: Signal
+    sublayers: Sequence[SubLayer],
+    encoder: Encoder,
+    streams: Sequence[Stream],
+    signal: Signal,
+    processes: Processes | None = None,
 ) -> list[Knowledge]:
     """Knowledge of every unit of the given sub-layers, which must run up to the model's end.
 
@@ -98,10 +101,33 @@ def measure_knowledge(
         encoder: the model they belong to.
         streams: the state before the first of the sub-layers.
         signal: what is predicted, and how that is measured.
+        processes: that have the rest of the streams; sums are taken over all of them.
 
     Raises:
         ValueError: activations or logits are NaN or infinite (the module is named).
     """
+    processes = processes or Processes(alone=True)
+    with processes.together():
+        sums = _sums(sublayers, encoder, streams, signal)
+    total = processes.add(torch.cat(sums))
+    predictive, squares = [], []
+    for sublayer in sublayers:
+        sensitivity, square, total = total.tensor_split(
+            [sublayer.units, sublayer.units + sublayer.output.in_features]
+        )
+        predictive.append(sensitivity.to(sublayer.output.weight.device))
+        squares.append(square.to(sublayer.output.weight.device))
+    samples, tokens = total.tolist()
+    return [
+        Knowledge(0.5 * sensitivity / samples, _output_energy(sublayer, square / tokens))
+        for sublayer, sensitivity, square in zip(sublayers, predictive, squares, strict=True)
+    ]
+
+
+def _sums(
+    sublayers: Sequence[SubLayer], encoder: Encoder, streams: Sequence[Stream], signal: Signal
+) -> list[Tensor]:
+    """Per sub-layer the sums of squared gradients and features, then numbers of samples and tokens."""
     predictive = [_zeros(sublayer, sublayer.units) for sublayer in sublayers]
     squares = [_zeros(sublayer, sublayer.output.in_features) for sublayer in sublayers]
     samples = tokens = 0
@@ -116,10 +142,10 @@ def measure_knowledge(
             if entry.features is None:
                 raise RuntimeError(f"No forward pass reached {sublayer.name}.")
             square += entry.features[stream.tokens].double().square().sum(0)
-    return [
-        Knowledge(0.5 * sensitivity / samples, _output_energy(sublayer, square / tokens))
-        for sublayer, sensitivity, square in zip(sublayers, predictive, squares, strict=True)
-    ]
+    device = predictive[0].device
+    counts = torch.tensor([samples, tokens], dtype=torch.float64, device=device)
+    pairs = zip(predictive, squares, strict=True)
+    return [*(values.to(device) for pair in pairs for values in pair), counts]
 
 
 def _gradients(
@@ -151,12 +177,13 @@ def _directions(z: Tensor, stream: Stream, signal: Signal) -> Iterator[Tensor]:
     if z.shape[1] == stream.tokens.shape[1]:  # a prediction for every token
         counted = stream.tokens if z.shape[1] > 1 else counted
     if signal.teacher is not None:
-        teacher = torch.stack([signal.teacher[number] for number in stream.numbers]).to(z)
+        teacher = torch.stack([signal.teacher[key] for key in stream.keys]).to(z)
         gradient = divergence_gradient(z, teacher, signal.problem, signal.temperature)
         yield gradient * counted.unsqueeze(2)
         return
-    seeds = [1_000_003 * signal.seed + number for number in stream.numbers]
-    yield from directions(z, counted, signal.problem, signal.temperature, signal.passes, seeds)
+    yield from directions(
+        z, counted, signal.problem, signal.temperature, signal.passes, list(stream.keys)
+    )
 
 
 def _in_parts(
@@ -170,13 +197,13 @@ def _in_parts(
             size = encoder.predict(signal.predict, one, first).numel()
         length = stream.tokens.shape[1]
         rows = max(1, min(_MOST_LOGITS // size, signal.depth_tokens // (length * depth)))
-        if rows >= len(stream.numbers):
+        if rows >= len(stream.keys):
             yield stream
             continue
-        for start in range(0, len(stream.numbers), rows):
+        for start in range(0, len(stream.keys), rows):
             part = slice(start, start + rows)
             yield Stream(
-                stream.numbers[part],
+                stream.keys[part],
                 {name: value[part] for name, value in stream.inputs.items()},
                 stream.tokens[part],
                 stream.scored,

@@ -8,11 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from kprune_ext.budget import budget_for, cost_tables, measure_latency, unit_flops
-from kprune_ext.calibration import collect_samples, require_finite
+from kprune_ext.calibration import require_finite
 from kprune_ext.config import KPruneConfig
 from kprune_ext.cost import LatencyTable
 from kprune_ext.encoder import Encoder, plain_outputs
@@ -23,6 +24,7 @@ from kprune_ext.progress import progress_over
 from kprune_ext.reconstruction import NormalEquations, TunedProjection, tune_projection
 from kprune_ext.reporting import make_report
 from kprune_ext.search import search_masks
+from kprune_ext.sharing import from_main, own_model, processes_of, shared_data, summed
 from kprune_ext.streams import Stream, start_streams, state_memory
 from kprune_ext.sublayers import SubLayer, find_architecture, sublayers
 from kprune_ext.surgery import set_output, shrink
@@ -36,6 +38,7 @@ def kprune(
     *,
     predict: Predict | None = None,
     latency: LatencyTable | None = None,
+    accelerator: Accelerator | None = None,
     progress: bool = True,
 ) -> PreTrainedModel:
     """Remove attention heads and feed-forward neurons, and tune what stays; no training.
@@ -57,7 +60,12 @@ def kprune(
             ``config.problem_type`` says.
         latency: for ``metric="latency"``, what :func:`kprune_ext.measure_latency` found; by
             default it is measured with 32 sequences of the calibration data's mean length.
-        progress: show a progress bar.
+        accelerator: of a run of several processes, each of which calls this function: each works on
+            its share of the data, up to its share of ``config.max_tokens``, and all return the same
+            model to the bit. A plain ``DataLoader`` is dealt out to the processes; other iterables
+            and prepared loaders are taken to give each process batches of its own. The model may be
+            wrapped for data-parallel training. Without it, a process works alone.
+        progress: show a progress bar, in the main process.
 
     Returns:
         A new model with smaller matrices, in evaluation mode, that transformers can save, load and
@@ -69,8 +77,11 @@ def kprune(
         ValueError: the model is not supported; the calibration data are empty or have no unmasked
             token; the budget leaves no unit; activations are NaN or infinite.
         TypeError: a batch is not a mapping of tensors; a projection is not a plain linear layer.
+        RuntimeError: another process failed; the message says how.
     """
     config = KPruneConfig() if config is None else config
+    processes = processes_of(accelerator)
+    model = own_model(model, accelerator)
     task = model_task(model)
     architecture = find_architecture(model)
     dense = sublayers(model, architecture)
@@ -86,42 +97,49 @@ def kprune(
         stack.enter_context(evaluating(model))
         stack.enter_context(plain_outputs(pruned.config))
         memory = stack.enter_context(state_memory(config.state_bytes))
-        samples = collect_samples(model, dataloader, config.max_tokens, image_tokens)
-        tokens = sum(sample.count for sample in samples)
-        length = config.sequence_length or max(1, round(tokens / len(samples)))
+        data = shared_data(model, dataloader, config, image_tokens, accelerator, processes)
+        length = config.sequence_length or max(1, round(data.tokens / data.count))
         if config.metric == "latency" and latency is None:
-            latency = measure_latency(model, sequence_length=length)
+            with processes.together():
+                if processes.is_main:
+                    latency = measure_latency(model, sequence_length=length)
+            latency = processes.first(latency)
         costs = cost_tables(model, dense, config.metric, length, latency)
         budget = left = budget_for(costs, config.reduction)
         least = least_units(costs, budget, config.min_share)
-        streams = start_streams(encoder, samples, config, memory)
+        with processes.together():
+            streams = start_streams(encoder, data, config, memory)
         scored = [stream for stream in streams if stream.scored]
         signal = Signal(
             predict or task.predict,
             config.problem_type or _meaning(model, task, predict),
             config.temperature,
             config.max_score_passes,
-            config.seed,
             depth_tokens=4 * config.batch_tokens,
         )
         if config.sensitivity == "gradient":
-            teacher = teacher_logits(student, encoder, signal.predict, scored)
+            with processes.together():
+                teacher = teacher_logits(student, encoder, signal.predict, scored)
             signal = replace(signal, teacher=teacher)
 
         kept: list[list[int]] = []
         tuned: list[TunedProjection] = []
         scores: list[Tensor] = []
-        for step in progress_over(student, config.schedule, disable=not progress):
+        silent = not (progress and processes.is_main)
+        for step in progress_over(student, config.schedule, disable=silent):
             target = student[step]
             if target.kind == "attention" or config.schedule == "per_sublayer":
-                knowledge = measure_knowledge(student[step:], encoder, scored, signal)
+                knowledge = measure_knowledge(student[step:], encoder, scored, signal, processes)
                 scores = unit_scores(student[step:], knowledge, config)
             masks = search_masks(scores, costs[step:], left, least[step:])
-            keep = masks[0].nonzero().flatten().tolist()
+            keep = processes.gather(masks[0].nonzero().flatten().tolist())[0]
             shrink(target, keep)
-            fit = _tune(dense[step], target, encoder, streams, config)
+            with processes.together():
+                equations = _normal_equations(dense[step], target, encoder, streams)
+            fit = from_main(_tune(target, summed(equations, processes), config), processes)
             set_output(target, fit.weight, fit.bias)
-            _advance(target, encoder, streams)
+            with processes.together():
+                _advance(target, encoder, streams)
             left -= float(costs[step][len(keep)])
             scores = scores[1:]
             kept.append(keep)
@@ -143,8 +161,8 @@ def kprune(
         costs=costs,
         budget=budget,
         length=length,
-        samples=len(samples),
-        tokens=tokens,
+        samples=data.count,
+        tokens=data.tokens,
     )
     return pruned
 
@@ -187,24 +205,27 @@ def least_units(costs: Sequence[Tensor], budget: float, min_share: float) -> lis
 
 
 @torch.no_grad()
-def _tune(
-    dense: SubLayer,
-    target: SubLayer,
-    encoder: Encoder,
-    streams: Sequence[Stream],
-    config: KPruneConfig,
-) -> TunedProjection:
-    """Fit the output projection of the shrunk target; moves the teacher's states past it.
-
-    What it is to give is the teacher's sub-layer output, and the difference of the two residual
-    streams; a scale behind the projection divides that difference.
-    """
+def _tune(target: SubLayer, equations: NormalEquations, config: KPruneConfig) -> TunedProjection:
+    """Fit the output projection of the shrunk target."""
     weight = target.output.weight.detach()
     held: Tensor | None = target.output.bias
     if held is None:
         held = weight.new_zeros(len(weight))
     elif config.tune_bias:
         held = None
+    return tune_projection(equations, weight, config.ridge, held)
+
+
+@torch.no_grad()
+def _normal_equations(
+    dense: SubLayer, target: SubLayer, encoder: Encoder, streams: Sequence[Stream]
+) -> NormalEquations:
+    """What the target's output projection is to give; moves the teacher's states past it.
+
+    That is the teacher's sub-layer output, and the difference of the two residual streams; a scale
+    behind the projection divides that difference.
+    """
+    weight = target.output.weight.detach()
     equations = NormalEquations.zeros(weight.shape[1], len(weight), weight.device)
     with watching(dense) as teacher, watching(target) as student:
         for stream in streams:
@@ -219,7 +240,7 @@ def _tune(
             require_finite(wanted, f"the output of {target.name}")
             equations.update(features, wanted)
             stream.teacher.copy_(after)
-    return tune_projection(equations, weight, config.ridge, held)
+    return equations
 
 
 def _unscaled(difference: Tensor, scale: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kprune_ext.architectures import Context
-from kprune_ext.calibration import Sample, require_finite
+from kprune_ext.calibration import CalibrationData, Sample, require_finite
 from kprune_ext.config import KPruneConfig
 from kprune_ext.encoder import Encoder
 
@@ -57,7 +57,7 @@ class Stream:
     """Samples of equal length on their way up: the state of both models before a sub-layer.
 
     Attributes:
-        numbers: of the samples.
+        keys: of the samples, by their content.
         inputs: of the model, each ``(batch, …)``, on its device.
         tokens: which positions count, bool, ``(batch, tokens)``.
         scored: whether knowledge is measured on these samples.
@@ -66,7 +66,7 @@ class Stream:
         contexts: per layer its other arguments, where they take little memory.
     """
 
-    numbers: tuple[int, ...]
+    keys: tuple[int, ...]
     inputs: dict[str, Tensor]
     tokens: Tensor
     scored: bool
@@ -79,53 +79,41 @@ class Stream:
         return self.contexts or encoder.enter(self.inputs)[1]
 
 
-def choose_scored(samples: int, fraction: float, least: int, seed: int) -> set[int]:
-    """Numbers of the samples on which knowledge is measured, the same for a seed.
-
-    Args:
-        samples: how many there are.
-        fraction: part of them that is chosen.
-        least: how many at least, if there are as many.
-        seed: chooses them.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    count = max(round(fraction * samples), min(samples, least))
-    return set(torch.randperm(samples, generator=generator)[:count].tolist())
-
-
 def start_streams(
-    encoder: Encoder, samples: Sequence[Sample], config: KPruneConfig, memory: StateMemory
+    encoder: Encoder, data: CalibrationData, config: KPruneConfig, memory: StateMemory
 ) -> list[Stream]:
     """The samples in batches of equal length, as they enter the first transformer layer.
+
+    Args:
+        encoder: of the model that is pruned.
+        data: the samples.
+        config: says how large batches are.
+        memory: for hidden states.
 
     Raises:
         ValueError: hidden states are NaN or infinite.
     """
-    scored = choose_scored(
-        len(samples), config.score_fraction, config.min_score_samples, config.seed
-    )
-    groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
-    for number, sample in enumerate(samples):
+    groups: dict[tuple[Any, ...], list[tuple[int, Sample]]] = defaultdict(list)
+    for key, sample in zip(data.keys, data.samples, strict=True):
         shapes = tuple((name, value.shape[1:]) for name, value in sorted(sample.inputs.items()))
-        groups[sample.tokens.shape[1], number in scored, shapes].append(number)
+        groups[sample.tokens.shape[1], key <= data.largest_scored, shapes].append((key, sample))
     streams = []
     for (length, is_scored, _), members in sorted(groups.items(), key=lambda item: item[0][:2]):
         size = max(1, config.batch_tokens // length)
         for start in range(0, len(members), size):
-            numbers = tuple(members[start : start + size])
-            streams.append(_enter(encoder, numbers, samples, is_scored, memory))
+            own, part = zip(*members[start : start + size], strict=True)
+            streams.append(_enter(encoder, own, part, is_scored, memory))
     return streams
 
 
 def _enter(
     encoder: Encoder,
-    numbers: tuple[int, ...],
-    samples: Sequence[Sample],
+    keys: tuple[int, ...],
+    part: Sequence[Sample],
     scored: bool,
     memory: StateMemory,
 ) -> Stream:
     device = encoder.model.device
-    part = [samples[number] for number in numbers]
     inputs = {
         name: torch.cat([sample.inputs[name] for sample in part]).to(device)
         for name in part[0].inputs
@@ -136,7 +124,7 @@ def _enter(
     # Position biases can be many times larger than the states, and are quickly made again.
     small = _bytes_in(contexts) <= hidden.numel() * hidden.element_size() // 4
     teacher, student = memory.hold(hidden), memory.hold(hidden)
-    return Stream(numbers, inputs, tokens, scored, teacher, student, contexts if small else None)
+    return Stream(keys, inputs, tokens, scored, teacher, student, contexts if small else None)
 
 
 def _bytes_in(contexts: Sequence[Context]) -> int:

@@ -22,10 +22,11 @@ class Processes:
     Args:
         in_step: whether a run of the model is work of all processes together, as weights are gathered
             from all of them: then all must run it equally often.
+        alone: whether this process works by itself, whatever others there are.
     """
 
-    def __init__(self, in_step: bool = False) -> None:
-        running = distributed.is_available() and distributed.is_initialized()
+    def __init__(self, in_step: bool = False, alone: bool = False) -> None:
+        running = not alone and distributed.is_available() and distributed.is_initialized()
         self.count = distributed.get_world_size() if running else 1
         self.rank = distributed.get_rank() if running else 0
         on_device = running and "nccl" in distributed.get_backend()
@@ -73,6 +74,15 @@ class Processes:
         if owner == self.count:
             return None
         return self._object_from(value, owner)
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, by rank; they must be on the CPU."""
+        if self.count == 1:
+            return [value]
+        found: list[Any] = [None] * self.count
+        with self._in_contact():
+            distributed.all_gather_object(found, value)
+        return found
 
     def rounds(self, owners: Sequence[int]) -> list[list[int]]:
         """Pieces of work in an order in which every process has one of each round to do at most."""

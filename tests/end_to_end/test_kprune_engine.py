@@ -14,10 +14,10 @@ from kprune_models import batches_for, outputs_of, tiny
 
 import kprune_ext.streams
 from kprune_ext import KPruneConfig, LatencyTable, kprune, measure_latency
-from kprune_ext.calibration import Sample
 from kprune_ext.encoder import Encoder
 from kprune_ext.knowledge import Signal, _in_parts, measure_knowledge, teacher_logits
 from kprune_ext.modeling import model_task
+from kprune_ext.sharing import shared_data
 from kprune_ext.streams import StateMemory, start_streams
 from kprune_ext.sublayers import find_architecture, sublayers
 
@@ -153,16 +153,8 @@ def test_paper_mode_squares_the_gradient_of_the_divergence() -> None:
             expected[key] += 0.5 * gradient**2 / len(samples)
 
     architecture, predict = find_architecture(model), model_task(model).predict
-    collected = [
-        Sample(
-            {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])},
-            torch.ones(1, len(ids), dtype=torch.bool),
-        )
-        for ids in samples
-    ]
-    streams = start_streams(
-        Encoder(model, architecture), collected, config, StateMemory(2**30, Path())
-    )
+    data = shared_data(model, padded(samples), config)
+    streams = start_streams(Encoder(model, architecture), data, config, StateMemory(2**30, Path()))
     dense = teacher_logits(
         sublayers(model, architecture), Encoder(model, architecture), predict, streams
     )
@@ -194,16 +186,15 @@ def test_paper_mode_keeps_biases_and_fits_weights_exactly() -> None:
 def test_what_goes_backward_at_a_time_does_not_grow_with_depth(depth: int) -> None:
     model = tiny_bert(layers=2)
     encoder, config = Encoder(model, find_architecture(model)), KPruneConfig()
-    collected = [
-        Sample({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids > 0)
-        for ids in torch.full((30, 1, 9), 5)
-    ]
-    streams = start_streams(encoder, collected, config, StateMemory(2**30, Path()))
+    data = shared_data(
+        model, [{"input_ids": torch.arange(5, 35).unsqueeze(1).expand(30, 9)}], config
+    )
+    streams = start_streams(encoder, data, config, StateMemory(2**30, Path()))
     predict = model_task(model).predict
     signal = Signal(predict, "single_label_classification", 2.0, 8, depth_tokens=1000)
     parts = list(_in_parts(streams, depth, encoder, signal))
-    assert [number for part in parts for number in part.numbers] == list(range(30))
+    assert sorted(key for part in parts for key in part.keys) == sorted(data.keys)
     for part in parts:
         assert part.tokens.numel() * depth <= 1000
-        assert len(part.student) == len(part.numbers) == len(part.inputs["input_ids"])
-    assert max(len(part.numbers) for part in parts) == 1000 // (9 * depth)
+        assert len(part.student) == len(part.keys) == len(part.inputs["input_ids"])
+    assert max(len(part.keys) for part in parts) == 1000 // (9 * depth)

@@ -10,13 +10,13 @@ import torch
 from kprune_helpers import padded, sequences, tiny_bert
 
 from kprune_ext import KPruneConfig, kprune
-from kprune_ext.calibration import collect_samples
 from kprune_ext.cost import head_flops, neuron_flops
 from kprune_ext.encoder import Encoder
 from kprune_ext.knowledge import Knowledge, Signal, measure_knowledge
 from kprune_ext.modeling import model_task
 from kprune_ext.reconstruction import NormalEquations, tune_projection
 from kprune_ext.search import search_masks
+from kprune_ext.sharing import shared_data
 from kprune_ext.streams import StateMemory, start_streams
 from kprune_ext.sublayers import find_architecture, sublayers
 
@@ -27,8 +27,8 @@ def knowledge_of(model: torch.nn.Module, samples: list[torch.Tensor]) -> list[Kn
     architecture = find_architecture(model)
     config = KPruneConfig(score_fraction=1.0)
     encoder = Encoder(model, architecture)
-    collected = collect_samples(model, padded(samples), config.max_tokens)
-    streams = start_streams(encoder, collected, config, StateMemory(2**30, Path()))
+    data = shared_data(model, padded(samples), config)
+    streams = start_streams(encoder, data, config, StateMemory(2**30, Path()))
     predict = model_task(model).predict
     signal = Signal(predict, "single_label_classification", TEMPERATURE, passes=16)
     return measure_knowledge(sublayers(model, architecture), encoder, streams, signal)

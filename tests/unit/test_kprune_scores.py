@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kprune_helpers import tiny_bert
+from kprune_helpers import padded, sequences, tiny_bert
 
 from kprune_ext import KPruneConfig
+from kprune_ext.calibration import collect_samples, largest_scored, sample_keys
 from kprune_ext.knowledge import Knowledge
 from kprune_ext.pruning import least_units, unit_scores
 from kprune_ext.search import search_masks
-from kprune_ext.streams import choose_scored
 from kprune_ext.sublayers import find_architecture, sublayers
 
 
@@ -86,8 +86,23 @@ def test_tables_that_make_no_sense(table: list[float]) -> None:
 
 
 def test_how_many_samples_are_scored() -> None:
-    assert len(choose_scored(1000, 0.15, 20, seed=0)) == 150
-    assert len(choose_scored(1000, 0.15, 512, seed=0)) == 512
-    assert choose_scored(30, 0.15, 512, seed=0) == set(range(30))
-    assert choose_scored(1000, 0.1, 1, seed=3) == choose_scored(1000, 0.1, 1, seed=3)
-    assert choose_scored(1000, 0.1, 1, seed=3) != choose_scored(1000, 0.1, 1, seed=4)
+    keys = torch.randperm(1000).tolist()
+    assert largest_scored(keys, 0.15, 20) == 149
+    assert largest_scored(keys, 0.15, 512) == 511
+    assert largest_scored(keys[:30], 0.15, 512) == max(keys[:30])
+    assert largest_scored([], 0.15, 512) == -1
+
+
+def test_keys_of_samples_depend_on_content_and_seed_alone() -> None:
+    model, samples = tiny_bert(), sequences(20)
+    one, other = (
+        dict(zip((tuple(s.inputs["input_ids"][0].tolist()) for s in found), keys, strict=True))
+        for found in (
+            collect_samples(model, padded(rows), 10_000) for rows in (samples, samples[::-1])
+        )
+        for keys in [sample_keys(found, 3)]
+    )
+    assert one == other and len(set(one.values())) == 20
+    found = collect_samples(model, padded(samples), 10_000)
+    assert not set(sample_keys(found, 4)) & set(one.values())
+    assert all(0 <= key < 2**63 for key in one.values())

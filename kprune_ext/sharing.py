@@ -1,0 +1,125 @@
+"""Several processes that prune one model together: each has a share of the data, all get one result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard, prepare_data_loader
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from kprune_ext.calibration import (
+    CalibrationData,
+    collect_samples,
+    largest_scored,
+    sample_keys,
+)
+from kprune_ext.config import KPruneConfig
+from kprune_ext.reconstruction import NormalEquations, TunedProjection
+from peft_corda.processes import Processes
+
+
+def processes_of(accelerator: Accelerator | None) -> Processes:
+    """The accelerator's processes; without one, this process alone."""
+    return Processes(alone=accelerator is None)
+
+
+def own_model(model: Any, accelerator: Accelerator | None) -> PreTrainedModel:
+    """The model without the wrappers that an accelerator puts around it.
+
+    Raises:
+        ValueError: not all of its weights are in this process's memory.
+    """
+    if accelerator is not None:
+        model = accelerator.unwrap_model(model)
+    for name, parameter in model.named_parameters():
+        sharded = hasattr(parameter, "ds_id") or type(parameter.data).__name__ == "DTensor"
+        if sharded or parameter.is_meta:
+            raise ValueError(
+                f"{name} is {'sharded over processes' if sharded else 'offloaded'}, but pruning needs "
+                "all weights in each process's memory. Prune first, with the model as "
+                "from_pretrained gives it (no device_map='auto' with offload, no FSDP, no ZeRO-3); "
+                "then prepare the pruned model for training."
+            )
+    return model
+
+
+def own_share(dataloader: Iterable[Any], accelerator: Accelerator | None) -> Iterable[Any]:
+    """This process's batches: a plain DataLoader is dealt out, anything else is taken as it is."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return dataloader
+    prepared = isinstance(dataloader, DataLoaderShard | DataLoaderDispatcher)
+    if prepared or not isinstance(dataloader, DataLoader):
+        return dataloader
+    dealt: Iterable[Any] = prepare_data_loader(
+        dataloader,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        even_batches=False,
+    )
+    return dealt
+
+
+def shared_data(
+    model: PreTrainedModel,
+    dataloader: Iterable[Any],
+    config: KPruneConfig,
+    image_tokens: Callable[[Mapping[str, Tensor]], int] | None = None,
+    accelerator: Accelerator | None = None,
+    processes: Processes | None = None,
+) -> CalibrationData:
+    """This process's samples, and what all processes know of the samples of all.
+
+    Args:
+        model, image_tokens: see :func:`kprune_ext.calibration.collect_samples`.
+        dataloader: see :func:`own_share`.
+        config: says how many tokens are taken and how many samples are scored.
+        accelerator, processes: that share the data.
+
+    Raises:
+        TypeError, ValueError: see :func:`kprune_ext.calibration.collect_samples`; no process has any
+            data.
+    """
+    processes = processes or processes_of(accelerator)
+    with processes.together():
+        samples = collect_samples(
+            model,
+            own_share(dataloader, accelerator),
+            -(-config.max_tokens // processes.count),
+            image_tokens,
+            needed=processes.count == 1,
+        )
+        keys = sample_keys(samples, config.seed)
+    parts = processes.gather((keys, sum(sample.count for sample in samples)))
+    every_key = [key for own, _ in parts for key in own]
+    if not every_key:
+        raise ValueError(
+            f"None of the {processes.count} processes has calibration data with an unmasked token. "
+            "Pass a dataloader over some hundreds of inputs."
+        )
+    bound = largest_scored(every_key, config.score_fraction, config.min_score_samples)
+    return CalibrationData(samples, keys, bound, len(every_key), sum(tokens for _, tokens in parts))
+
+
+def summed(equations: NormalEquations, processes: Processes) -> NormalEquations:
+    """The normal equations of all processes' tokens."""
+    if processes.count == 1:
+        return equations
+    numbers = torch.tensor([equations.target_square, equations.tokens], dtype=torch.float64)
+    square, tokens = processes.add(numbers).tolist()
+    sums = {name: processes.add(getattr(equations, name)) for name in _SUMS}
+    return replace(equations, **sums, target_square=square, tokens=round(tokens))
+
+
+_SUMS = ("gram", "cross", "feature_sum", "target_sum")
+
+
+def from_main(fit: TunedProjection, processes: Processes) -> TunedProjection:
+    """The main process's fit: equal to the bit in all, whatever their processors."""
+    weight, bias = (processes.from_owner(values, 0) for values in (fit.weight, fit.bias))
+    return TunedProjection(weight, bias, fit.error)
