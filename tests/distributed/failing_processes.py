@@ -1,4 +1,4 @@
-"""One process that comes to grief while two calibrate; see `test_corda_failing.py`.
+"""One process that comes to grief while two calibrate, or prune; see `test_failing.py`.
 
 failing_processes.py FOLDER RANK CASE
 """
@@ -14,27 +14,32 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from corda_helpers import VOCABULARY, deep_model, make_config
+from kprune_helpers import padded, sequences, tiny_bert
 from sharded_processes import sharded
 from torch import distributed
 from two_processes import BATCHES
 
+from kprune_ext import kprune
 from peft_corda import calibrate
+
+PRUNED_ON = padded(sequences(40), batch=8)
 
 PATIENCE = 15  # seconds
 
 
 class Troubled(list):
-    """Batches of which one brings trouble, after the data has been looked at once."""
+    """Batches of which one brings trouble, after some iterations without any."""
 
-    def __init__(self, trouble: str) -> None:
-        super().__init__(BATCHES)
-        self.trouble, self.iterations = trouble, 0
+    def __init__(self, trouble: str, batches: list[dict], quiet: int) -> None:
+        super().__init__(batches)
+        self.trouble, self.iterations, self.quiet = trouble, 0, quiet
 
     def __iter__(self) -> Iterator[dict]:
         self.iterations += 1
         for number, batch in enumerate(super().__iter__()):
-            if self.iterations > 1 and number == 2:
+            if self.iterations > self.quiet and number == 2:
                 if self.trouble == "killed":
                     os.kill(os.getpid(), signal.SIGKILL)
                 elif self.trouble == "late":
@@ -53,9 +58,16 @@ def main(folder: Path, rank: int, case: str) -> None:
         timeout=timedelta(seconds=PATIENCE),
     )
     place, trouble = case.split(" ")
+    if place == "pruning":
+        batches = Troubled(trouble, PRUNED_ON, quiet=0) if rank == 1 else PRUNED_ON
+        (folder / f"began-{rank}").write_text(str(time.time()))
+        pruned = kprune(tiny_bert(), batches, accelerator=Accelerator(cpu=True), progress=False)
+        pruned.save_pretrained(folder / "pruned")
+        return
     model = deep_model("llama", 3)
     model = sharded(model) if place == "sharded" else model
-    batches = Troubled(trouble) if rank == 1 else BATCHES
+    # The data is looked at once before the first pass.
+    batches = Troubled(trouble, BATCHES, quiet=1) if rank == 1 else BATCHES
     # The time that starting takes is not the calibration's.
     (folder / f"began-{rank}").write_text(str(time.time()))
     factors = calibrate(

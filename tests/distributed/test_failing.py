@@ -58,3 +58,18 @@ def test_trouble_in_one_process_ends_the_other(case, expected, tmp_path):
     assert not (tmp_path / "factors.safetensors").exists()
     left = {path.name for path in (tmp_path / "checkpoint").iterdir()}
     assert left <= {"plan.json", "sums-0.safetensors", "sums-1.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        ("pruning bad", f"RuntimeError: Calibration failed in process 1, .* {BAD}"),
+        ("pruning killed", f"RuntimeError: Process 0 of 2 {GONE}"),
+    ],
+)
+def test_trouble_in_one_pruning_process_ends_the_other(case, expected, tmp_path):
+    status, said, took = ended(tmp_path, case)
+    assert status[0] == 1
+    assert re.search(expected, said[0].strip().splitlines()[-1]), said[0]
+    assert took < 2 * failing_processes.PATIENCE + 20
+    assert not (tmp_path / "pruned").exists()

@@ -1,0 +1,77 @@
+"""What `test_kprune_together.py` has two processes do; each writes what it saw to a file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from kprune_helpers import padded, sequences, tiny_bert
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from two_processes import outcome
+
+from kprune_ext import KPruneConfig, kprune
+
+SAMPLES = sequences(40)
+BATCHES = padded(SAMPLES, batch=4)
+UNEVEN = [BATCHES[:2], BATCHES[2:]]
+HALF = KPruneConfig(reduction=0.5)
+SOME_SCORED = KPruneConfig(reduction=0.5, score_fraction=0.4, min_score_samples=1)
+
+
+def collate(samples: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    return padded(samples, batch=len(samples))[0]
+
+
+def loader() -> DataLoader:
+    return DataLoader(SAMPLES, batch_size=3, collate_fn=collate)
+
+
+def failing() -> Iterator[dict]:
+    yield BATCHES[0]
+    raise OSError("the disk is gone")
+
+
+def pruned(data: Any, config: KPruneConfig = HALF, model: Any = None, **options: Any) -> dict:
+    """What is kept, and all weights."""
+    found = kprune(model or tiny_bert(), data, config, progress=False, **options)
+    report = found.kprune_report
+    return {
+        "layers": found.config.kprune["layers"],
+        "weights": found.state_dict(),
+        "samples": report.samples,
+        "tokens": report.tokens,
+    }
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    rank = accelerator.process_index
+
+    def together(data: Any, config: KPruneConfig = HALF, model: Any = None) -> Any:
+        return outcome(lambda: pruned(data, config, model, accelerator=accelerator))
+
+    seen = {
+        "dealt out": together(loader()),
+        "prepared": together(accelerator.prepare(loader())),
+        "wrapped": together(loader(), model=DistributedDataParallel(tiny_bert())),
+        "uneven": together(UNEVEN[rank]),
+        "empty share": together([BATCHES, []][rank]),
+        "some scored": together(UNEVEN[rank], SOME_SCORED),
+        "paper": together(UNEVEN[rank], KPruneConfig.paper(reduction=0.5)),
+        "latency": together(UNEVEN[rank], KPruneConfig(reduction=0.5, metric="latency")),
+        "no data": together([]),
+        "error": together(failing() if rank == 1 else BATCHES),
+        "alone": outcome(lambda: pruned(BATCHES)),
+    }
+    torch.save(seen, folder / f"seen-{rank}.pt")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
