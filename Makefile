@@ -30,8 +30,8 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Hours: studies whose results are committed next to the scripts. Three more, corda_decomposition.py,
-# corda_exactness.py and kprune_accuracy.py, need files of your own.
+# Hours: studies whose results are committed next to the scripts. More, corda_decomposition.py,
+# corda_exactness.py and kprune_{accuracy,recovery,export}.py, need files of your own.
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/demo_rates.py
 	$(BIN)/python benchmarks/corda_options.py

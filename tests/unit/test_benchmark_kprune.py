@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import kprune_accuracy
+import kprune_export
 import kprune_recovery
 import kprune_tasks
 import pytest
@@ -164,3 +165,15 @@ def test_the_rate_is_chosen_by_validation_not_by_test() -> None:
     runs = [run | {"rate": 1.0, "validation": 80.0, "test": 99.0}]
     runs += [run | {"rate": 2.0, "validation": 81.0, "test": 10.0, "seed": s} for s in (0, 1)]
     assert kprune_recovery.best_rates(runs) == [runs[1:]]
+
+
+def test_exported_models_are_timed(data: Path) -> None:
+    folders = {"data": data, "checkpoints": data / "fine", "model": data / "model"}
+    arguments = [text for name, path in folders.items() for text in (f"--{name}", str(path))]
+    arguments += ["--tokens=150", "--rounds=1", "--epochs=1", "--reductions", "0.5"]
+    kprune_export.main([*arguments, "--results", str(data / "results")])
+    report = json.loads((data / "results" / "kprune_export.json").read_text())
+    assert [(run["batch"], run["tokens"]) for run in report["runs"]] == [(32, 64), (1, 64)]
+    for run in report["runs"]:
+        assert run["logits_apart"] < 1e-4
+        assert kprune_export.speedup(run["onnxruntime"]) > 0

@@ -1,0 +1,139 @@
+"""Speed of a pruned MiniLM-L6 in onnxruntime against PyTorch: is what was gained still there?
+
+    python benchmarks/kprune_export.py --data DATA --checkpoints FOLDER
+
+Exports the fine-tuned model of `kprune_accuracy.py` and pruned ones with `torch.onnx.export`, for a batch
+of one shape each, compares the logits, and times dense and pruned model in turns, in PyTorch and in
+onnxruntime. Writes `results/kprune_export.{json,md}`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+from kprune_accuracy import SHAPES, dense_model
+from kprune_recovery import pruned_model
+from study import RESULTS, provenance, table, write_report
+
+from kprune_ext.cost import median_seconds
+
+NAME = "kprune_export"
+NAMES = ["input_ids", "attention_mask"]
+
+
+class Logits(torch.nn.Module):
+    """A model with tensors as arguments and result, as exporters like it."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(**dict(zip(NAMES, inputs, strict=True))).logits
+        return logits
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--checkpoints", type=Path, required=True, help="for fine-tuned models")
+    parser.add_argument("--model", help="by default MiniLM-L6 from its package")
+    parser.add_argument("--task", choices=["sst2", "mrpc", "stsb"], default="sst2")
+    parser.add_argument("--reductions", nargs="+", type=float, default=[0.4, 0.6, 0.8])
+    parser.add_argument("--tokens", type=int, default=12_000, help="that are pruned with")
+    parser.add_argument("--epochs", type=int, help="of the dense model, in place of the recipe's")
+    parser.add_argument("--limit", type=int, help="rows of each split, for a trial")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    return parser.parse_args(given)
+
+
+def in_onnxruntime(model: Any, inputs: tuple[torch.Tensor, ...], args: Any, folder: Path) -> Any:
+    """A function that runs the exported model on these inputs."""
+    path = folder / f"{id(model)}-{len(inputs[0])}.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(Logits(model), inputs, path, dynamo=True, input_names=NAMES)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = args.threads
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    given = {name: value.numpy() for name, value in zip(NAMES, inputs, strict=True)}
+    return partial(session.run, None, given)
+
+
+@torch.no_grad()
+def measure(dense: Any, pruned: Any, shape: tuple[int, int], args: Any, folder: Path) -> dict:
+    """Seconds per batch of both models by runtime, and how far the logits are apart."""
+    length = min(shape[1], dense.config.max_position_embeddings)
+    ids = torch.randint(5, dense.config.vocab_size, (shape[0], length))
+    inputs = (ids, torch.ones_like(ids))
+    plain = [partial(Logits(model), *inputs) for model in (dense, pruned)]
+    exported = [in_onnxruntime(model, inputs, args, folder) for model in (dense, pruned)]
+    seconds = median_seconds([*plain, *exported], args.rounds, lambda: None)
+    gap = torch.from_numpy(exported[1]()[0]) - plain[1]()
+    return {
+        "batch": shape[0],
+        "tokens": length,
+        "pytorch": dict(zip(("dense", "pruned"), seconds[:2], strict=True)),
+        "onnxruntime": dict(zip(("dense", "pruned"), seconds[2:], strict=True)),
+        "logits_apart": float(gap.abs().max()),
+    }
+
+
+def speedup(seconds: dict[str, float]) -> float:
+    return seconds["dense"] / seconds["pruned"]
+
+
+def as_markdown(report: dict[str, Any]) -> str:
+    rows = []
+    for run in report["runs"]:
+        plain, exported = speedup(run["pytorch"]), speedup(run["onnxruntime"])
+        rows.append(
+            [
+                f"{run['reduction']:.0%}",
+                f"{run['batch']} × {run['tokens']}",
+                f"{plain:.2f}×",
+                f"{exported:.2f}×",
+                f"{exported / plain - 1:+.0%}",
+                f"{run['logits_apart']:.1e}",
+            ]
+        )
+    head = "pruned, batch × tokens, PyTorch, onnxruntime, difference, logits apart"
+    return (
+        "How many times faster than the dense model, medians of "
+        f"{report['rounds']} turns, {report['threads']} thread(s). `{report['command']}`\n\n"
+        + table(head.split(", "), rows)
+    )
+
+
+def main(given: list[str] | None = None) -> None:
+    given = sys.argv[1:] if given is None else given
+    args = arguments(given)
+    torch.set_num_threads(args.threads)
+    dense = dense_model(args.task, args)[0]
+    runs = []
+    for reduction in args.reductions:
+        pruned = pruned_model(reduction, 0, args)
+        for shape in SHAPES:
+            with tempfile.TemporaryDirectory() as folder:
+                found = measure(dense, pruned, shape, args, Path(folder))
+            runs.append({"reduction": reduction} | found)
+    own = {"rounds": args.rounds, "onnxruntime": onnxruntime.__version__, "runs": runs}
+    report = provenance(__file__, given) | own
+    write_report(args.results, NAME, report, as_markdown(report))
+    print((args.results / f"{NAME}.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
