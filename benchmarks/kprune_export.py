@@ -2,8 +2,8 @@
 
     python benchmarks/kprune_export.py --data DATA --checkpoints FOLDER
 
-Exports the fine-tuned model of `kprune_accuracy.py` and pruned ones with `torch.onnx.export`, for a batch
-of one shape each, compares the logits, and times dense and pruned model in turns, in PyTorch and in
+Exports the fine-tuned model of `kprune_accuracy.py` and pruned ones with `torch.onnx.export`, for a
+batch of one shape each, compares the logits, and times both models in turns, in PyTorch and in
 onnxruntime. Writes `results/kprune_export.{json,md}`.
 """
 
