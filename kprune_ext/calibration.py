@@ -177,12 +177,15 @@ def sample_keys(samples: Sequence[Sample], seed: int) -> list[int]:
 
     So what is drawn at random for a sample is the same in whichever process and order it comes.
     """
-    return [_key(sample.inputs, seed) for sample in samples]
+    return [_key(sample, seed) for sample in samples]
 
 
-def _key(inputs: Mapping[str, Tensor], seed: int) -> int:
+def _key(sample: Sample, seed: int) -> int:
     content = hashlib.blake2b(str(seed).encode(), digest_size=8)
-    for name, value in sorted(inputs.items()):
+    for name, value in sorted(sample.inputs.items()):
+        if value.shape[:2] == sample.tokens.shape:  # what is masked makes no difference
+            value = value.clone()
+            value[~sample.tokens] = 0
         content.update(f"{name}{tuple(value.shape)}".encode())
         content.update(
             value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
