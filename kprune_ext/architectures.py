@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 
 from kprune_ext import attention
@@ -24,6 +26,10 @@ Run = Callable[[nn.Module, Tensor, Context], Tensor]
 #: Prefix of the model type of the pruned form of a family. transformers' message about an unknown
 #: model type is the one place where a user without this package can learn its name.
 PRUNED_PREFIX = "kprune_ext_"
+
+
+#: The oldest transformers that this package runs with; rows for it describe later ones, too.
+_OLDEST = "4.57"
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ class Architecture:
         extra_head_flops: ``(config, length)``: FLOPs of a head on one sequence besides projections
             and the products of queries, keys and values.
         refusal: why a model with this config cannot be pruned, or None if it can.
+        transformers: the oldest version of transformers whose modules the row describes.
     """
 
     model_type: str
@@ -72,6 +79,12 @@ class Architecture:
     neurons: Callable[[Any], int] = lambda config: int(config.intermediate_size)
     extra_head_flops: Callable[[Any, int], int] = lambda config, length: 0
     refusal: Callable[[Any], str | None] = lambda config: None
+    transformers: str = "5.0"
+
+    @property
+    def is_available(self) -> bool:
+        """Whether the installed transformers has the modules that the row describes."""
+        return Version(transformers.__version__) >= Version(self.transformers)
 
     @property
     def pruned_type(self) -> str:
@@ -148,6 +161,7 @@ def _deberta_refusal(config: Any) -> str | None:
 
 _BERT = Architecture(
     model_type="bert",
+    transformers=_OLDEST,
     layers="encoder.layer",
     attention=(
         SubLayerPaths(
@@ -179,6 +193,7 @@ _DISTILBERT = Architecture(
 _MPNET = replace(
     _BERT,
     model_type="mpnet",
+    transformers="5.0",
     attention=(
         SubLayerPaths(
             inputs=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
@@ -277,8 +292,10 @@ _DINOV2 = Architecture(
 
 ARCHITECTURES: tuple[Architecture, ...] = (
     _BERT,
-    *(replace(_BERT, model_type=name) for name in ("roberta", "xlm-roberta", "camembert")),
-    replace(_BERT, model_type="electra"),
+    *(
+        replace(_BERT, model_type=name, transformers="5.0")
+        for name in ("roberta", "xlm-roberta", "camembert", "electra")
+    ),
     _DISTILBERT,
     _MPNET,
     _DEBERTA,

@@ -64,11 +64,7 @@ class Encoder:
         Returns:
             ``(batch, tokens, hidden)``, and per layer a mapping from names of arguments.
         """
-        if self._gives_tuples is None:
-            with stopping_before(self._layers[0]) as calls:
-                self.model(**inputs)
-            args, kwargs = calls[0]
-            self._gives_tuples = isinstance(self._layers[0](*args, **kwargs), tuple)
+        self._look(inputs)
         contexts: list[Context] = []
         entered: list[Tensor] = []
 
@@ -96,6 +92,7 @@ class Encoder:
             TypeError: ``predict`` gives no tensor.
             ValueError: its shape is neither (batch, classes) nor (batch, positions, classes).
         """
+        self._look(inputs)
         with self._replaced_layers(lambda args, kwargs: self._wrapped(hidden)):
             logits = predict(self.model, inputs)
         if not isinstance(logits, Tensor):
@@ -109,6 +106,15 @@ class Encoder:
                 "but must give (batch, classes) or (batch, positions, classes)."
             )
         return logits if logits.ndim == 3 else logits.unsqueeze(1)
+
+    @torch.no_grad()
+    def _look(self, inputs: Inputs) -> None:
+        """Find out, once, in what form the layers give their result."""
+        if self._gives_tuples is None:
+            with stopping_before(self._layers[0]) as calls:
+                self.model(**inputs)
+            args, kwargs = calls[0]
+            self._gives_tuples = isinstance(self._layers[0](*args, **kwargs), tuple)
 
     def _wrapped(self, hidden: Tensor) -> Any:
         return (hidden, None) if self._gives_tuples else hidden

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -104,6 +105,11 @@ def find_architecture(model: nn.Module) -> Architecture:
 
 
 def _refuse(row: Architecture, config: object) -> None:
+    if not row.is_available:
+        raise ValueError(
+            f"Pruning {row.model_type} models needs transformers {row.transformers} or newer, but "
+            f"{transformers.__version__} is installed. Update it: pip install -U transformers"
+        )
     if getattr(config, "is_decoder", False):
         raise ValueError(
             "Cannot prune a decoder (config.is_decoder=True). Supported are encoders: load the "
@@ -166,12 +172,10 @@ def _variant(layer: nn.Module, variants: tuple[SubLayerPaths, ...], prefix: str)
 
 
 def _other_build(path: str, where: nn.Module) -> str:
-    import transformers
-
     return (
         f"There is no module {path} in this {type(where).__name__} of transformers "
-        f"{transformers.__version__}. The rows in kprune_ext/architectures.py are written for "
-        "transformers 5 (BERT for 4.57, too): update transformers."
+        f"{transformers.__version__}. The row in kprune_ext/architectures.py describes another "
+        "version: update transformers, or this package."
     )
 
 

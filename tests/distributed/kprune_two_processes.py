@@ -64,7 +64,7 @@ def main(folder: Path) -> None:
         "empty share": together([BATCHES, []][rank]),
         "some scored": together(UNEVEN[rank], SOME_SCORED),
         "paper": together(UNEVEN[rank], KPruneConfig.paper(reduction=0.5)),
-        "latency": together(UNEVEN[rank], KPruneConfig(reduction=0.5, metric="latency")),
+        "latency": together(UNEVEN[rank], KPruneConfig(reduction=0.1, metric="latency")),
         "no data": together([]),
         "error": together(failing() if rank == 1 else BATCHES),
         "alone": outcome(lambda: pruned(BATCHES)),

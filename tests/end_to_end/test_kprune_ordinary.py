@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from kprune_helpers import padded, sequences, tiny_bert, word_tokenizer
 from kprune_models import FAMILIES, IMAGE_FAMILIES, batches_for, outputs_of, tiny
@@ -179,7 +180,8 @@ def test_a_bfloat16_model_stays_one(family: str, tmp_path) -> None:
             part["pixel_values"] = part["pixel_values"].to(torch.bfloat16)
     small = kprune(model, batches, KPruneConfig(reduction=0.5), progress=False)
     small.save_pretrained(tmp_path)
-    for options in ({}, {"dtype": "auto"}):
+    stored = {} if transformers.__version__ >= "5" else {"dtype": "auto"}  # 4 loads in float32
+    for options in (stored, {"dtype": "auto"}):
         loaded = type(small).from_pretrained(tmp_path, **options)
         assert loaded.dtype == torch.bfloat16
         assert torch.equal(outputs_of(loaded, batches[0])[0], outputs_of(small, batches[0])[0])

@@ -9,13 +9,21 @@ import sys
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from kprune_helpers import padded, sequences, tiny_bert
-from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    ElectraConfig,
+)
 
 import kprune_ext
 from kprune_ext import KPruneConfig, kept, kprune, modeling
+from kprune_ext.sublayers import find_architecture
 
 
 @given(st.sets(st.integers(0, 300)))
@@ -170,3 +178,14 @@ def test_pruning_twice_refers_to_the_original_model() -> None:
         neurons = torch.tensor(row.neurons, dtype=torch.long)
         original = model.bert.encoder.layer[number].intermediate.dense.weight[neurons]
         assert torch.equal(twice.bert.encoder.layer[number].intermediate.dense.weight, original)
+
+
+def test_a_family_of_a_later_transformers_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    assert find_architecture(tiny_bert()).model_type == "bert"
+    config = ElectraConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
+    model = AutoModel.from_config(config)
+    with pytest.raises(ValueError, match=r"electra .* needs transformers 5.0 or newer, but 4.57.6"):
+        find_architecture(model)
