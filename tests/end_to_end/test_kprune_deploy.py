@@ -61,7 +61,11 @@ def test_compile(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "empty"), [("bert", True), *((family, False) for family in BUILDS)]
+    ("family", "empty"),
+    [
+        *((family, False) for family in BUILDS),
+        *((family, True) for family in ("bert", "mpnet", "deberta-v2")),
+    ],
 )
 @torch.no_grad()
 def test_onnx(family: str, empty: bool, tmp_path) -> None:
