@@ -141,13 +141,14 @@ def estimate(
         methods: as for `calibrate`.
 
     Raises:
-        ValueError: if transformers is older than 5, a number is less than 1, the model cannot be run on the meta device (as where
-            its data decide on the way), `max_memory` is too small, or as `find_targets`.
+        ValueError: if transformers is older than 5, a number is less than 1, the model cannot be run
+            on the meta device (as where its data decide on the way), `max_memory` is too small, or as
+            `find_targets`.
     """
     if transformers.__version__ < "5":
         raise ValueError(
-            "Planning without weights needs transformers 5 or newer, whose models run on the meta device; "
-            f"{transformers.__version__} is installed. Update it, or look at what calibrate prints."
+            "Planning without weights needs transformers 5 or newer, whose models run on the meta "
+            f"device; {transformers.__version__} is installed. Update it, or see what calibrate prints."
         )
     for name, value in {
         "sequences": sequences,
