@@ -184,6 +184,7 @@ _DISTILBERT = Architecture(
             output="attention.out_lin",
             run=_distilbert_attention,
             counter="attention",
+            adapt=attention.headless,
         ),
     ),
     ffn=(SubLayerPaths(inputs=("ffn.lin1",), output="ffn.lin2", run=_distilbert_ffn),),
@@ -238,6 +239,7 @@ _MODERNBERT = Architecture(
             output="attn.Wo",
             run=_pre_norm("attn_norm", "attn", None, "attention_mask", "position_embeddings"),
             counter="attn",
+            adapt=attention.headless,
         ),
     ),
     ffn=(
@@ -256,6 +258,7 @@ _VIT = Architecture(
             output="attention.o_proj",
             run=_pre_norm("layernorm_before", "attention", None, "attention_mask"),
             counter="attention",
+            adapt=attention.headless,
         ),
     ),
     ffn=(

@@ -56,6 +56,24 @@ class HeadlessDisentangledSelfAttention(DisentangledSelfAttention):
         return self.value_proj(hidden_states), weights
 
 
+class HeadlessAttention(nn.Module):
+    """Attention with no head left whose last step is the output projection: its bias is all it gives.
+
+    onnxruntime does not read products over no heads. It is put in front of the family's own class.
+    """
+
+    def __init__(self, attention: nn.Module) -> None:
+        _take_over(self, attention)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Outputs ``(batch, tokens, hidden)``; attention weights ``(batch, 0, tokens, tokens)``."""
+        batch, tokens = hidden_states.shape[:2]
+        names = ("o_proj", "out_lin", "Wo")
+        project = next(child for name, child in self.named_children() if name in names)
+        weights = hidden_states.new_zeros(batch, 0, tokens, tokens)
+        return project(hidden_states[..., :0]), weights
+
+
 class KeptMPNetSelfAttention(MPNetSelfAttention):
     """MPNet's self-attention with some of its heads; the position bias comes with all of them.
 
@@ -87,6 +105,15 @@ def headless_bert(attention: nn.Module, kept: tuple[int, ...]) -> nn.Module:
     """BERT-like attention with the heads ``kept`` of those it has."""
     headless = not kept and isinstance(attention, BertSelfAttention)
     return HeadlessBertSelfAttention(attention) if headless else attention
+
+
+def headless(attention: nn.Module, kept: tuple[int, ...]) -> nn.Module:
+    """Attention that ends with its output projection, with the heads ``kept`` of those it has."""
+    if kept or isinstance(attention, HeadlessAttention):
+        return attention
+    own = type(attention)
+    made = type(f"Headless{own.__name__}", (HeadlessAttention, own), {})
+    return made(attention)
 
 
 def headless_deberta(attention: nn.Module, kept: tuple[int, ...]) -> nn.Module:

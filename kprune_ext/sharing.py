@@ -21,6 +21,7 @@ from kprune_ext.calibration import (
 )
 from kprune_ext.config import KPruneConfig
 from kprune_ext.reconstruction import NormalEquations, TunedProjection
+from peft_corda.placement import is_dtensor, is_partitioned
 from peft_corda.processes import Processes
 
 
@@ -38,7 +39,7 @@ def own_model(model: Any, accelerator: Accelerator | None) -> PreTrainedModel:
     if accelerator is not None:
         model = accelerator.unwrap_model(model)
     for name, parameter in model.named_parameters():
-        sharded = hasattr(parameter, "ds_id") or type(parameter.data).__name__ == "DTensor"
+        sharded = is_partitioned(parameter) or is_dtensor(parameter)
         if sharded or parameter.is_meta:
             raise ValueError(
                 f"{name} is {'sharded over processes' if sharded else 'offloaded'}, but pruning needs "

@@ -88,6 +88,7 @@ def calibrate(
     """
     chosen = _check_arguments(config, methods, dtype)
     given = bytes_of_limit(max_memory)
+    spreading_of(model)  # before wrappers are taken off: one of them cannot be calibrated under
     model = extract_model_from_parallel(model)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     processes = Processes(in_step=spreading_of(base) is not None)

@@ -1,0 +1,117 @@
+"""What `peft-corda plan` says of memory against what a calibration takes. Linux only.
+
+    python benchmarks/corda_plan.py
+
+Calibrates SmolLM2-135M on random tokens, in a process of its own for each setting, and compares the peak
+of the memory in use above the loaded model with the planner's. Writes `results/corda_plan.{json,md}`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from corda_init_memory import resident, settle
+from study import RESULTS, model_label, provenance, table, write_report
+
+from peft_corda import CordaConfig, calibrate
+from peft_corda.planner import estimate
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+import corda_finetune
+
+NAME = "corda_plan"
+MIB = 2**20
+# Rank, sequences per batch, max_memory in MiB (None: the default).
+SETTINGS = [(32, 1, None), (32, 1, 24), (128, 1, None), (32, 8, None), (32, 1, 256), (32, 16, 64)]
+
+
+def measured(args: argparse.Namespace) -> dict:
+    """Plan and calibrate in this process."""
+    torch.set_num_threads(args.threads)
+    rank, batch_size, limit = args.one
+    model = corda_finetune.load_model(args.model, torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    shape = (args.sequences, args.length)
+    ids = torch.randint(model.config.vocab_size, shape, generator=generator)
+    batches = [
+        {"input_ids": part, "attention_mask": torch.ones_like(part)}
+        for part in ids.split(batch_size)
+    ]
+    config = CordaConfig(corda_method=args.method, r=rank, target_modules="all-linear")
+    options = {} if limit is None else {"max_memory": limit * MIB}
+    sizes = {"sequences": shape[0], "length": shape[1], "batch_size": batch_size}
+    planned = estimate(model, config, **sizes, **options)
+    with torch.no_grad():  # memory that the libraries take once and for all
+        model.base_model(**{name: values[:1] for name, values in batches[0].items()})
+    before = settle()
+    calibrate(model, config, batches, verbose=False, **options)
+    peak = resident("VmHWM") - before
+    return {
+        "rank": rank,
+        "batch_size": batch_size,
+        "max_memory_mib": limit,
+        "passes": planned.passes,
+        "planned": planned.to_dict(),
+        "measured_peak": peak,
+    }
+
+
+def as_markdown(report: dict) -> str:
+    rows = [
+        [
+            str(run["rank"]),
+            str(run["batch_size"]),
+            "default" if run["max_memory_mib"] is None else f"{run['max_memory_mib']} MiB",
+            str(run["passes"]),
+            f"{run['planned']['peak'] / MIB:.0f}",
+            f"{run['measured_peak'] / MIB:.0f}",
+            f"{run['planned']['peak'] / run['measured_peak'] - 1:+.0%}",
+        ]
+        for run in report["runs"]
+    ]
+    head = "r, batch, max_memory, passes, planned MiB, measured MiB, difference"
+    return (
+        f"{report['model']}, {report['sequences']} sequences of {report['length']} tokens, "
+        f"{report['method']}, float32; peaks above the loaded model. `{report['command']}`\n\n"
+        + table(head.split(", "), rows)
+    )
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--model", help="hub id or local path (default: packaged SmolLM2-135M)")
+    add("--method", choices=["kpm", "ipm"], default="kpm")
+    add("--sequences", type=int, default=16)
+    add("--length", type=int, default=256)
+    add("--threads", type=int, default=1)
+    add("--results", type=Path, default=RESULTS)
+    add("--one", type=json.loads, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> None:
+    args = parse_arguments(arguments)
+    if args.one is not None:
+        print(json.dumps(measured(args)))
+        return
+    report = provenance(__file__, arguments) | {
+        "model": model_label(args.model),
+        **{name: getattr(args, name) for name in ("sequences", "length", "method")},
+        "runs": [],
+    }
+    for setting in SETTINGS:
+        command = [sys.executable, __file__, *arguments, "--one", json.dumps(setting)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        report["runs"].append(json.loads(done.stdout.splitlines()[-1]))
+        write_report(args.results, NAME, report, as_markdown(report))
+    print(as_markdown(report))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
