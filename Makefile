@@ -39,6 +39,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/corda_init.py
 	$(BIN)/python benchmarks/corda_step.py
 	$(BIN)/python benchmarks/corda_plan.py
+	$(BIN)/python benchmarks/kprune_scale.py
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
