@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,8 @@ import corda_finetune
 
 NAME = "corda_plan"
 MIB = 2**20
+# What is freed goes back to the system at once, so that what is measured is what is in use.
+PROMPT = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
 # Rank, sequences per batch, max_memory in MiB (None: the default).
 SETTINGS = [(32, 1, None), (32, 1, 24), (128, 1, None), (32, 8, None), (32, 1, 256), (32, 16, 64)]
 
@@ -109,7 +112,10 @@ def main(arguments: list[str]) -> None:
     }
     for setting in SETTINGS:
         command = [sys.executable, __file__, *arguments, "--one", json.dumps(setting)]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        environment = os.environ | PROMPT
+        done = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, text=True, env=environment
+        )
         report["runs"].append(json.loads(done.stdout.splitlines()[-1]))
         write_report(args.results, NAME, report, as_markdown(report))
     print(as_markdown(report))
