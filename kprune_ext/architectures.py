@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import transformers
-from packaging.version import Version
+from accelerate.utils import compare_versions
 from torch import Tensor, nn
 
 from kprune_ext import attention
@@ -84,7 +83,7 @@ class Architecture:
     @property
     def is_available(self) -> bool:
         """Whether the installed transformers has the modules that the row describes."""
-        return Version(transformers.__version__) >= Version(self.transformers)
+        return bool(compare_versions("transformers", ">=", self.transformers))
 
     @property
     def pruned_type(self) -> str:

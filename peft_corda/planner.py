@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import compare_versions
 from torch import nn
 
 from .chain import find_chain
@@ -145,7 +146,7 @@ def estimate(
             on the meta device (as where its data decide on the way), `max_memory` is too small, or as
             `find_targets`.
     """
-    if transformers.__version__ < "5":
+    if compare_versions("transformers", "<", "5.0"):
         raise ValueError(
             "Planning without weights needs transformers 5 or newer, whose models run on the meta "
             f"device; {transformers.__version__} is installed. Update it, or see what calibrate prints."

@@ -235,7 +235,7 @@ def test_unusable_arguments_end_with_usage(arguments, capsys):
 
 def test_help_as_a_program():
     done = subprocess.run(
-        [sys.executable, "-m", "peft_corda.cli", "--help"],
+        [sys.executable, "-m", "peft_corda", "--help"],
         capture_output=True,
         text=True,
         check=True,

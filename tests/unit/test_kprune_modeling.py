@@ -9,7 +9,6 @@ import sys
 
 import pytest
 import torch
-import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from kprune_helpers import padded, sequences, tiny_bert
@@ -22,7 +21,7 @@ from transformers import (
 )
 
 import kprune_ext
-from kprune_ext import KPruneConfig, kept, kprune, modeling
+from kprune_ext import KPruneConfig, architectures, kept, kprune, modeling
 from kprune_ext.sublayers import find_architecture
 
 
@@ -181,11 +180,11 @@ def test_pruning_twice_refers_to_the_original_model() -> None:
 
 
 def test_a_family_of_a_later_transformers_is_refused(monkeypatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    monkeypatch.setattr(architectures, "compare_versions", lambda *wanted: wanted[2] < "5")
     assert find_architecture(tiny_bert()).model_type == "bert"
     config = ElectraConfig(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
     )
     model = AutoModel.from_config(config)
-    with pytest.raises(ValueError, match=r"electra .* needs transformers 5.0 or newer, but 4.57.6"):
+    with pytest.raises(ValueError, match=r"electra .* needs transformers 5.0 or newer, but"):
         find_architecture(model)
