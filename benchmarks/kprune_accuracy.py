@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from kprune_baselines import prune_by
 from kprune_tasks import TASKS, calibration, evaluate, fine_tune, read
-from study import RESULTS, provenance, table, write_report
+from study import RESULTS, as_code, table, with_provenance, write_report
 from transformers import AutoTokenizer
 
 from kprune_ext import KPruneConfig, kprune
@@ -207,7 +207,7 @@ def as_markdown(report: dict[str, Any]) -> str:
     head = "task, split, reduction, tokens, method, result, seeds, FLOPs kept, CPU s, extra MiB"
     shapes = [f"speed-up {batch} × {tokens}" for batch, tokens in SHAPES]
     return (
-        f"Means over sample seeds ± one standard error of the mean. `{report['command']}`\n\n"
+        f"Means over sample seeds ± one standard error of the mean. {as_code(report)}\n\n"
         + table([*head.split(", "), *shapes], rows)
     )
 
@@ -262,7 +262,7 @@ def main(given: list[str] | None = None) -> None:
             continue
         result = run_one(run, args) if args.in_process else in_child(run, given)
         done.add(key_of(run))
-        report = provenance(__file__, given) | {"runs": [*report["runs"], result]}
+        report = with_provenance(report, __file__, given) | {"runs": [*report["runs"], result]}
         write_report(args.results, NAME, report, as_markdown(report))
         print({name: result.get(name) for name in (*KEY, TASKS[run["task"]].main)}, flush=True)
     plot(report, args.results / f"{NAME}.png")

@@ -22,7 +22,7 @@ import torch
 from kprune_accuracy import dense_model, source_of, speed
 from kprune_tasks import TASKS, calibration, evaluate, read, train
 from peft import LoraConfig, get_peft_model
-from study import RESULTS, model_label, provenance, table, write_report
+from study import RESULTS, as_code, model_label, table, with_provenance, write_report
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, set_seed
 
 from kprune_ext import KPruneConfig, kprune
@@ -175,7 +175,7 @@ def as_markdown(report: dict[str, Any]) -> str:
         f"pruned with {settings['tokens']:,} tokens, then rank {settings['rank']}, "
         f"{settings['adapter_epochs']} epoch(s); "
         "rates by validation; means over seeds ± one standard error. "
-        f"`{report['command']}`\n\n" + table(head.split(", "), rows)
+        f"{as_code(report)}\n\n" + table(head.split(", "), rows)
     )
 
 
@@ -198,7 +198,7 @@ def main(given: list[str] | None = None) -> None:
         if tuple(run[name] for name in KEY) in done:
             continue
         report["runs"].append(run_one(run, args))
-        report |= provenance(__file__, given)
+        report = with_provenance(report, __file__, given)
         write_report(args.results, NAME, report, as_markdown(report))
         print({n: report["runs"][-1][n] for n in (*KEY, "validation", "test")}, flush=True)
 

@@ -122,6 +122,19 @@ def provenance(script: str, arguments: list[str]) -> dict:
     }
 
 
+def with_provenance(report: dict, script: str, arguments: list[str]) -> dict:
+    """A report that several calls add to: the commands of all of them, the versions of the last."""
+    about = provenance(script, arguments)
+    command = about.pop("command")
+    commands = report.get("commands", [])
+    return report | about | {"commands": [*(c for c in commands if c != command), command]}
+
+
+def as_code(report: dict) -> str:
+    """The commands that a report came about by, in Markdown."""
+    return "; ".join(f"`{command}`" for command in report["commands"])
+
+
 def write_report(folder: Path, name: str, report: dict, markdown: str) -> None:
     """`name.json` and `name.md`, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
