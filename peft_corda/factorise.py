@@ -58,11 +58,11 @@ def factorise(
                             gathered[name] = weight
         with processes.together():
             for piece in pieces:
-                group, covariance = groups[piece], covariances.pop(groups[piece].leader)
+                group = groups[piece]
                 if owners[piece] == processes.rank:
-                    own = _decomposed(group, covariance, targets, config, methods, gathered)
+                    own = _decomposed(group, covariances, targets, config, methods, gathered)
                 else:
-                    own = _placeholders(group, covariance, targets, config, methods)
+                    own = _placeholders(group, covariances, targets, config, methods)
                 found.update(own)
                 bar.update()
     bar.close()
@@ -75,13 +75,14 @@ def factorise(
 
 def _decomposed(
     group: Group,
-    covariance: Covariance | CrossCovariance,
+    covariances: dict[str, Covariance | CrossCovariance],
     targets: Mapping[str, nn.Module],
     config: CordaConfig,
     methods: Sequence[str],
     gathered: dict[str, Tensor],
 ) -> dict[str, ModuleFactors]:
     """Of one piece of work; weights that have not been gathered are read."""
+    covariance = covariances.pop(group.leader)
     factor, spread, tokens = None, None, covariance.tokens
     if isinstance(covariance, Covariance):
         spread = effective_rank(covariance.matrix)
@@ -118,18 +119,19 @@ def _decomposed(
 
 def _placeholders(
     group: Group,
-    covariance: Covariance | CrossCovariance,
+    covariances: dict[str, Covariance | CrossCovariance],
     targets: Mapping[str, nn.Module],
     config: CordaConfig,
     methods: Sequence[str],
 ) -> dict[str, ModuleFactors]:
     """Of the right shapes, for what another process works out."""
+    tokens = covariances.pop(group.leader).tokens
     found = {}
     for name in group.members:
         shape, rank = weight_shape(targets[name]), rank_of(config, name)
         empty = Directions(torch.zeros(shape[0], rank), torch.zeros(rank), torch.zeros(rank))
         found[name] = ModuleFactors(
-            dict.fromkeys(methods, empty), shape, torch.zeros(SAMPLE_SIZE), 0, 0, covariance.tokens
+            dict.fromkeys(methods, empty), shape, torch.zeros(SAMPLE_SIZE), 0, 0, tokens
         )
     return found
 

@@ -9,6 +9,8 @@ A multiplication and an addition are 2 FLOPs.
   attention scores of no layer, which kernels do not keep;
 - workspace of one decomposition, float64: `in² + out · in + 2 n · in + 3 n²`, and where `W` is wide its
   products in float32, `in² + n · in`; with FSDP2 the gathered weight too;
+- peak: hidden states, factors so far, statistics not yet used in the pass, and the larger of the
+  activations (with all of the pass's statistics) and the workspace of the decomposition;
 - factors: `r (out + 2) + 32` numbers of 4 bytes a module and method, on the CPU;
 - a forward pass: `2 out · in · T` a module, times the share of the model that is run again in later
   passes; statistics: `in² · T` a group (half of a full product);
@@ -179,10 +181,10 @@ def estimate(
     tokens = min(batch_size, own_sequences) * length
     activations = itemsize * tokens * (8 * narrowest + 4 * widest)
     workspace = max(_workspace(*shape) for shape in shapes.values())
-    factors = sum(
-        _FLOAT32 * (len(chosen) * ranks[name] * (shape[0] + 2) + SAMPLE_SIZE)
+    sizes = {
+        name: _FLOAT32 * (len(chosen) * ranks[name] * (shape[0] + 2) + SAMPLE_SIZE)
         for name, shape in shapes.items()
-    )
+    }
     costs = [
         sum(
             _arithmetic(*shapes[name], ranks[name], method)
@@ -206,8 +208,8 @@ def estimate(
         hidden_states=hidden,
         activations=activations,
         workspace=workspace,
-        factors=factors,
-        peak=statistics + hidden + factors + max(activations, workspace),
+        factors=sum(sizes.values()),
+        peak=hidden + _peak(passes, shapes, sizes, activations),
         forward_flops=sequences * length * _run_flops(passes, shapes, carried),
         statistics_flops=float(sequences * length * sum(_sum_flops(group) for group in groups)),
         decomposition_flops=sum(costs),
@@ -235,6 +237,25 @@ def _looked_at(
             "see what they take."
         ) from error
     return groups, None if found is None else found.chain.bytes_per_token * tokens
+
+
+def _peak(
+    passes: Sequence[Sequence[Group]],
+    shapes: Mapping[str, tuple[int, int]],
+    sizes: Mapping[str, int],
+    activations: int,
+) -> int:
+    """Bytes of statistics, factors so far, and what running or decomposing takes, at their most."""
+    most = done = 0
+    for groups in passes:
+        held = sum(group.bytes() for group in groups)
+        most = max(most, done + held + activations)
+        for group in groups:  # each one's statistics are freed before its work begins
+            held -= group.bytes()
+            work = max(_workspace(*shapes[name]) for name in group.members)
+            done += sum(sizes[name] for name in group.members)
+            most = max(most, done + held + work)
+    return most
 
 
 def _workspace(rows: int, columns: int) -> int:
