@@ -7,8 +7,9 @@ A multiplication and an addition are 2 FLOPs.
 - hidden states carried between passes: `T · hidden` numbers of the model's dtype;
 - activations of one batch: `tokens · (8 · hidden + 4 · widest)` numbers of the model's dtype, and the
   attention scores of no layer, which kernels do not keep;
-- workspace of one decomposition, float64: `in² + out · in + 2 n · in + 3 n²`, and where `W` is wide its
-  products in float32, `in² + n · in`; with FSDP2 the gathered weight too;
+- workspace of one decomposition, float64: `in² + out · in + n · in + n²` (`out · n` in place of `n²` for
+  tall `W`, `4 n²` without iteration), `in²` in float32 in place of `n²` for wide `W`; for iterated `ipm`
+  `in²` in float64 and float32; always `(out + 3 n) (r + max(16, r / 4))` for the block of vectors;
 - peak: hidden states, factors so far, statistics not yet used in the pass, and the larger of the
   activations (with all of the pass's statistics) and the workspace of the decomposition;
 - factors: `r (out + 2) + 32` numbers of 4 bytes a module and method, on the CPU;
@@ -180,7 +181,10 @@ def estimate(
     widest = max(max(shape) for shape in shapes.values())
     tokens = min(batch_size, own_sequences) * length
     activations = itemsize * tokens * (8 * narrowest + 4 * widest)
-    workspace = max(_workspace(*shape) for shape in shapes.values())
+    workspaces = {
+        name: max(_workspace(*shape, ranks[name], method) for method in chosen)
+        for name, shape in shapes.items()
+    }
     sizes = {
         name: _FLOAT32 * (len(chosen) * ranks[name] * (shape[0] + 2) + SAMPLE_SIZE)
         for name, shape in shapes.items()
@@ -207,9 +211,9 @@ def estimate(
         statistics=statistics,
         hidden_states=hidden,
         activations=activations,
-        workspace=workspace,
+        workspace=max(workspaces.values()),
         factors=sum(sizes.values()),
-        peak=hidden + _peak(passes, shapes, sizes, activations),
+        peak=hidden + _peak(passes, workspaces, sizes, activations),
         forward_flops=sequences * length * _run_flops(passes, shapes, carried),
         statistics_flops=float(sequences * length * sum(_sum_flops(group) for group in groups)),
         decomposition_flops=sum(costs),
@@ -241,7 +245,7 @@ def _looked_at(
 
 def _peak(
     passes: Sequence[Sequence[Group]],
-    shapes: Mapping[str, tuple[int, int]],
+    workspaces: Mapping[str, int],
     sizes: Mapping[str, int],
     activations: int,
 ) -> int:
@@ -252,17 +256,26 @@ def _peak(
         most = max(most, done + held + activations)
         for group in groups:  # each one's statistics are freed before its work begins
             held -= group.bytes()
-            work = max(_workspace(*shapes[name]) for name in group.members)
+            work = max(workspaces[name] for name in group.members)
             done += sum(sizes[name] for name in group.members)
             most = max(most, done + held + work)
     return most
 
 
-def _workspace(rows: int, columns: int) -> int:
+def _workspace(rows: int, columns: int, rank: int, method: str) -> int:
     least = min(rows, columns)
-    numbers = columns**2 + rows * columns + 2 * least * columns + 3 * least**2
-    wide = _FLOAT32 * (columns**2 + least * columns) if 2 * rows <= columns else 0
-    return _FLOAT64 * numbers + wide
+    iterates = pays(least, rank, method)
+    block = _FLOAT64 * (rows + 3 * least) * (rank + max(16, rank // 4))
+    if method == "ipm" and iterates:
+        return (_FLOAT64 + _FLOAT32) * columns**2 + block
+    if 2 * rows <= columns:  # products in float32
+        numbers, more = 0, _FLOAT32 * columns**2
+    else:
+        numbers, more = max(least**2, rows * least if rows > columns else 0), 0
+    if not iterates:
+        numbers = max(numbers, 4 * least**2)
+    numbers += columns**2 + rows * columns + least * columns
+    return _FLOAT64 * numbers + more + block
 
 
 def _arithmetic(rows: int, columns: int, rank: int, method: str) -> float:
