@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 from kprune_baselines import prune_by
-from kprune_tasks import TASKS, calibration, evaluate, fine_tune, read
-from study import RESULTS, as_code, table, with_provenance, write_report
+from kprune_tasks import TASKS, calibration, common_parser, evaluate, fine_tune, read
+from study import as_code, table, with_provenance, write_report
 from transformers import AutoTokenizer
 
 from kprune_ext import KPruneConfig, kprune
@@ -40,12 +40,7 @@ SHAPES = ((32, 64), (1, 64))
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
-    parser.add_argument("--checkpoints", type=Path, required=True, help="for fine-tuned models")
-    parser.add_argument("--model", help="by default MiniLM-L6 from its package")
+    parser = common_parser(__doc__)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["sst2", "mrpc"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     reductions = [0.4, 0.5, 0.6, 0.7, 0.8]
@@ -54,11 +49,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", nargs="+", type=int, default=[100_000])
     parser.add_argument("--split", choices=["validation", "test"], default="validation")
     parser.add_argument("--options", type=json.loads, default={}, help="of KPruneConfig, JSON")
-    parser.add_argument("--epochs", type=int, help="in place of the recipe's")
     parser.add_argument("--rounds", type=int, default=9, help="of timing; 0 for none")
-    parser.add_argument("--limit", type=int, help="rows of each split, for a trial")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument(
         "--in-process", action="store_true", help="memory figures mean nothing then"
     )

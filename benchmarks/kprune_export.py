@@ -21,7 +21,8 @@ import onnxruntime
 import torch
 from kprune_accuracy import SHAPES, dense_model
 from kprune_recovery import pruned_model
-from study import RESULTS, provenance, table, write_report
+from kprune_tasks import common_parser
+from study import provenance, table, write_report
 
 from kprune_ext.cost import median_seconds
 
@@ -42,20 +43,11 @@ class Logits(torch.nn.Module):
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
-    parser.add_argument("--checkpoints", type=Path, required=True, help="for fine-tuned models")
-    parser.add_argument("--model", help="by default MiniLM-L6 from its package")
+    parser = common_parser(__doc__)
     parser.add_argument("--task", choices=["sst2", "mrpc", "stsb"], default="sst2")
     parser.add_argument("--reductions", nargs="+", type=float, default=[0.4, 0.6, 0.8])
     parser.add_argument("--tokens", type=int, default=12_000, help="that are pruned with")
-    parser.add_argument("--epochs", type=int, help="of the dense model, in place of the recipe's")
-    parser.add_argument("--limit", type=int, help="rows of each split, for a trial")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args(given)
 
 

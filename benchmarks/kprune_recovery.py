@@ -15,14 +15,13 @@ import json
 import statistics
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from kprune_accuracy import dense_model, source_of, speed
-from kprune_tasks import TASKS, calibration, evaluate, read, train
+from kprune_tasks import TASKS, calibration, common_parser, evaluate, read, train
 from peft import LoraConfig, get_peft_model
-from study import RESULTS, as_code, model_label, table, with_provenance, write_report
+from study import as_code, model_label, table, with_provenance, write_report
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, set_seed
 
 from kprune_ext import KPruneConfig, kprune
@@ -34,12 +33,7 @@ KEY = ("task", "reduction", "after", "rate", "seed")
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
-    parser.add_argument("--checkpoints", type=Path, required=True, help="for fine-tuned models")
-    parser.add_argument("--model", help="by default MiniLM-L6 from its package")
+    parser = common_parser(__doc__)
     parser.add_argument("--task", choices=["sst2", "mrpc", "stsb"], default="sst2")
     parser.add_argument("--reductions", nargs="+", type=float, default=[0.4, 0.6, 0.8])
     parser.add_argument("--after", nargs="+", choices=RATES, default=list(RATES))
@@ -50,11 +44,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=12_000, help="that are pruned with")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--adapter-epochs", type=int, default=1)
-    parser.add_argument("--epochs", type=int, help="of the dense model, in place of the recipe's")
     parser.add_argument("--rounds", type=int, default=9, help="of timing; 0 for none")
-    parser.add_argument("--limit", type=int, help="rows of each split, for a trial")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args(given)
 
 

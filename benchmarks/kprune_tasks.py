@@ -5,6 +5,7 @@ Data are JSON Lines in a folder for each data set, `DATA/sst2/train.jsonl` and s
 
 from __future__ import annotations
 
+import argparse
 import collections
 import json
 import random
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from study import RESULTS
 from torch import Tensor
 from transformers import (
     AutoModelForQuestionAnswering,
@@ -140,6 +142,22 @@ TASKS = {
         max_length=256,
     ),
 }
+
+
+def common_parser(about: str) -> argparse.ArgumentParser:
+    """What all studies of fine-tuned models ask for."""
+    parser = argparse.ArgumentParser(
+        description=about.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="folder of the data sets")
+    add("--checkpoints", type=Path, required=True, help="for fine-tuned models")
+    add("--model", help="by default MiniLM-L6 from its package")
+    add("--epochs", type=int, help="of fine-tuning the dense model, in place of the recipe's")
+    add("--limit", type=int, help="rows of each split, for a trial")
+    add("--threads", type=int, default=1)
+    add("--results", type=Path, default=RESULTS)
+    return parser
 
 
 def read(data: Path, name: str, split: str, limit: int | None = None) -> list[Row]:
