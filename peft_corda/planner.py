@@ -5,7 +5,7 @@ A multiplication and an addition are 2 FLOPs.
 
 - statistics: `in²` numbers of 4 bytes a group (modules that share an input), the largest pass counts;
 - hidden states carried between passes: `T · hidden` numbers of the model's dtype;
-- activations of one batch: `tokens · (8 · hidden + 4 · widest)` numbers of the model's dtype, and the
+- activations of one batch: `tokens · 3 · (hidden + widest)` numbers of the model's dtype, and the
   attention scores of no layer, which kernels do not keep;
 - workspace of one decomposition, float64: `in² + out · in + n · in + n²` (`out · n` in place of `n²` for
   tall `W`, `4 n²` without iteration), `in²` in float32 in place of `n²` for wide `W`; for iterated `ipm`
@@ -180,7 +180,7 @@ def estimate(
     narrowest = min(columns for _, columns in shapes.values())
     widest = max(max(shape) for shape in shapes.values())
     tokens = min(batch_size, own_sequences) * length
-    activations = itemsize * tokens * (8 * narrowest + 4 * widest)
+    activations = itemsize * tokens * 3 * (narrowest + widest)
     workspaces = {
         name: max(_workspace(*shape, ranks[name], method) for method in chosen)
         for name, shape in shapes.items()
