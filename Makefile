@@ -12,14 +12,16 @@ PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-min lint bench clean
+.PHONY: demo test test-min lint docs bench clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python examples/corda_finetune.py
+	$(BIN)/python examples/corda_language_model.py
 	$(BIN)/python examples/kprune_classifier.py
 
+# After the tests, the built wheel is tried in an environment of its own.
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(PARALLEL)
+	$(BIN)/python tests/wheel_check.py
 
 # The same tests with the oldest supported versions of PEFT and transformers.
 test-min: $(VENV)-min/.test
@@ -30,11 +32,14 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Hours: studies whose results are committed next to the scripts. More, corda_decomposition.py,
-# corda_exactness.py and kprune_{accuracy,recovery,export}.py, need files of your own.
+# The documentation as web pages, in site/. The tests build it, too, and run its code.
+docs: $(VENV)/.test
+	$(BIN)/mkdocs build --strict
+
+# Hours: studies whose results are committed next to the scripts. More, which need data in files,
+# are corda_{finetune,decomposition,exactness}.py and kprune_{accuracy,recovery,export}.py.
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/demo_rates.py
-	$(BIN)/python benchmarks/corda_options.py
 	$(BIN)/python benchmarks/corda_crossover.py
 	$(BIN)/python benchmarks/corda_init.py
 	$(BIN)/python benchmarks/corda_step.py
@@ -82,4 +87,4 @@ $(VENV)/.lint: $(VENV)/.base
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-min build dist output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-min build dist site output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import study
 import torch
-from corda_finetune import load_model, load_tokenizer
+from corda_language_model import load_model, load_tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 

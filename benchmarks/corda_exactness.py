@@ -30,7 +30,7 @@ from statistics import median
 import peft_reference
 import study
 import torch
-from corda_finetune import load_model, load_tokenizer
+from corda_language_model import load_model, load_tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 

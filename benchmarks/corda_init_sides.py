@@ -23,7 +23,7 @@ from peft_corda import CordaConfig, CordaFactors, calibrate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import local_text
-from corda_finetune import load_model, load_tokenizer
+from corda_language_model import load_model, load_tokenizer
 
 # What PEFT leaves on the modules, or would leave after an error.
 PEFT_ATTRIBUTES = ("eigens", "covariance_matrix", "sample_count", "corda_method", "rank")

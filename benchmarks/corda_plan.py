@@ -24,7 +24,7 @@ from peft_corda import CordaConfig, calibrate
 from peft_corda.planner import estimate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-import corda_finetune
+import corda_language_model
 
 NAME = "corda_plan"
 MIB = 2**20
@@ -38,7 +38,7 @@ def measured(args: argparse.Namespace) -> dict:
     """Plan and calibrate in this process."""
     torch.set_num_threads(args.threads)
     rank, batch_size, limit = args.one
-    model = corda_finetune.load_model(args.model, torch.float32)
+    model = corda_language_model.load_model(args.model, torch.float32)
     generator = torch.Generator().manual_seed(0)
     shape = (args.sequences, args.length)
     ids = torch.randint(model.config.vocab_size, shape, generator=generator)

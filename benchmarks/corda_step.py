@@ -30,7 +30,7 @@ from peft_corda import CordaConfig
 from peft_corda.layer import CordaLinear
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from corda_finetune import load_model
+from corda_language_model import load_model
 
 NAME = "corda_step"
 CONFIGS = {"lora": LoraConfig, "corda": CordaConfig}

@@ -1,4 +1,4 @@
-"""Learning rates for `examples/corda_finetune.py`: the demo's training, at several rates a method.
+"""Learning rates for `examples/corda_language_model.py`: the demo's training, at several rates a method.
 
     python benchmarks/demo_rates.py
 
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-import corda_finetune
+import corda_language_model
 
 RATES = {
     "lora": [5e-4, 1e-3, 2e-3, 4e-3],
@@ -42,12 +42,12 @@ def new_report(args: argparse.Namespace) -> dict:
 
 
 def measure_all(seeds: list[int]) -> None:
-    args = corda_finetune.parse_arguments(["--output", "output/demo_rates"])
-    data = corda_finetune.prepare(args)
+    args = corda_language_model.parse_arguments(["--output", "output/demo_rates"])
+    data = corda_language_model.prepare(args)
     report = json.loads(REPORT.read_text()) if REPORT.exists() else new_report(args)
     if report["before"] is None:
-        base = corda_finetune.load_model(None, args.dtype)
-        report["before"] = dict(zip("AB", corda_finetune.measure(base, data), strict=True))
+        base = corda_language_model.load_model(None, args.dtype)
+        report["before"] = dict(zip("AB", corda_language_model.measure(base, data), strict=True))
         write(report)
     done = {(run["method"], run["rate"], run["seed"]) for run in report["runs"]}
     for seed in seeds:
@@ -56,8 +56,8 @@ def measure_all(seeds: list[int]) -> None:
             for rate in rates:
                 if (method, rate, seed) in done:
                     continue
-                model = corda_finetune.fine_tuned(method, rate, data, args)
-                ppl_a, ppl_b = corda_finetune.measure(model, data)
+                model = corda_language_model.fine_tuned(method, rate, data, args)
+                ppl_a, ppl_b = corda_language_model.measure(model, data)
                 run = {"method": method, "rate": rate, "seed": seed, "A": ppl_a, "B": ppl_b}
                 report["runs"].append(run)
                 print(json.dumps(run), flush=True)

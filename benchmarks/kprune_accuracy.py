@@ -48,7 +48,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the sample")
     parser.add_argument("--tokens", nargs="+", type=int, default=[100_000])
     parser.add_argument("--split", choices=["validation", "test"], default="validation")
-    parser.add_argument("--options", type=json.loads, default={}, help="of KPruneConfig, JSON")
+    parser.add_argument(
+        "--options", type=json.loads, default={}, help="of KPruneConfig for the method ours, JSON"
+    )
     parser.add_argument("--rounds", type=int, default=9, help="of timing; 0 for none")
     parser.add_argument(
         "--in-process", action="store_true", help="memory figures mean nothing then"
@@ -98,7 +100,7 @@ def run_one(run: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         own = (
             KPruneConfig.paper(**common)
             if method == "paper"
-            else KPruneConfig(**(common | args.options))
+            else KPruneConfig(**(common | run.get("options", {})))
         )
         pruned = kprune(model, batches, own, progress=False)
         kept = pruned.kprune_report.flops / pruned.kprune_report.flops_before
@@ -145,7 +147,9 @@ def wanted_runs(args: argparse.Namespace) -> list[dict[str, Any]]:
         base = {"task": task, "split": args.split}
         runs.append(base | {"method": "dense", "reduction": 0.0, "tokens": 0, "seed": 0})
         runs += [
-            base | {"method": method, "reduction": reduction, "tokens": tokens, "seed": seed}
+            base
+            | {"method": method, "reduction": reduction, "tokens": tokens, "seed": seed}
+            | ({"options": args.options} if args.options and method == "ours" else {})
             for seed in args.seeds
             for tokens in args.tokens
             for reduction in args.reductions
@@ -155,15 +159,21 @@ def wanted_runs(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def key_of(run: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(run[name] for name in KEY)
+    return (*(run[name] for name in KEY), label(run))
+
+
+def label(run: dict[str, Any]) -> str:
+    """The method, and what differs from its defaults."""
+    options = (f"{name}={value}" for name, value in sorted(run.get("options", {}).items()))
+    return " ".join([run["method"], *options])
 
 
 def as_markdown(report: dict[str, Any]) -> str:
     """A row per task, method, sample size and reduction: means over seeds, and standard errors."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for run in report["runs"]:
-        key = tuple(run[name] for name in ("task", "split", "reduction", "tokens", "method"))
-        groups.setdefault(key, []).append(run)
+        key = tuple(run[name] for name in ("task", "split", "reduction", "tokens"))
+        groups.setdefault((*key, label(run)), []).append(run)
     rows = []
     for (task, split, reduction, tokens, method), runs in sorted(groups.items()):
         values = [run[TASKS[task].main] for run in runs]
@@ -204,7 +214,7 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """The main metric against the FLOPs kept, a panel per task, a line per method."""
+    """The main metric against the FLOPs kept, with the largest sample, a panel per task."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -213,6 +223,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
     FigureCanvasAgg(figure)
     for panel, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         own = [run for run in report["runs"] if run["task"] == task]
+        most = max(run["tokens"] for run in own)
+        own = [run for run in own if run["tokens"] in (0, most) and not run.get("options")]
         for method in dict.fromkeys(run["method"] for run in own):
             points: dict[float, list[float]] = {}
             for run in own:

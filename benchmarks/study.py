@@ -21,7 +21,7 @@ from peft_corda.groups import discover
 from peft_corda.targets import find_targets
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from corda_finetune import as_prompt
+from corda_language_model import as_prompt
 
 RESULTS = Path(__file__).parent / "results"
 DAMPING = CordaConfig.corda_damping

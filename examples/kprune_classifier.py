@@ -22,6 +22,7 @@ import docstring_sentences
 import torch
 from datasets import DatasetDict, load_dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from precision import bf16_is_faster
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
@@ -112,21 +113,6 @@ def load_data(args: argparse.Namespace) -> DatasetDict:
     return data
 
 
-def bf16_is_faster() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices clearly faster than float32."""
-    if torch.accelerator.is_available():
-        return False
-    times = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.ones(384, 384, dtype=dtype)
-        matrix @ matrix
-        start = time.perf_counter()
-        for _ in range(3):
-            matrix @ matrix
-        times[dtype] = time.perf_counter() - start
-    return times[torch.bfloat16] < 0.7 * times[torch.float32]
-
-
 @contextmanager
 def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
@@ -166,7 +152,7 @@ class Classification:
         kept = kept.rename_column(args.label_column, "labels")
         self.data = kept.select_columns([*self.tokenizer.model_input_names, "labels"])
         self.collate = DataCollatorWithPadding(self.tokenizer)
-        self.bf16 = bf16_is_faster()
+        self.bf16 = not torch.accelerator.is_available() and bf16_is_faster()
 
     def _encode(self, rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         texts = [rows[name] for name in self.args.text_columns]

@@ -24,7 +24,9 @@ class CordaExportCallback(TrainerCallback):
     model that is exported.
 
     Args:
-        dst, rank, dtype: as for `export_lora`.
+        dst: folder to write, as for `export_lora`.
+        rank: of the LoRA factors, as for `export_lora`.
+        dtype: of the LoRA factors, as for `export_lora`.
 
     Raises:
         ValueError: as `export_lora`, or if the model has no single active CORDA adapter, or its weights

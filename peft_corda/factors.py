@@ -179,7 +179,8 @@ class CordaFactors:
         """Raise unless the factors belong to this base model and reach these ranks.
 
         Args:
-            method, weighting: those that the adapter asks for.
+            method: that the adapter asks for.
+            weighting: that the adapter asks for.
             ranks: wanted rank by module name.
             weights: what is seen of the base model at hand, by module name.
 

@@ -24,13 +24,8 @@ from .weights import decomposable, dense_weight, rounding_of, weight_shape
 class CordaModel(LoraModel):
     """A base model with CORDA adapters (CorDA, arXiv 2406.05223).
 
-    Made by `get_peft_model(model, CordaConfig(...))`. Everything that could be wrong with the
-    config or its factors is checked before the first module is replaced.
-
-    Args:
-        model: the model to be adapted.
-        config: the `CordaConfig`, or configs by adapter name.
-        adapter_name: the adapter's name.
+    Made by `get_peft_model(model, CordaConfig(...))`, with the arguments of PEFT's `LoraModel`. Everything
+    that could be wrong with the config or its factors is checked before the first module is replaced.
     """
 
     def inject_adapter(

@@ -73,7 +73,8 @@ class CordaReport:
     Attributes:
         method: ``"kpm"`` or ``"ipm"``.
         scaling: ``"balanced"`` or ``"paper"``, which `norm_ratio` depends on.
-        weighting, damping: of the calibration.
+        weighting: of the calibration.
+        damping: of the calibration.
         modules: in the order of the factors.
         spectra: by module name, `S_i² / ‖W F‖²` of all directions that the factors hold, `(rank,)`.
     """

@@ -1,8 +1,8 @@
-"""`examples/corda_finetune.py` on a tiny model of the user's own, with built-in and the user's data."""
+"""`corda_language_model.py` on a tiny model of the user's own, with built-in and own data."""
 
 import json
 
-import corda_finetune
+import corda_language_model
 import local_text
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -42,7 +42,7 @@ def run(capsys, tiny_model, tmp_path, *options):
         "calibration-samples": 16, "test-samples": 8, "output": tmp_path / "out",
     }  # fmt: skip
     flags = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
-    corda_finetune.main([*flags, *options])
+    corda_language_model.main([*flags, *options])
     return capsys.readouterr().out
 
 

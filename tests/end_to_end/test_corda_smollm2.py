@@ -3,7 +3,7 @@
 import copy
 import os
 
-import corda_finetune
+import corda_language_model
 import corda_oracle as oracle
 import pytest
 import torch
@@ -29,15 +29,17 @@ def _all_cores():
 @pytest.fixture(scope="module")
 def pretrained():
     """A fresh copy of the model for each call; the file is read once."""
-    model = corda_finetune.load_model(None, torch.float32)
+    model = corda_language_model.load_model(None, torch.float32)
     return lambda dtype=torch.float32: copy.deepcopy(model).to(dtype)
 
 
 @pytest.fixture(scope="module")
 def calibration():
-    tokenizer = corda_finetune.load_tokenizer(None)
-    rows = corda_finetune.encode(corda_finetune.default_knowledge().train[:32], tokenizer, 64)
-    return list(corda_finetune.batches(rows, tokenizer, 16))
+    tokenizer = corda_language_model.load_tokenizer(None)
+    rows = corda_language_model.encode(
+        corda_language_model.default_knowledge().train[:32], tokenizer, 64
+    )
+    return list(corda_language_model.batches(rows, tokenizer, 16))
 
 
 def config_for(method, factors=None):

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from corda_helpers import make_batches, make_model
 from peft import LoraConfig, PeftModel
-from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 ROOT = Path(__file__).parents[2]
@@ -72,20 +71,3 @@ def test_readme_code_runs(tmp_path, monkeypatch):
     exec(within.replace("at_step=1000", "at_step=1"), names)
     assert names["classifier"].num_parameters() < dense
     assert names["classifier"].kprune_report.parameters_before == dense
-
-
-def test_page_on_processes():
-    (prune,) = python_blocks("docs/distributed.md")
-    rows = [{"input_ids": row, "labels": row[0] % 2} for row in make_batches()[0]["input_ids"]]
-    names = {"model": make_model("bert"), "dataloader": DataLoader(rows, batch_size=2)}
-    exec(prune, names)
-    for batch in names["dataloader"]:
-        names["pruned"](**batch).loss.backward()
-        names["optimizer"].step()
-
-
-def test_every_page_with_code_is_run():
-    with_code = [
-        path.name for path in (ROOT / "docs").glob("*.md") if "```python" in path.read_text()
-    ]
-    assert with_code == ["distributed.md"]

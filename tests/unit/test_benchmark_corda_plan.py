@@ -2,7 +2,7 @@
 
 import sys
 
-import corda_finetune
+import corda_language_model
 import corda_plan
 import pytest
 import torch
@@ -11,7 +11,9 @@ from corda_helpers import tiny_llama
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
 def test_plan_and_measurement(monkeypatch):
-    monkeypatch.setattr(corda_finetune, "load_model", lambda model, dtype: tiny_llama().to(dtype))
+    monkeypatch.setattr(
+        corda_language_model, "load_model", lambda model, dtype: tiny_llama().to(dtype)
+    )
     threads = torch.get_num_threads()
     arguments = ["--sequences", "4", "--length", "16", "--one", "[4, 2, 1]"]
     try:

@@ -1,7 +1,7 @@
 """Fine-tune a causal language model with LoRA and with CorDA, and see what each learns and forgets.
 
-    python examples/corda_finetune.py
-    python examples/corda_finetune.py --model HuggingFaceTB/SmolLM2-360M --dtype bfloat16 \
+    python examples/corda_language_model.py
+    python examples/corda_language_model.py --model HuggingFaceTB/SmolLM2-360M --dtype bfloat16 \
         --task openai/gsm8k --task-config main --knowledge facts.jsonl --steps 300
 
 Text A is knowledge to keep, text B the task. Each method trains on B for the same number of steps, at
@@ -24,6 +24,7 @@ import torch
 from accelerate.utils import tqdm
 from datasets import load_dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from precision import bf16_is_faster
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
@@ -281,10 +282,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--calibration-samples", type=int, default=128)
     parser.add_argument("--test-samples", type=int, default=64)
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of the model (default: bfloat16 on an accelerator, else what is faster here)",
+    )
     parser.add_argument("--output", type=Path, default=Path("output/corda"))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    if args.dtype is None:
+        fast = torch.accelerator.is_available() or bf16_is_faster()
+        args.dtype = "bfloat16" if fast else "float32"
     args.dtype = getattr(torch, args.dtype)
     return args
 
