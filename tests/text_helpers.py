@@ -1,10 +1,13 @@
-"""A tiny tokenizer, and sentences of its words."""
+"""Tiny tokenizers, sentences of their words, and a model on disk."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import local_text
 from corda_helpers import VOCABULARY
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 WORDS = [f"w{number}" for number in range(VOCABULARY - 3)]
 
@@ -23,3 +26,28 @@ def sentence(number: int, length: int) -> str:
 
 
 SENTENCES = [sentence(number, 3 + number % 9) for number in range(24)]
+
+
+def save_tiny_model(folder: Path) -> None:
+    """A causal language model and a tokenizer that knows the words of the examples' texts."""
+    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    texts = [" ".join(pair) for pair in local_text.facts() + local_text.word_problems(64, 0)]
+    tokenizer.train_from_iterator(
+        texts, trainers.WordLevelTrainer(vocab_size=400, special_tokens=["<unk>", "</s>", "<s>"])
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", bos_token="<s>"
+    )
+    fast.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        bos_token_id=fast.bos_token_id,
+        eos_token_id=fast.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)

@@ -11,7 +11,6 @@ import pytest
 import torch
 import trl_sft
 from peft import LoraConfig, PeftModel
-from test_corda_example import tiny_model  # noqa: F401, a fixture
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EXAMPLES = Path(corda_no_trainer.__file__).parent
@@ -27,7 +26,7 @@ def texts(tmp_path):
     return tmp_path
 
 
-def loss_of(model, tiny_model, texts):  # noqa: F811
+def loss_of(model, tiny_model, texts):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.pad_token = tokenizer.eos_token
     rows = [json.loads(line)["text"] for line in (texts / "task.jsonl").read_text().splitlines()]
@@ -37,7 +36,7 @@ def loss_of(model, tiny_model, texts):  # noqa: F811
         return model.eval()(**batch, labels=labels).loss.item()
 
 
-def check_adapter(folder, tiny_model, texts):  # noqa: F811
+def check_adapter(folder, tiny_model, texts):
     """The saved adapter has learned the task, and has a start other than zero."""
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     before = loss_of(base, tiny_model, texts)
@@ -48,7 +47,7 @@ def check_adapter(folder, tiny_model, texts):  # noqa: F811
 
 
 @pytest.mark.parametrize("method", ["kpm", "ipm"])
-def test_loop_without_trainer(texts, tiny_model, method):  # noqa: F811
+def test_loop_without_trainer(texts, tiny_model, method):
     keep = f"--keep {texts / 'keep.jsonl'}" if method == "kpm" else ""
     options = (
         f"--model {tiny_model} --data {texts / 'task.jsonl'} {keep} --rank 4 --epochs 2 "
@@ -60,7 +59,7 @@ def test_loop_without_trainer(texts, tiny_model, method):  # noqa: F811
 
 
 @pytest.mark.parametrize("method", ["kpm", "ipm"])
-def test_trl_script(texts, tiny_model, method, monkeypatch):  # noqa: F811
+def test_trl_script(texts, tiny_model, method, monkeypatch):
     calibration = f"--calibration {texts / 'keep.jsonl'}" if method == "kpm" else ""
     options = (
         f"--model {tiny_model} --dataset {texts / 'task.jsonl'} --corda_method {method} {calibration} "

@@ -13,7 +13,6 @@ import torch
 from corda_helpers import make_batches, make_model
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from test_corda_example import tiny_model  # noqa: F401, a fixture
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
@@ -115,7 +114,7 @@ def test_page_on_processes():
         names["optimizer"].step()
 
 
-def test_page_on_trl(here, tiny_model):  # noqa: F811
+def test_page_on_trl(here, tiny_model):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     rows = Dataset.from_list([{"text": "one and two are three"}] * 8)
     names = {
