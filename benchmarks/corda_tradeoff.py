@@ -84,27 +84,37 @@ def all_rates(report: dict) -> str:
 
 
 def equal_task(report: dict, base: str = "lora") -> str:
-    """Knowledge lost where a method's curve reaches the task losses of LoRA's rates, seed by seed."""
+    """What each run has forgotten, against LoRA where its curve over the rates has the same task loss,
+    seed by seed; rates up to each method's best."""
     before, methods = report["before"], by_method(report["runs"])
+    curves = {
+        seed: mean_points([run for run in methods.get(base, []) if run["seed"] == seed])
+        for seed in {run["seed"] for run in methods.get(base, [])}
+    }
     rows = []
-    for rate, own in by_rate(methods.get(base, [])).items():
-        if rate > best_rate(methods[base]):
-            continue
-        lost = [[run[what] - before[what] for run in own] for what in KNOWLEDGE]
-        rows.append([f"{base} {rate:g}", str(len(own)), *(spread(v, ".3f") for v in lost)])
-        for method, runs in methods.items():
-            if method == base:
+    for method, runs in methods.items():
+        for rate, same in by_rate(runs).items():
+            if method == base or rate > best_rate(runs):
                 continue
-            found: dict[str, list[float]] = {what: [] for what in KNOWLEDGE}
-            for run in own:
-                points = mean_points([r for r in runs if r["seed"] == run["seed"]])
-                for what, values in found.items():
-                    value = at_task_loss(points, run["task"], what)
-                    values += [] if value is None else [value - run[what]]
-            if found["wikitext"]:
-                cells = [spread(values, "+.3f").replace("± +", "± ") for values in found.values()]
-                rows.append([f"&emsp;{method} against it", str(len(found["wikitext"])), *cells])
-    return table(["", "seeds", *KNOWLEDGE.values()], rows)
+            cells: list[str] = []
+            compared = 0
+            for what in KNOWLEDGE:
+                pairs = [
+                    (run[what] - before[what], found - before[what])
+                    for run in same
+                    for found in [at_task_loss(curves.get(run["seed"], []), run["task"], what)]
+                    if found is not None
+                ]
+                compared = len(pairs)
+                cells.append(spread([own for own, _ in pairs], ".3f"))
+                cells.append(spread([theirs for _, theirs in pairs], ".3f"))
+                difference = spread([own - theirs for own, theirs in pairs], "+.3f")
+                cells.append(difference.replace("± +", "± "))
+            if compared:
+                rows.append([method, f"{rate:g}", str(compared), *cells])
+    names = ("its", "LoRA's", "difference")
+    head = [f"{label}: {name}" for label in KNOWLEDGE.values() for name in names]
+    return table(["method", "rate", "seeds", *head], rows)
 
 
 def speed(report: dict, base: str = "lora") -> str:
@@ -141,10 +151,10 @@ def as_markdown(report: dict) -> str:
             "Perplexities on held-out text:",
             "",
             all_rates(report),
-            "What was forgotten, in nats a token, by LoRA at each rate up to its best; and how much "
-            "more (+) or less (−) another method has forgotten where its own curve over the rates "
-            "reaches the same task loss, seed by seed. Methods that do not reach it at any rate are "
-            "left out:",
+            "What was forgotten, in nats a token (negative: gained), against what LoRA has forgotten "
+            "where its curve over the rates has the same task loss, seed by seed. Rates are left out "
+            "that are higher than the method's best, or end with a task loss that LoRA's curve does "
+            "not pass:",
             "",
             equal_task(report),
             "Steps until the held-out task loss (first "

@@ -123,7 +123,7 @@ def kprune(
             signal = replace(signal, teacher=teacher)
 
         kept: list[list[int]] = []
-        tuned: list[TunedProjection] = []
+        errors: list[float] = []
         scores: list[Tensor] = []
         silent = not (progress and processes.is_main)
         for step in progress_over(student, config.schedule, disable=silent):
@@ -143,7 +143,8 @@ def kprune(
             left -= float(costs[step][len(keep)])
             scores = scores[1:]
             kept.append(keep)
-            tuned.append(fit)
+            errors.append(fit.error)
+            del equations, fit  # before the next step's
 
     record_kept(pruned, zip(kept[::2], kept[1::2], strict=True))
     _copy_requires_grad(model, pruned)
@@ -154,7 +155,7 @@ def kprune(
             dense,
             student,
             [unit_flops(model, sublayer, length) for sublayer in dense],
-            tuned,
+            errors,
             strict=True,
         ),
         config=config,

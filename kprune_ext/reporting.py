@@ -8,7 +8,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kprune_ext.config import KPruneConfig
-from kprune_ext.reconstruction import TunedProjection
 from kprune_ext.report import KPruneReport, SubLayerReport
 from kprune_ext.sublayers import SubLayer
 
@@ -16,7 +15,7 @@ from kprune_ext.sublayers import SubLayer
 def make_report(
     model: PreTrainedModel,
     pruned: PreTrainedModel,
-    rows: Iterable[tuple[SubLayer, SubLayer, int, TunedProjection]],
+    rows: Iterable[tuple[SubLayer, SubLayer, int, float]],
     *,
     config: KPruneConfig,
     costs: Sequence[Tensor],
@@ -29,7 +28,7 @@ def make_report(
 
     Args:
         model, pruned: before and after.
-        rows: per sub-layer: before, after, FLOPs of a unit, and the fit.
+        rows: per sub-layer: before, after, FLOPs of a unit, and the fit's relative error.
         config: of the run.
         costs: per sub-layer, what keeping 0, 1, … units costs by the run's metric.
         budget: what might be kept of that.
@@ -37,7 +36,7 @@ def make_report(
         samples, tokens: calibration data used.
     """
     sublayers = tuple(
-        sublayer_row(before, after, flops, fit.error) for before, after, flops, fit in rows
+        sublayer_row(before, after, flops, error) for before, after, flops, error in rows
     )
     return KPruneReport(
         sublayers=sublayers,

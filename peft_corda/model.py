@@ -24,8 +24,9 @@ from .weights import decomposable, dense_weight, rounding_of, weight_shape
 class CordaModel(LoraModel):
     """A base model with CORDA adapters (CorDA, arXiv 2406.05223).
 
-    Made by `get_peft_model(model, CordaConfig(...))`, with the arguments of PEFT's `LoraModel`. Everything
-    that could be wrong with the config or its factors is checked before the first module is replaced.
+    Made by `get_peft_model(model, CordaConfig(...))`, with the arguments of PEFT's `LoraModel`.
+    Everything that could be wrong with the config or its factors is checked before the first module
+    is replaced.
     """
 
     def inject_adapter(
