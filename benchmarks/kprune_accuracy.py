@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from corda_init_memory import resident
 from kprune_baselines import prune_by
 from kprune_tasks import TASKS, calibration, common_parser, evaluate, fine_tune, read
 from study import as_code, table, with_provenance, write_report
@@ -137,6 +138,9 @@ def speed(dense: Any, pruned: Any, rounds: int) -> dict[str, Any]:
 
 
 def _peak_bytes() -> int:
+    """Of this process; elsewhere than on Linux of what it was forked from, too."""
+    if Path("/proc/self/status").exists():
+        return resident("VmHWM")
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
