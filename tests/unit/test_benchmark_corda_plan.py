@@ -6,10 +6,14 @@ import corda_language_model
 import corda_plan
 import pytest
 import torch
+from accelerate.utils import compare_versions
 from corda_helpers import tiny_llama
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
+@pytest.mark.skipif(
+    compare_versions("transformers", "<", "5.0"), reason="planning needs transformers 5"
+)
 def test_plan_and_measurement(monkeypatch):
     monkeypatch.setattr(
         corda_language_model, "load_model", lambda model, dtype: tiny_llama().to(dtype)
