@@ -254,6 +254,11 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     add("--factors", type=Path, default=Path("output/factors"), help="folder for calibrations")
     add("--threads", type=int, default=torch.get_num_threads())
     add("--results", type=Path, default=RESULTS)
+    add(
+        "--name",
+        default=NAME,
+        help="of the files in the folder of results; other settings, another",
+    )
     args = parser.parse_args(given)
     args.settings = dataclasses.replace(PRESETS[args.preset], **args.settings)
     return args
@@ -264,18 +269,23 @@ def main(given: list[str] | None = None) -> None:
     args = arguments(given)
     torch.set_num_threads(args.threads)
     corpora = Corpora(args.data, load_tokenizer(args.model), args.settings)
-    path = args.results / f"{NAME}.json"
+    path = args.results / f"{args.name}.json"
 
     def add(runs: list[dict], **more: object) -> dict:
         # Read again: another process may have added to it.
         report = json.loads(path.read_text()) if path.exists() else {"runs": []}
         report = with_provenance(report | more, __file__, given)
         report["runs"] = [*report["runs"], *runs]
-        write_report(args.results, NAME, report, as_markdown(report))
+        write_report(args.results, args.name, report, as_markdown(report))
         return report
 
-    settings = dataclasses.asdict(args.settings)
-    report = add([], model=model_label(args.model), settings=settings)
+    about = {"model": model_label(args.model), "settings": dataclasses.asdict(args.settings)}
+    if (
+        path.exists()
+        and (found := json.loads(path.read_text()).get("settings")) != about["settings"]
+    ):
+        sys.exit(f"{path.name} is of other settings: {found}. Pass another --name.")
+    report = add([], **about)
     if "before" not in report:
         base = load_model(args.model, getattr(torch, args.settings.dtype)).eval()
         early = mean_loss(base, labelled(corpora, corpora.early))
@@ -287,7 +297,7 @@ def main(given: list[str] | None = None) -> None:
                 if (method, rate, seed) not in found:
                     report = add([run(method, rate, seed, corpora, args)])
                     print({name: report["runs"][-1][name] for name in SHOWN}, flush=True)
-    plot(report, args.results / f"{NAME}.png")
+    plot(report, args.results / f"{args.name}.png")
 
 
 if __name__ == "__main__":

@@ -108,9 +108,15 @@ def measure_latency(
         rounds: the median of so many runs counts.
 
     Raises:
-        ValueError: the model is not supported.
+        ValueError: the model is not supported, or not on one device as a whole.
     """
     architecture = find_architecture(model)
+    if any(p.is_meta or p.device != model.device for p in model.parameters()):
+        raise ValueError(
+            "Latency is measured on one device, but this model lies on several, or is offloaded. Load "
+            "it on the device where it is to run, or use metric='flops'; a table that was measured "
+            "elsewhere can be passed as latency=."
+        )
     with evaluating(model), plain_outputs(model.config):
         hidden, contexts = Encoder(model, architecture).enter(
             _example(model, batch_size, sequence_length)

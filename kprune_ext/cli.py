@@ -55,7 +55,8 @@ class PruneOptions:
         paper: Use the publication's options in place of the defaults; those given here count for
             nothing, except reduction, metric, max_tokens, sequence_length and seed.
         latency: Latency table (JSON) to use, or to write if there is none; for metric latency.
-        device: Where to prune, such as cpu or cuda:1; by default a GPU if there is one.
+        device: Where to prune, such as cpu or cuda:1; auto spreads the model over all GPUs, and CPU
+            memory if they do not hold it; by default a GPU if there is one.
         dtype: To load the weights in; auto is how they are stored.
         revision: Branch, tag or commit of the model on the hub.
         plot: Picture of what was kept to write; needs matplotlib.

@@ -160,9 +160,10 @@ def load_model(options: PruneOptions, about: Any) -> PreTrainedModel:
             )
         kind = written[0]
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    model = kind.from_pretrained(options.model, dtype=dtype, revision=options.revision)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded: PreTrainedModel = model.to(device).eval()
+    spread = {"device_map": "auto"} if device == "auto" else {}
+    model = kind.from_pretrained(options.model, dtype=dtype, revision=options.revision, **spread)
+    loaded: PreTrainedModel = (model if spread else model.to(device)).eval()
     return loaded
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -18,6 +19,7 @@ from kprune_ext.architectures import Architecture, Context
 from kprune_ext.masking import stopping_before
 from kprune_ext.sublayers import layers_path
 from kprune_ext.tasks import Predict
+from peft_corda.placement import execution_device
 
 Inputs = Mapping[str, Tensor]
 
@@ -31,7 +33,11 @@ class _StandIn(nn.Module):
 
     def __init__(self, layer: nn.Module, answer: Callable[[tuple[Any, ...], dict], Any]) -> None:
         super().__init__()
-        own = {name: value for name, value in vars(layer).items() if not name.startswith("_")}
+        own = {
+            name: value
+            for name, value in vars(layer).items()
+            if not name.startswith("_") and name != "forward"
+        }
         self.__dict__.update(own)
         self._answer = answer
 
@@ -113,7 +119,7 @@ class Encoder:
         if self._gives_tuples is None:
             with stopping_before(self._layers[0]) as calls:
                 self.model(**inputs)
-            args, kwargs = calls[0]
+            args, kwargs = send_to_device(calls[0], execution_device(self._layers[0]))
             self._gives_tuples = isinstance(self._layers[0](*args, **kwargs), tuple)
 
     def _wrapped(self, hidden: Tensor) -> Any:

@@ -115,8 +115,8 @@ def measure_knowledge(
         sensitivity, square, total = total.tensor_split(
             [sublayer.units, sublayer.units + sublayer.output.in_features]
         )
-        predictive.append(sensitivity.to(sublayer.output.weight.device))
-        squares.append(square.to(sublayer.output.weight.device))
+        predictive.append(sensitivity)
+        squares.append(square)
     samples, tokens = total.tolist()
     return [
         Knowledge(0.5 * sensitivity / samples, _output_energy(sublayer, square / tokens))
@@ -141,7 +141,7 @@ def _sums(
         for square, entry, sublayer in zip(squares, masked, sublayers, strict=True):
             if entry.features is None:
                 raise RuntimeError(f"No forward pass reached {sublayer.name}.")
-            square += entry.features[stream.tokens].double().square().sum(0)
+            square += entry.features[stream.tokens.to(square.device)].double().square().sum(0)
     device = predictive[0].device
     counts = torch.tensor([samples, tokens], dtype=torch.float64, device=device)
     pairs = zip(predictive, squares, strict=True)
@@ -157,10 +157,11 @@ def _gradients(
 ) -> Iterator[tuple[int, Tensor]]:
     """Per direction and sub-layer: the sub-layer's number and gradients ``(batch, units)``."""
     contexts = stream.contexts_in(encoder)
-    hidden = stream.student.to(stream.tokens.device)
+    hidden = stream.student
     for sublayer in sublayers:
         hidden = sublayer.run(hidden, contexts[sublayer.layer])
-        require_finite(hidden.detach()[stream.tokens], f"the output of {sublayer.name}")
+        counted = stream.tokens.to(hidden.device)
+        require_finite(hidden.detach()[counted], f"the output of {sublayer.name}")
     z = encoder.predict(signal.predict, stream.inputs, hidden)
     z = z if z.dtype == torch.float64 else z.float()
     require_finite(z.detach(), "the logits")
@@ -175,7 +176,7 @@ def _gradients(
 def _directions(z: Tensor, stream: Stream, signal: Signal) -> Iterator[Tensor]:
     counted = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
     if z.shape[1] == stream.tokens.shape[1]:  # a prediction for every token
-        counted = stream.tokens if z.shape[1] > 1 else counted
+        counted = stream.tokens.to(z.device) if z.shape[1] > 1 else counted
     if signal.teacher is not None:
         teacher = torch.stack([signal.teacher[key] for key in stream.keys]).to(z)
         gradient = divergence_gradient(z, teacher, signal.problem, signal.temperature)
@@ -213,9 +214,9 @@ def _in_parts(
 
 
 def _output_energy(sublayer: SubLayer, mean_square: Tensor) -> Tensor:
-    weight = sublayer.output.weight.detach().double()
+    weight = sublayer.output.weight.detach().to(mean_square)
     if sublayer.scale is not None:
-        weight = sublayer.scale.double().unsqueeze(1) * weight
+        weight = sublayer.scale.to(weight).unsqueeze(1) * weight
     column = weight.square().mean(0)
     return (mean_square * column).reshape(-1, sublayer.unit_size).sum(1)
 

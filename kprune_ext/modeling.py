@@ -21,6 +21,7 @@ from kprune_ext import kept
 from kprune_ext.architectures import ARCHITECTURES, Architecture
 from kprune_ext.checkpoints import Checkpoints
 from kprune_ext.kept import KeptUnits, store_kept_units
+from kprune_ext.placement import Homes, copy_weights, homes_of
 from kprune_ext.sublayers import find_architecture, sublayers
 from kprune_ext.surgery import shrink
 from kprune_ext.tasks import TASKS, Task, find_task
@@ -123,11 +124,15 @@ def model_task(model: nn.Module) -> Task:
     return find_task(model, MODEL_TASKS)
 
 
-def uneven_copy(model: PreTrainedModel) -> PreTrainedModel:
+def uneven_copy(model: PreTrainedModel, homes: Homes | None = None) -> PreTrainedModel:
     """A copy of a supported model, in the class that can be pruned; nothing removed yet.
 
-    It has the model's weights, dtype and device in memory of its own, and is in evaluation mode.
-    The global random state is left as it was.
+    It has the model's weights and dtype in memory of its own, and is in evaluation mode. The global
+    random state is left as it was.
+
+    Args:
+        model: its weights may be on several devices, or offloaded by accelerate.
+        homes: on which devices the copy's parts are to be; by default the model's own.
     """
     is_pruned = isinstance(model, UnevenLayers)
     pruned_class: Any = type(model) if is_pruned else PRUNED_CLASSES[type(model)]
@@ -142,8 +147,7 @@ def uneven_copy(model: PreTrainedModel) -> PreTrainedModel:
             attn_implementation=model.config._attn_implementation,
             **_head_options(model),
         )
-    nn.Module.to(copy, device=model.device, dtype=model.dtype)
-    copy.load_state_dict(model.state_dict())
+    copy_weights(model, copy, homes_of(model) if homes is None else homes)
     return copy.eval()
 
 

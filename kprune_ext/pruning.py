@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kprune_ext.budget import budget_for, cost_tables, measure_latency, unit_flops
@@ -20,15 +21,23 @@ from kprune_ext.encoder import Encoder, plain_outputs
 from kprune_ext.knowledge import Knowledge, Signal, measure_knowledge, teacher_logits
 from kprune_ext.masking import evaluating, watching
 from kprune_ext.modeling import model_task, record_kept, uneven_copy
+from kprune_ext.placement import (
+    homes_of,
+    input_device,
+    moving_inputs,
+    require_whole_layers,
+    spread_out,
+)
 from kprune_ext.progress import progress_over
 from kprune_ext.reconstruction import NormalEquations, TunedProjection, tune_projection
 from kprune_ext.reporting import make_report
 from kprune_ext.search import search_masks
 from kprune_ext.sharing import from_main, own_model, processes_of, shared_data, summed
 from kprune_ext.streams import Stream, start_streams, state_memory
-from kprune_ext.sublayers import SubLayer, find_architecture, sublayers
+from kprune_ext.sublayers import SubLayer, find_architecture, layers_path, sublayers
 from kprune_ext.surgery import set_output, shrink
 from kprune_ext.tasks import Predict, ProblemType, Task, problem_type
+from peft_corda.placement import moves_weights
 
 
 def kprune(
@@ -49,7 +58,10 @@ def kprune(
     plus the residual stream is again what the original model has there.
 
     Args:
-        model: a supported model (see the error for a list); left exactly as it was.
+        model: a supported model (see the error for a list); left exactly as it was. It may lie on
+            several devices, or partly in CPU memory or on disk (``device_map``), as long as each
+            transformer layer is on one; so does the result, but for what was on disk. What is not
+            on a device all the time is pruned on the CPU.
         dataloader: batches as mappings of tensors, ``input_ids`` and ``attention_mask``
             ``(batch, tokens)``, or ``pixel_values``, and whatever else the model takes. Labels are
             ignored. Batch size and padding do not matter.
@@ -85,17 +97,20 @@ def kprune(
     task = model_task(model)
     architecture = find_architecture(model)
     dense = sublayers(model, architecture)
-    pruned: Any = uneven_copy(model).requires_grad_(False)
+    homes = homes_of(model)
+    require_whole_layers(model, layers_path(model, architecture), homes)
+    pruned: Any = uneven_copy(model, homes).requires_grad_(False)
     student = sublayers(pruned, architecture)
     encoder = Encoder(pruned, architecture)
 
     def image_tokens(inputs: Mapping[str, Tensor]) -> int:
-        one = {name: value[:1].to(pruned.device) for name, value in inputs.items()}
+        one = {name: value[:1].to(input_device(pruned)) for name, value in inputs.items()}
         return encoder.enter(one)[0].shape[1]
 
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(plain_outputs(pruned.config))
+        stack.enter_context(moving_inputs(pruned, layers_path(pruned, architecture), homes))
         memory = stack.enter_context(state_memory(config.state_bytes))
         data = shared_data(model, dataloader, config, image_tokens, accelerator, processes)
         length = config.sequence_length or max(1, round(data.tokens / data.count))
@@ -133,9 +148,12 @@ def kprune(
                 scores = unit_scores(student[step:], knowledge, config)
             masks = search_masks(scores, costs[step:], left, least[step:])
             keep = processes.gather(masks[0].nonzero().flatten().tolist())[0]
+            if target.kind == "attention":
+                whole = _at_hand(dense[step], target)
             shrink(target, keep)
             with processes.together():
-                equations = _normal_equations(dense[step], target, encoder, streams)
+                original = replace(dense[step], module=whole)
+                equations = _normal_equations(original, target, encoder, streams)
             fit = from_main(_tune(target, summed(equations, processes), config), processes)
             set_output(target, fit.weight, fit.bias)
             with processes.together():
@@ -148,6 +166,7 @@ def kprune(
 
     record_kept(pruned, zip(kept[::2], kept[1::2], strict=True))
     _copy_requires_grad(model, pruned)
+    pruned = spread_out(pruned, homes)
     pruned.kprune_report = make_report(
         model,
         pruned,
@@ -205,6 +224,14 @@ def least_units(costs: Sequence[Tensor], budget: float, min_share: float) -> lis
     return [int(part * (len(table) - 1)) for table in costs]
 
 
+def _at_hand(dense: SubLayer, target: SubLayer) -> nn.Module:
+    """The dense model's layer; a copy of the student's, not pruned yet, if its weights are elsewhere.
+
+    They would have to be brought in for every batch.
+    """
+    return deepcopy(target.module) if moves_weights(dense.module) else dense.module
+
+
 @torch.no_grad()
 def _tune(target: SubLayer, equations: NormalEquations, config: KPruneConfig) -> TunedProjection:
     """Fit the output projection of the shrunk target."""
@@ -227,17 +254,18 @@ def _normal_equations(
     behind the projection divides that difference.
     """
     weight = target.output.weight.detach()
-    equations = NormalEquations.zeros(weight.shape[1], len(weight), weight.device)
+    device = weight.device
+    equations = NormalEquations.zeros(weight.shape[1], len(weight), device)
     with watching(dense) as teacher, watching(target) as student:
         for stream in streams:
-            context, tokens = stream.contexts_in(encoder)[target.layer], stream.tokens
-            above, own = (state.to(weight.device) for state in (stream.teacher, stream.student))
-            after = dense.run(above, context)
+            context, tokens = stream.contexts_in(encoder)[target.layer], stream.tokens.to(device)
+            above, own = (state.to(device) for state in (stream.teacher, stream.student))
+            after = dense.run(above, context).to(device)
             target.run(own, context)
-            features, given = student.taken()[0][tokens], teacher.taken()[1][tokens]
+            features, given = student.taken()[0][tokens], teacher.taken()[1].to(device)[tokens]
             require_finite(after[tokens], f"the output of {dense.name}")
             require_finite(features, f"the input of {target.name}")
-            wanted = given + _unscaled((above - own)[tokens], dense.scale)
+            wanted = given + _unscaled((above - own)[tokens], target.scale)
             require_finite(wanted, f"the output of {target.name}")
             equations.update(features, wanted)
             stream.teacher.copy_(after)
@@ -257,11 +285,13 @@ def _advance(target: SubLayer, encoder: Encoder, streams: Sequence[Stream]) -> N
     """Move the student's states past the pruned and tuned sub-layer."""
     for stream in streams:
         context = stream.contexts_in(encoder)[target.layer]
-        before = stream.student.to(stream.tokens.device)
-        stream.student.copy_(target.run(before, context))
+        stream.student.copy_(target.run(stream.student, context))
 
 
 def _copy_requires_grad(model: PreTrainedModel, pruned: PreTrainedModel) -> None:
-    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    every = model.named_parameters(
+        remove_duplicate=False
+    )  # tied ones, too: on two devices they part
+    trainable = {name: parameter.requires_grad for name, parameter in every}
     for name, parameter in pruned.named_parameters():
         parameter.requires_grad_(trainable[name])

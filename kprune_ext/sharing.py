@@ -21,7 +21,7 @@ from kprune_ext.calibration import (
 )
 from kprune_ext.config import KPruneConfig
 from kprune_ext.reconstruction import NormalEquations, TunedProjection
-from peft_corda.placement import is_dtensor, is_partitioned
+from peft_corda.placement import is_dtensor, is_partitioned, moves_weights
 from peft_corda.processes import Processes
 
 
@@ -39,15 +39,23 @@ def own_model(model: Any, accelerator: Accelerator | None) -> PreTrainedModel:
     if accelerator is not None:
         model = accelerator.unwrap_model(model)
     for name, parameter in model.named_parameters():
-        sharded = is_partitioned(parameter) or is_dtensor(parameter)
-        if sharded or parameter.is_meta:
+        if is_partitioned(parameter) or is_dtensor(parameter):
             raise ValueError(
-                f"{name} is {'sharded over processes' if sharded else 'offloaded'}, but pruning needs "
-                "all weights in each process's memory. Prune first, with the model as "
-                "from_pretrained gives it (no device_map='auto' with offload, no FSDP, no ZeRO-3); "
-                "then prepare the pruned model for training."
+                f"{name} is sharded over processes, but pruning needs all weights in each process's "
+                "memory. Prune first, with the model as from_pretrained gives it (no FSDP, no "
+                "ZeRO-3; device_map='auto' if it is too large for one device); then prepare the "
+                "pruned model for training."
+            )
+        if parameter.is_meta and not _is_offloaded(model, name):
+            raise ValueError(
+                f"{name} is on the meta device: it has no values. Load the model with from_pretrained."
             )
     return model
+
+
+def _is_offloaded(model: PreTrainedModel, name: str) -> bool:
+    holder = model.get_submodule(name.rpartition(".")[0])
+    return moves_weights(holder)
 
 
 def own_share(dataloader: Iterable[Any], accelerator: Accelerator | None) -> Iterable[Any]:

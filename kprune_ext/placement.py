@@ -1,0 +1,134 @@
+"""Models that lie on several devices, or partly in CPU memory or on disk (``device_map``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import dispatch_model
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from peft_corda.placement import brought_in
+
+CPU = torch.device("cpu")
+#: By path of a module, the device of it and of all inside that no longer path is given for.
+Homes = Mapping[str, torch.device]
+
+
+def homes_of(model: nn.Module) -> Homes:
+    """Where the pruned copy of a model's parts is to be, and to compute.
+
+    That is where the ``device_map`` says. What accelerate keeps in CPU memory or on disk, and brings
+    to a device for each forward pass, has its copy in CPU memory and computes there: pruning changes
+    it, and gradients need all of it.
+    """
+    given = getattr(model, "hf_device_map", None)
+    if given:
+        return {path: _home(where) for path, where in given.items()}
+    first = next(model.parameters())
+    return {"": CPU if first.is_meta else first.device}
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a model expects its inputs."""
+    embeddings: nn.Module = model.get_input_embeddings()
+    return next(embeddings.parameters()).device
+
+
+def home(path: str, homes: Homes, otherwise: torch.device) -> torch.device:
+    """The device of a module, parameter or buffer, by its path; ``otherwise`` if none is given."""
+    while path not in homes:
+        if not path:
+            return otherwise
+        path = path.rpartition(".")[0]
+    return homes[path]
+
+
+def require_whole_layers(model: nn.Module, layers: str, homes: Homes) -> None:
+    """Refuse transformer layers that lie on several devices.
+
+    Args:
+        model: that the paths are of.
+        layers: path of the list of its transformer layers.
+        homes: see :func:`homes_of`.
+
+    Raises:
+        ValueError: naming the layer.
+    """
+    for number, layer in enumerate(model.get_submodule(layers).children()):
+        path = f"{layers}.{number}"
+        found = {home(f"{path}.{name}", homes, p.device) for name, p in layer.named_parameters()}
+        if len(found) > 1:
+            raise ValueError(
+                f"{path} lies on several devices ({', '.join(sorted(map(str, found)))}), but pruning "
+                "needs each transformer layer on one. Load the model with device_map='auto', which "
+                "does not split layers, or give the whole layer one device in your device_map."
+            )
+
+
+@torch.no_grad()
+def copy_weights(source: PreTrainedModel, copy: nn.Module, homes: Homes) -> None:
+    """Give a copy the source's parameters and buffers, in memory of its own, each at its home.
+
+    Args:
+        source: its weights may be on any device, or be brought in by accelerate's hooks.
+        copy: a model whose modules, parameters and buffers have the same names; changed in place.
+        homes: of the parts of both.
+    """
+    own = dict(copy.named_modules())
+    for path, module in source.named_modules():
+        with brought_in(module):
+            for name, parameter in module.named_parameters(recurse=False):
+                device = home(f"{path}.{name}".lstrip("."), homes, parameter.device)
+                own[path].get_parameter(name).data = _own(parameter, device)
+            for name, buffer in module.named_buffers(recurse=False):
+                device = home(f"{path}.{name}".lstrip("."), homes, buffer.device)
+                setattr(own[path], name, _own(buffer, device))
+
+
+def _own(values: Tensor, device: torch.device) -> Tensor:
+    return values.detach().to(device, copy=True, memory_format=torch.contiguous_format)
+
+
+@contextmanager
+def moving_inputs(model: nn.Module, layers: str, homes: Homes) -> Iterator[None]:
+    """While the block runs, what is outside of the transformer layers gets its inputs on its device.
+
+    The layers' inputs are moved by :meth:`kprune_ext.sublayers.SubLayer.run`.
+    """
+    if len(set(homes.values())) == 1:
+        yield
+        return
+    for path, module in list(model.named_modules()):
+        inside = f"{path}.".startswith(f"{layers}.")
+        own = next(module.parameters(recurse=False), None)
+        if not inside and (path in homes or own is not None or module is model):
+            device = home(path, homes, CPU if own is None else own.device)
+            # As with a dispatched model, what comes out is where the inputs are.
+            hook = AlignDevicesHook(execution_device=device, io_same_device=module is model)
+            add_hook_to_module(module, hook)
+    try:
+        yield
+    finally:
+        remove_hook_from_submodules(model)
+
+
+def spread_out(model: PreTrainedModel, homes: Homes) -> PreTrainedModel:
+    """The model, ready to run: with accelerate's hooks, if it lies on several devices."""
+    if len(set(homes.values())) == 1:
+        return model
+    places: Any = {
+        path: device.type if device.type == "cpu" else device for path, device in homes.items()
+    }
+    spread: PreTrainedModel = dispatch_model(model, places)
+    return spread
+
+
+def _home(where: Any) -> torch.device:
+    if isinstance(where, int):
+        return torch.device("cuda", where)
+    return CPU if where == "disk" else torch.device(where)
