@@ -44,7 +44,7 @@ RATES = {
     "ipm": (5e-4, 1e-3, 2e-3),
     "full": (1e-4, 2e-4, 4e-4),
 }
-EPOCHS = {"sst2": 1, "mrpc": 2, "stsb": 1}
+EPOCHS = {"sst2": 1, "mrpc": 1, "stsb": 1}
 SPLITS = ("validation", "test")
 MOST_RATES = 6
 METRICS = {"sst2": "accuracy", "mrpc": "accuracy", "stsb": "spearman"}
@@ -102,7 +102,7 @@ def adapted(method: str, model: PreTrainedModel, sample: list[dict], settings: S
         start = {"lora": True, "pissa": "pissa"}[method]
         return get_peft_model(model, LoraConfig(init_lora_weights=start, **common))
     config = CordaConfig(corda_method="ipm", **common)
-    calibrate(model, config, sample, progress=False)
+    calibrate(model, config, sample, verbose=False)
     return get_peft_model(model, config)
 
 

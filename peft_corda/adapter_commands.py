@@ -43,7 +43,7 @@ def run_init(options: InitOptions) -> str:
     check_options(options)
     config = _config(options)
     if options.data is not None:
-        model, _ = calibrated(options, options.data, config, (config.corda_method,))
+        model, _ = calibrated(options, options.data, config, (config.method_for(),))
     else:
         assert options.factors is not None  # one of the two is
         factors = CordaFactors.load(options.factors)

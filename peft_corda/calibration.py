@@ -214,10 +214,10 @@ def _check_arguments(
     """The methods to find directions for."""
     if not isinstance(config, CordaConfig):
         raise TypeError(f"config must be a peft_corda.CordaConfig, got {type(config).__name__}.")
-    chosen = (config.corda_method,) if methods is None else tuple(methods)
+    chosen = (config.method_for(),) if methods is None else tuple(methods)
     if not chosen or isinstance(methods, str) or any(name not in METHODS for name in chosen):
         raise ValueError(f"methods must be some of {METHODS}, got {methods!r}.")
-    if config.corda_method not in chosen:
+    if config.corda_method not in (None, *chosen):
         raise ValueError(
             f"methods={methods!r} leaves out the config's own corda_method={config.corda_method!r}. "
             "Add it, or change the config."

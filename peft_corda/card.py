@@ -31,29 +31,28 @@ pip install peft-corda
 import peft_corda  # before the adapter is loaded
 ```
 
-- Method: CorDA ([arXiv 2406.05223](https://arxiv.org/abs/2406.05223)), `{method}`: {meaning}.
+- Method: CorDA ([arXiv 2406.05223](https://arxiv.org/abs/2406.05223)), {method}.
 - Rank: {rank}.
 - `lora_A0` and `lora_B0` are what `lora_A` and `lora_B` started from. The adapter adds the difference,
   `s (B A − B0 A0)`, to the unchanged weights of the base model.
 - `peft-corda export` turns it into a plain LoRA adapter, which needs no plugin.
 """
 _MEANINGS = {
-    "kpm": "trained are the directions that the calibration data uses least",
-    "ipm": "trained are the directions that the calibration data uses most",
+    "kpm": "`kpm`: trained are the directions that the calibration data uses least",
+    "ipm": "`ipm`: trained are the directions that the calibration data uses most",
+    None: "but no method was named and no data given: trained from the start of a plain LoRA",
 }
 _LORA = """\
 ## Plain LoRA
 
-Trained as a CorDA adapter (`{method}`, rank {rank}) and exported by peft-corda as a LoRA adapter of rank
+Trained as a CorDA adapter ({method}, rank {rank}) and exported by peft-corda as a LoRA adapter of rank
 {exported}{how}. It loads on the unchanged base model with PEFT alone.
 """
 
 
 def corda_section(config: CordaConfig) -> str:
     """What to do where the plugin is missing, and what the adapter is."""
-    return _CORDA.format(
-        method=config.corda_method, meaning=_MEANINGS[config.corda_method], rank=_ranks(config)
-    )
+    return _CORDA.format(method=_MEANINGS[config.corda_method], rank=_ranks(config))
 
 
 def update_card(folder: str | os.PathLike[str], section: str | None) -> None:
@@ -101,7 +100,8 @@ def lora_card(src: str, dst: str, config: CordaConfig, rank: int, exact: bool) -
     tags = card.data.get("tags") or []
     card.data["tags"] = sorted({*([tags] if isinstance(tags, str) else tags), "lora"})
     how = "" if exact else ", the best approximation of that rank"
-    section = _LORA.format(method=config.corda_method, rank=_ranks(config), exported=rank, how=how)
+    method = f"`{config.corda_method}`" if config.corda_method else "no method"
+    section = _LORA.format(method=method, rank=_ranks(config), exported=rank, how=how)
     return with_section(str(card), section)
 
 

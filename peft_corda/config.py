@@ -52,7 +52,10 @@ class CordaConfig(LoraConfig):
     Args:
         corda_method: ``"kpm"`` (knowledge-preserved mode: train the `r` directions that the
             calibration data uses least) or ``"ipm"`` (instruction-previewed mode: train the `r`
-            directions that it uses most).
+            directions that it uses most). Named, it makes training without calibration an error.
+            Left at None, it becomes the method of the factors, or ``"kpm"`` if they hold both or are
+            yet to be made; an adapter that is never given any then trains as a plain LoRA, with a
+            warning, as a script that only swaps `LoraConfig` for this class expects.
         corda_scaling: ``"balanced"`` (default) spreads the singular values of the starting product
             `B A` evenly over both factors, whatever the scale of `C`; ``"paper"`` uses the paper's
             `B = U_r S_r^½`, `A = S_r^-½ U_rᵀ W`. `B A` is the same.
@@ -68,11 +71,11 @@ class CordaConfig(LoraConfig):
         ValueError: if an option is unknown, out of range, or not supported by CORDA adapters.
     """
 
-    corda_method: str = field(
-        default="kpm",
+    corda_method: str | None = field(
+        default=None,
         metadata={
             "help": "'kpm' keeps the knowledge of the calibration data and trains the directions it "
-            "uses least; 'ipm' trains the directions it uses most."
+            "uses least; 'ipm' trains the directions it uses most. None: 'kpm' if there is data."
         },
     )
     corda_scaling: str = field(
@@ -95,7 +98,8 @@ class CordaConfig(LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType["CORDA"]
-        _check_choice("corda_method", self.corda_method, METHODS)
+        if self.corda_method is not None:
+            _check_choice("corda_method", self.corda_method, METHODS)
         _check_choice("corda_scaling", self.corda_scaling, SCALINGS)
         _check_choice("corda_weighting", self.corda_weighting, WEIGHTINGS)
         if not (math.isfinite(self.corda_damping) and self.corda_damping >= 0):
@@ -128,6 +132,12 @@ class CordaConfig(LoraConfig):
                     f"`{name}={given!r}` is not supported by CordaConfig. Leave it out, or use "
                     "peft.LoraConfig."
                 )
+
+    def method_for(self, factors: CordaFactors | None = None) -> str:
+        """`corda_method`, or what it becomes (with these factors) where it was left open."""
+        if self.corda_method is not None:
+            return self.corda_method
+        return factors.methods[0] if factors is not None and len(factors.methods) == 1 else "kpm"
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-ready values, without the factors it started from.

@@ -7,6 +7,7 @@ back to the bit, and a checkpoint loads on the original base.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, cast
 
 import torch
@@ -67,7 +68,7 @@ class CordaVariant(LoraVariant):
             start = F.linear(F.linear(x.to(dtype), start_a.to(dtype)), start_b.to(dtype))
             summed = result + (factor_b(hidden) - start) * scale
         if factor_b.weight.requires_grad and summed.requires_grad:
-            module.refuse_to_train_without_start(active_adapter, summed)
+            module.watch_for_start(active_adapter, summed)
         return summed
 
 
@@ -96,6 +97,8 @@ class CordaLayer(LoraLayer):
         if config.init_lora_weights is False:
             # The caller wants random factors and takes that for a start.
             self.lora_B0.started.add(adapter_name)
+        if getattr(config, "corda_method", None) is None:
+            self.lora_B0.may_train_without.add(adapter_name)
 
     def start_adapter(self, adapter_name: str, factor_a: Tensor, factor_b: Tensor) -> None:
         """Set where an adapter starts: `A (r, in)` and `B (out, r)`, and their frozen copies."""
@@ -152,23 +155,33 @@ class CordaLayer(LoraLayer):
     def adapter_dtype(self, adapter_name: str) -> torch.dtype:
         return _linear(self.lora_A, adapter_name).weight.dtype
 
-    def refuse_to_train_without_start(self, adapter_name: str, output: Tensor) -> None:
+    def watch_for_start(self, adapter_name: str, output: Tensor) -> None:
         """Make the backward pass of `output` an error unless the adapter was given a start.
 
-        Trained without, it would be a plain LoRA. Its forward pass is no error: weights may be loaded
-        into it, or one adapter be replaced by another, with the model in training mode all the while.
+        Trained without, it would be a plain LoRA; where no method was named, that is a warning. Its
+        forward pass is no error: weights may be loaded into it, or one adapter be replaced by another,
+        with the model in training mode all the while.
         """
         if adapter_name in self.lora_B0.started:
             return
 
-        def refuse(_: Tensor) -> None:
-            raise RuntimeError(
-                f"The CORDA adapter {adapter_name!r} has no start yet, so it would train as a plain "
-                "LoRA. Call calibrate(model, config, dataloader) before get_peft_model, or set "
-                "CordaConfig(corda_factors='file'), or call initialize_corda(model, dataloader) now."
+        may = adapter_name in self.lora_B0.may_train_without
+
+        def complain(_: Tensor) -> None:
+            text = (
+                f"The CORDA adapter {adapter_name!r} has no start yet, so it "
+                f"{'trains' if may else 'would train'} as a plain LoRA. Call calibrate(model, config, "
+                "dataloader) before get_peft_model, or set CordaConfig(corda_factors='file'), or call "
+                "initialize_corda(model, dataloader) now."
+            )
+            if not may:
+                raise RuntimeError(text)
+            # Shown once: the text is the same for all layers.
+            warnings.warn(
+                text + " CordaConfig(corda_method=...) makes this an error.", stacklevel=2
             )
 
-        output.register_hook(refuse)
+        output.register_hook(complain)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """`s (B A − B0 A0)` in the layout of the base weight and the dtype of the adapter."""

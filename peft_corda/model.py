@@ -108,6 +108,7 @@ class CordaModel(LoraModel):
     @torch.no_grad()
     def _fill(self, adapter_name: str, factors: CordaFactors) -> None:
         config = self._config_of(adapter_name)
+        config.corda_method = method = config.method_for(factors)
         processes = Processes()
         # Then the others have no weights to start from.
         from_main = processes.count > 1 and is_fsdp_enabled()
@@ -115,7 +116,7 @@ class CordaModel(LoraModel):
             base, rank = layer.get_base_layer(), layer.r[adapter_name]
             if not from_main or processes.is_main:
                 weight = dense_weight(name, base)
-                directions = factors.modules[name].directions[config.corda_method]
+                directions = factors.modules[name].directions[method]
                 starts = starting_factors(
                     decomposable(weight),
                     directions.U[:, :rank].to(weight.device),
@@ -239,7 +240,7 @@ def _check_fits(factors: CordaFactors, targets: dict[str, nn.Module], config: Co
 
 def _compare(factors: CordaFactors, targets: dict[str, nn.Module], config: CordaConfig) -> None:
     factors.check_fits(
-        method=config.corda_method,
+        method=config.method_for(factors),
         weighting=config.corda_weighting,
         ranks={name: rank_of(config, name) for name in targets},
         weights={

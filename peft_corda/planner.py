@@ -162,7 +162,7 @@ def estimate(
     }.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
-    chosen = tuple(methods or (config.corda_method,))
+    chosen = tuple(methods or (config.method_for(),))
     if any(method not in METHODS for method in chosen):
         raise ValueError(f"methods must be some of {METHODS}, got {methods!r}.")
     targets = find_targets(model, config)

@@ -12,13 +12,15 @@ from torch import Tensor
 class StartBuffers(BufferDict):
     """Frozen starting factors by adapter name, saved with the adapter.
 
-    Remembers which adapters were given a start, by calibration or from a checkpoint.
+    Remembers which adapters were given a start, by calibration or from a checkpoint, and which may be
+    trained without.
     """
 
     def __init__(self) -> None:
         self._in_state_dict = False
         super().__init__(persistent=True)
         self.started: set[str] = set()
+        self.may_train_without: set[str] = set()
 
     @property
     def _non_persistent_buffers_set(self) -> set[str]:
@@ -37,6 +39,7 @@ class StartBuffers(BufferDict):
     def __delitem__(self, key: str) -> None:
         super().__delitem__(key)
         self.started.discard(key)
+        self.may_train_without.discard(key)
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], *args: Any) -> None:
         # On the meta device while accelerate shards the model.

@@ -71,6 +71,7 @@ def make_config(kind: str = "llama", **options) -> CordaConfig:
     defaults = {
         "r": 8,
         "lora_alpha": 8,
+        "corda_method": "kpm",
         "target_modules": "all-linear",
         "task_type": "SEQ_CLS" if kind == "bert" else "CAUSAL_LM",
     }

@@ -65,7 +65,7 @@ def check(trainer, source):
     batch = make_batches()[0]
     if source == "afterwards":
         with pytest.raises(RuntimeError, match="has no start yet"):
-            trainer.train()
+            trainer.train()  # as a method was named
         initialize_corda(trainer.model, make_batches())
     first = FirstLogits(batch)
     trainer.add_callback(first)

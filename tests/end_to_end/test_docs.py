@@ -103,11 +103,16 @@ def test_kprune_tutorial(here, capsys):
     assert "'label': 'food'" in printed
 
 
-def test_page_on_processes():
+def test_page_on_processes(tmp_path):
+    make_model("bert").save_pretrained(tmp_path)
     rows = [{"input_ids": row, "labels": row[0] % 2} for row in make_batches()[0]["input_ids"]]
     names = run_page(
         "distributed.md",
-        {"model": make_model("bert"), "dataloader": DataLoader(rows, batch_size=2)},
+        {
+            "model": make_model("bert"),
+            "dataloader": DataLoader(rows, batch_size=2),
+            "name": str(tmp_path),
+        },
     )
     for batch in names["dataloader"]:
         names["pruned"](**batch).loss.backward()
@@ -219,7 +224,7 @@ def test_page_on_export(here):
 
 def test_page_on_tasks(here):
     torch.manual_seed(0)
-    sizes = {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 80}
+    sizes = {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 800}
     encoder = BertModel(BertConfig(vocab_size=99, num_hidden_layers=2, **sizes)).eval()
     names = {"encoder": encoder, "dataloader": make_batches(), "heads": torch.randn(48, 3)}
     run_page("howto/task.md", names)

@@ -1,9 +1,11 @@
 """Every wrong input has one clear error, and leaves model, hooks and files as they were."""
 
+import warnings
+
 import pytest
 import torch
 from corda_helpers import logits_of, make_batches, make_config, make_model, train_steps
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 
@@ -215,12 +217,46 @@ class TestFactors:
         assert path.read_text() == "before"
 
 
-def test_training_without_a_start_is_an_error():
-    adapted = get_peft_model(make_model("llama"), make_config())
+@pytest.mark.parametrize("method", ["kpm", "ipm"])
+def test_training_without_a_start_is_an_error(method):
+    adapted = get_peft_model(make_model("llama"), make_config(corda_method=method))
     batch = make_batches()[0]
     assert torch.equal(logits_of(adapted, batch), logits_of(make_model("llama"), batch))
     with pytest.raises(RuntimeError, match="has no start yet.*initialize_corda"):
         train_steps(adapted, batch)
+
+
+def test_training_without_a_start_is_a_warning_where_no_method_was_named(tmp_path):
+    """A script that only swaps the config's class runs as with LoRA, and says so."""
+    batch = make_batches()[0]
+    options = {"r": 8, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    torch.manual_seed(0)
+    adapted = get_peft_model(make_model("llama"), CordaConfig(**options))
+    torch.manual_seed(0)
+    lora = get_peft_model(make_model("llama"), LoraConfig(**options))
+    with pytest.warns(UserWarning, match=r"trains as a plain LoRA.*initialize_corda") as shown:
+        warnings.simplefilter("default")
+        train_steps(adapted, batch)
+    train_steps(lora, batch)
+    assert sum("plain LoRA" in str(warning.message) for warning in shown) == 1
+    assert torch.allclose(logits_of(adapted, batch), logits_of(lora, batch), atol=1e-5)
+    adapted.save_pretrained(tmp_path)
+    assert "no method was named" in (tmp_path / "README.md").read_text()
+    again = PeftModel.from_pretrained(make_model("llama"), tmp_path)
+    assert torch.equal(logits_of(again, batch), logits_of(adapted, batch))
+
+
+@pytest.mark.parametrize("methods", [("kpm",), ("ipm",), ("kpm", "ipm")])
+def test_method_that_is_left_open_is_that_of_the_factors(methods, tmp_path):
+    made = calibrate(
+        make_model("llama"), make_config(corda_method=methods[0]), make_batches(), methods=methods
+    )
+    made.save(tmp_path / "factors.safetensors")
+    config = make_config(corda_factors=str(tmp_path / "factors.safetensors"), corda_method=None)
+    assert config.corda_method is None
+    adapted = get_peft_model(make_model("llama"), config)
+    assert adapted.peft_config["default"].corda_method == methods[0]
+    train_steps(adapted, make_batches()[0])
 
 
 def test_initialize_corda_needs_a_corda_adapter():
