@@ -212,7 +212,7 @@ class CordaLayer(LoraLayer):
         return execution_device(self.get_base_layer())
 
     def __repr__(self) -> str:
-        return super().__repr__().replace("lora.Corda", "corda.", 1)
+        return super().__repr__().replace("lora.Corda", "lora.", 1)  # a LoRA layer with a start
 
 
 class CordaLinear(CordaLayer, LoraLinear):
