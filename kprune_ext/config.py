@@ -132,6 +132,13 @@ class KPruneConfig:
         default=True,
         metadata={"help": "Tune the output projections' biases, too, not their weights alone."},
     )
+    unread_weight: float = dataclasses.field(
+        default=1.0,
+        metadata={
+            "help": "How much a token counts in the last layer whose state there no prediction depends "
+            "on, such as all but the first for most classifiers; 1: as much as those that are read."
+        },
+    )
     max_tokens: int = dataclasses.field(
         default=100_000,
         metadata={
@@ -189,6 +196,7 @@ class KPruneConfig:
             "ridge",
             "mu",
             "min_share",
+            "unread_weight",
         ):
             value = getattr(self, name)
             if name == "mu" and value is None:
@@ -206,6 +214,11 @@ class KPruneConfig:
             raise ValueError(
                 f"min_share={self.min_share} is outside [0, 1]. Pass 0 for no lower bound on what "
                 "a sub-layer keeps."
+            )
+        if not 0 <= self.unread_weight <= 1:
+            raise ValueError(
+                f"unread_weight={self.unread_weight} is outside [0, 1]. Pass 1 to count all tokens of "
+                "the last layer alike."
             )
         if not 0 < self.score_fraction <= 1:
             raise ValueError(

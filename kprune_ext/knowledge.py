@@ -53,6 +53,7 @@ class Signal:
             distance from them is squared, as in the paper; otherwise the expected square is taken.
         depth_tokens: tokens times sub-layers that go backward at a time (a sample at least), so that
             memory does not grow with depth.
+        unread_weight: how much tokens count in the last layer that no prediction reads.
     """
 
     predict: Predict
@@ -61,6 +62,7 @@ class Signal:
     passes: int
     teacher: Mapping[int, Tensor] | None = None
     depth_tokens: int = 8192
+    unread_weight: float = 1.0
 
 
 @torch.no_grad()
@@ -117,33 +119,43 @@ def measure_knowledge(
         )
         predictive.append(sensitivity)
         squares.append(square)
-    samples, tokens = total.tolist()
-    return [
-        Knowledge(0.5 * sensitivity / samples, _output_energy(sublayer, square / tokens))
-        for sublayer, sensitivity, square in zip(sublayers, predictive, squares, strict=True)
-    ]
+    samples, tokens, read = total.tolist()
+    found = []
+    for sublayer, sensitivity, square in zip(sublayers, predictive, squares, strict=True):
+        counted = read if sublayer.layer == sublayers[-1].layer else tokens
+        energy = _output_energy(sublayer, square / counted)
+        found.append(Knowledge(0.5 * sensitivity / samples, energy))
+    return found
 
 
 def _sums(
     sublayers: Sequence[SubLayer], encoder: Encoder, streams: Sequence[Stream], signal: Signal
 ) -> list[Tensor]:
-    """Per sub-layer the sums of squared gradients and features, then numbers of samples and tokens."""
+    """Per sub-layer the sums of squared gradients and features; numbers of samples, tokens, read tokens.
+
+    In the last layer a token that no prediction reads counts less.
+    """
     predictive = [_zeros(sublayer, sublayer.units) for sublayer in sublayers]
     squares = [_zeros(sublayer, sublayer.output.in_features) for sublayer in sublayers]
     samples = tokens = 0
+    read = 0.0
     for stream in _in_parts(streams, len(sublayers), encoder, signal):
         batch = len(stream.student)
         samples += batch
         tokens += int(stream.tokens.sum())
+        weights = stream.read + signal.unread_weight * (stream.tokens & ~stream.read)
+        read += float(weights.sum())
         with torch.enable_grad(), unit_masks(sublayers, batch) as masked:
             for total, gradient in _gradients(sublayers, encoder, stream, signal, masked):
                 predictive[total] += gradient.double().square().sum(0)
         for square, entry, sublayer in zip(squares, masked, sublayers, strict=True):
             if entry.features is None:
                 raise RuntimeError(f"No forward pass reached {sublayer.name}.")
-            square += entry.features[stream.tokens.to(square.device)].double().square().sum(0)
+            last = sublayer.layer == sublayers[-1].layer
+            counted = (weights if last else stream.tokens).to(square)
+            square += torch.einsum("btu,bt->u", entry.features.double().square(), counted)
     device = predictive[0].device
-    counts = torch.tensor([samples, tokens], dtype=torch.float64, device=device)
+    counts = torch.tensor([samples, tokens, read], dtype=torch.float64, device=device)
     pairs = zip(predictive, squares, strict=True)
     return [*(values.to(device) for pair in pairs for values in pair), counts]
 
@@ -208,6 +220,7 @@ def _in_parts(
                 {name: value[part] for name, value in stream.inputs.items()},
                 stream.tokens[part],
                 stream.scored,
+                stream.read[part],
                 stream.teacher[part],
                 stream.student[part],
             )

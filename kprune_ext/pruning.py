@@ -123,14 +123,16 @@ def kprune(
         budget = left = budget_for(costs, config.reduction)
         least = least_units(costs, budget, config.min_share)
         with processes.together():
-            streams = start_streams(encoder, data, config, memory)
+            predicting = predict or task.predict
+            streams = start_streams(encoder, data, config, memory, predicting)
         scored = [stream for stream in streams if stream.scored]
         signal = Signal(
-            predict or task.predict,
+            predicting,
             config.problem_type or _meaning(model, task, predict),
             config.temperature,
             config.max_score_passes,
             depth_tokens=4 * config.batch_tokens,
+            unread_weight=config.unread_weight,
         )
         if config.sensitivity == "gradient":
             with processes.together():
@@ -153,7 +155,9 @@ def kprune(
             shrink(target, keep)
             with processes.together():
                 original = replace(dense[step], module=whole)
-                equations = _normal_equations(original, target, encoder, streams)
+                last = target.layer == student[-1].layer
+                weight = config.unread_weight if last else 1.0
+                equations = _normal_equations(original, target, encoder, streams, weight)
             fit = from_main(_tune(target, summed(equations, processes), config), processes)
             set_output(target, fit.weight, fit.bias)
             with processes.together():
@@ -246,7 +250,11 @@ def _tune(target: SubLayer, equations: NormalEquations, config: KPruneConfig) ->
 
 @torch.no_grad()
 def _normal_equations(
-    dense: SubLayer, target: SubLayer, encoder: Encoder, streams: Sequence[Stream]
+    dense: SubLayer,
+    target: SubLayer,
+    encoder: Encoder,
+    streams: Sequence[Stream],
+    unread_weight: float,
 ) -> NormalEquations:
     """What the target's output projection is to give; moves the teacher's states past it.
 
@@ -267,7 +275,12 @@ def _normal_equations(
             require_finite(features, f"the input of {target.name}")
             wanted = given + _unscaled((above - own)[tokens], target.scale)
             require_finite(wanted, f"the output of {target.name}")
-            equations.update(features, wanted)
+            read = stream.read.to(device)[tokens]
+            if unread_weight == 1 or bool(read.all()):
+                equations.update(features, wanted)
+            else:
+                equations.update(features[read], wanted[read])
+                equations.update(features[~read], wanted[~read], unread_weight)
             stream.teacher.copy_(after)
     return equations
 

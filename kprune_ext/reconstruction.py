@@ -26,7 +26,7 @@ class NormalEquations:
         feature_sum: sum of f, ``(units,)``.
         target_sum: sum of y, ``(outputs,)``.
         target_square: sum of the squared norms of y.
-        tokens: how many were summed.
+        tokens: how many were summed, each as many times as it weighs.
     """
 
     gram: Tensor
@@ -34,7 +34,7 @@ class NormalEquations:
     feature_sum: Tensor
     target_sum: Tensor
     target_square: float = 0.0
-    tokens: int = 0
+    tokens: float = 0.0
 
     @classmethod
     def zeros(cls, units: int, outputs: int, device: torch.device | str = "cpu") -> NormalEquations:
@@ -45,19 +45,21 @@ class NormalEquations:
 
         return cls(empty(units, units), empty(units, outputs), empty(units), empty(outputs))
 
-    def update(self, features: Tensor, targets: Tensor) -> None:
+    def update(self, features: Tensor, targets: Tensor, weight: float = 1.0) -> None:
         """Add tokens: features ``(tokens, units)`` and their targets ``(tokens, outputs)``.
+
+        Each counts ``weight`` times.
 
         Products are taken in the precision of the input (at least float32), sums in float64.
         """
         if features.dtype in (torch.float16, torch.bfloat16):
             features, targets = features.float(), targets.float()
-        self.gram += (features.T @ features).double()
-        self.cross += (features.T @ targets).double()
-        self.feature_sum += features.sum(0, dtype=torch.float64)
-        self.target_sum += targets.sum(0, dtype=torch.float64)
-        self.target_square += float(targets.square().sum(dtype=torch.float64))
-        self.tokens += len(features)
+        self.gram.add_((features.T @ features).double(), alpha=weight)
+        self.cross.add_((features.T @ targets).double(), alpha=weight)
+        self.feature_sum.add_(features.sum(0, dtype=torch.float64), alpha=weight)
+        self.target_sum.add_(targets.sum(0, dtype=torch.float64), alpha=weight)
+        self.target_square += weight * float(targets.square().sum(dtype=torch.float64))
+        self.tokens += weight * len(features)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from kprune_ext.calibration import CalibrationData, Sample, require_finite
 from kprune_ext.config import KPruneConfig
 from kprune_ext.encoder import Encoder
 from kprune_ext.placement import input_device
+from kprune_ext.tasks import Predict
 
 
 class StateMemory:
@@ -62,6 +63,7 @@ class Stream:
         inputs: of the model, each ``(batch, …)``, on its device.
         tokens: which positions count, bool, ``(batch, tokens)``.
         scored: whether knowledge is measured on these samples.
+        read: whose state after the last layer predictions depend on, bool, ``(batch, tokens)``.
         teacher: hidden state of the dense model, ``(batch, tokens, hidden)``; written to in place.
         student: hidden state of the model being pruned, same shape.
         contexts: per layer its other arguments, where they take little memory.
@@ -71,6 +73,7 @@ class Stream:
     inputs: dict[str, Tensor]
     tokens: Tensor
     scored: bool
+    read: Tensor
     teacher: Tensor
     student: Tensor
     contexts: list[Context] | None = None
@@ -81,7 +84,11 @@ class Stream:
 
 
 def start_streams(
-    encoder: Encoder, data: CalibrationData, config: KPruneConfig, memory: StateMemory
+    encoder: Encoder,
+    data: CalibrationData,
+    config: KPruneConfig,
+    memory: StateMemory,
+    predict: Predict | None = None,
 ) -> list[Stream]:
     """The samples in batches of equal length, as they enter the first transformer layer.
 
@@ -90,6 +97,7 @@ def start_streams(
         data: the samples.
         config: says how large batches are.
         memory: for hidden states.
+        predict: tells which states are read; by default all count as such.
 
     Raises:
         ValueError: hidden states are NaN or infinite.
@@ -103,7 +111,7 @@ def start_streams(
         size = max(1, config.batch_tokens // length)
         for start in range(0, len(members), size):
             own, part = zip(*members[start : start + size], strict=True)
-            streams.append(_enter(encoder, own, part, is_scored, memory))
+            streams.append(_enter(encoder, own, part, is_scored, memory, predict))
     return streams
 
 
@@ -113,6 +121,7 @@ def _enter(
     part: Sequence[Sample],
     scored: bool,
     memory: StateMemory,
+    predict: Predict | None,
 ) -> Stream:
     device = input_device(encoder.model)
     inputs = {
@@ -125,7 +134,22 @@ def _enter(
     # Position biases can be many times larger than the states, and are quickly made again.
     small = _bytes_in(contexts) <= hidden.numel() * hidden.element_size() // 4
     teacher, student = memory.hold(hidden), memory.hold(hidden)
-    return Stream(keys, inputs, tokens, scored, teacher, student, contexts if small else None)
+    read = tokens
+    if predict is not None:
+        read = tokens & _read(encoder, inputs, hidden, predict).to(device)
+    return Stream(keys, inputs, tokens, scored, read, teacher, student, contexts if small else None)
+
+
+def _read(encoder: Encoder, inputs: dict[str, Tensor], hidden: Tensor, predict: Predict) -> Tensor:
+    """Which positions' states after the last layer have any part in the predictions.
+
+    A classifier that looks at the first token alone has no gradient anywhere else.
+    """
+    with torch.enable_grad():
+        state = hidden.detach().requires_grad_()
+        z = encoder.predict(predict, inputs, state)
+        (gradient,) = torch.autograd.grad(z.float().square().sum(), state)
+    return gradient.ne(0).any(2)
 
 
 def _bytes_in(contexts: Sequence[Context]) -> int:
