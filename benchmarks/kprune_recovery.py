@@ -4,7 +4,7 @@
 
 Prunes the fine-tuned MiniLM-L6 of `kprune_accuracy.py` (made if it is not in `--checkpoints`) and trains
 an adapter on every linear layer that is left. The rate of each method and reduction is the one that
-is best on the validation set; the test set is reported. Writes `results/kprune_recovery.{json,md}`
+is best on the validation set; the test set is reported. Writes `results/kprune_recovery.{json,md,png}`
 after every run; started again, it goes on with the runs that are missing.
 """
 
@@ -15,6 +15,7 @@ import json
 import statistics
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -169,6 +170,38 @@ def as_markdown(report: dict[str, Any]) -> str:
     )
 
 
+def plot(report: dict[str, Any], path: Path) -> None:
+    """What the test set says against how much was pruned, and against the latency."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2)
+    chosen = best_rates(report["runs"])
+    timed = [run for run in report["runs"] if "latency_32" in run]
+    for after in RATES:
+        points = [
+            (
+                first["reduction"],
+                statistics.mean(run["test"] for run in runs),
+                [r["latency_32"]["speedup"] for r in timed if r["reduction"] == first["reduction"]],
+            )
+            for runs in chosen
+            if (first := runs[0])["after"] == after and first["reduction"]
+        ]
+        panels[0].plot([100 * p[0] for p in points], [p[1] for p in points], "o-", label=after)
+        quick = [(statistics.median(p[2]), p[1]) for p in points if p[2]]
+        panels[1].plot([p[0] for p in quick], [p[1] for p in quick], "o-", label=after)
+    dense = statistics.mean(run["test"] for runs in chosen for run in runs if not run["reduction"])
+    metric = TASKS[report["settings"]["task"]].main
+    for panel, label in zip(panels, ("pruned, % of FLOPs", "times faster, 32 × 64"), strict=True):
+        panel.axhline(dense, color="grey", linewidth=0.5)
+        panel.set(xlabel=label, ylabel=f"{metric}, test")
+        panel.legend(fontsize="x-small", title="pruned, then")
+    figure.savefig(path, dpi=120)
+
+
 def main(given: list[str] | None = None) -> None:
     given = sys.argv[1:] if given is None else given
     args = arguments(given)
@@ -191,6 +224,7 @@ def main(given: list[str] | None = None) -> None:
         report = with_provenance(report, __file__, given)
         write_report(args.results, NAME, report, as_markdown(report))
         print({n: report["runs"][-1][n] for n in (*KEY, "validation", "test")}, flush=True)
+    plot(report, args.results / f"{NAME}.png")
 
 
 if __name__ == "__main__":
