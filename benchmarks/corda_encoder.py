@@ -3,7 +3,8 @@
     python benchmarks/corda_encoder.py --data DATA
     python benchmarks/corda_encoder.py --data DATA --tasks mrpc --methods lora ipm --seeds 0
 
-MiniLM-L6 with a new head learns SST-2, MRPC and STS-B from the pretrained weights. All methods see the
+MiniLM-L6 with a new head learns SST-2, MRPC and STS-B from the pretrained weights (for STS-B, the
+head's bias starts at the mean score). All methods see the
 same rows in the same order for as many steps; the adapters have the same number of parameters, and the
 head is trained with each. Rates are swept with the first seed, as far as it takes for the best to have a
 worse one on either side; the one that is best on the validation set is run with the other seeds and
@@ -55,7 +56,7 @@ class Settings:
     """How long, and with how many parameters."""
 
     rank: int = 8
-    examples: int = 2048
+    examples: int | None = None  # of the training set; None: all
     epochs: Mapping[str, int] = dataclasses.field(default_factory=lambda: dict(EPOCHS))
     calibration_examples: int = 512
 
@@ -111,10 +112,15 @@ def run(name: str, method: str, rate: float, seed: int, args: argparse.Namespace
     task, settings = TASKS[name], args.settings
     tokenizer = AutoTokenizer.from_pretrained(source_of(args))
     rows = read(args.data, name, "train", args.limit)
-    rows = random.Random(seed).sample(rows, min(settings.examples, len(rows)))
+    rows = random.Random(seed).sample(rows, min(settings.examples or len(rows), len(rows)))
     start = time.perf_counter()
     set_seed(seed)  # the same new head for all methods
     model = task.auto.from_pretrained(source_of(args), num_labels=task.labels)
+    if (
+        task.labels == 1
+    ):  # else the first hundred steps only move the predictions to the scores' mean
+        mean = statistics.mean(float(row["score"]) for row in rows)
+        torch.nn.init.constant_(model.classifier.bias, mean)
     sample = list(calibration(task, tokenizer, rows[: settings.calibration_examples], seed))
     model = adapted(method, model, sample, settings)
     head = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -174,7 +180,7 @@ def as_markdown(report: dict) -> str:
             )
     head = "task, metric, method, rate, validation, test, seeds, sweep on validation, trained, s"
     return (
-        f"{report['model']} with a new head, {settings['examples']:,} examples, "
+        f"{report['model']} with a new head, {settings['examples'] or 'all'} examples, "
         f"epochs {_listed(settings['epochs'])}, batches of 32, rank {settings['rank']}; rates by "
         "validation with the first seed; means over seeds ± one standard error, in percent; "
         f"seconds of one run, calibration included, other work beside it. {as_code(report)}\n\n"
