@@ -21,7 +21,7 @@ def pick_method(
     Raises:
         ValueError: if the factors do not hold that method, or hold several and none was asked for.
     """
-    wanted = method or (config.corda_method if config is not None else None)
+    wanted = method or (config.method_for(factors) if config is not None else None)
     held = " and ".join(map(repr, factors.methods)) or "no method for every module"
     if wanted is None:
         if len(factors.methods) == 1:
