@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from accelerate.utils import convert_file_size_to_int
 
+from kprune_ext.options import check_choice, check_ranges, check_types
 from kprune_ext.tasks import PROBLEM_TYPES, ProblemType
 
 Schedule = Literal["per_layer", "per_sublayer"]
@@ -173,69 +174,8 @@ class KPruneConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in (
-            "min_score_samples",
-            "max_score_passes",
-            "max_tokens",
-            "batch_tokens",
-            "sequence_length",
-            "seed",
-        ):
-            value = getattr(self, name)
-            if name == "sequence_length" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}={value!r} is not an integer. Pass a whole number.")
-            if name != "seed" and value < 1:
-                raise ValueError(f"{name}={value} is too small. Pass 1 or more.")
-        for name in (
-            "reduction",
-            "temperature",
-            "lambda_rep",
-            "score_fraction",
-            "ridge",
-            "mu",
-            "min_share",
-            "unread_weight",
-        ):
-            value = getattr(self, name)
-            if name == "mu" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{name}={value!r} is not a number. Pass a float.")
-            if not _finite(value):
-                raise ValueError(f"{name}={value} is not finite. Pass an ordinary number.")
-        if not 0 < self.reduction < 1:
-            raise ValueError(
-                f"reduction={self.reduction} is outside (0, 1). It is the fraction of encoder "
-                "FLOPs to remove: pass 0.5 to keep half of them."
-            )
-        if not 0 <= self.min_share <= 1:
-            raise ValueError(
-                f"min_share={self.min_share} is outside [0, 1]. Pass 0 for no lower bound on what "
-                "a sub-layer keeps."
-            )
-        if not 0 <= self.unread_weight <= 1:
-            raise ValueError(
-                f"unread_weight={self.unread_weight} is outside [0, 1]. Pass 1 to count all tokens of "
-                "the last layer alike."
-            )
-        if not 0 < self.score_fraction <= 1:
-            raise ValueError(
-                f"score_fraction={self.score_fraction} is outside (0, 1]. It is the part of the "
-                "calibration samples on which knowledge is measured: pass 1.0 for all of them."
-            )
-        for name in ("temperature", "mu"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name}={value} is not positive. Pass a number above 0.")
-        if self.lambda_rep < 0:
-            raise ValueError(
-                f"lambda_rep={self.lambda_rep} is negative. Pass 0 to use predictive knowledge "
-                "alone, or a positive weight."
-            )
-        if self.ridge < 0:
-            raise ValueError(f"ridge={self.ridge} is negative. Pass 0 for the least that works.")
+        check_types(self)
+        check_ranges(self)
         for name, known in (
             ("schedule", SCHEDULES),
             ("metric", METRICS),
@@ -243,13 +183,7 @@ class KPruneConfig:
             ("sensitivity", SENSITIVITIES),
             ("problem_type", (None, *PROBLEM_TYPES)),
         ):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is unknown. Pass one of "
-                    f"{', '.join(str(value) for value in known)}."
-                )
-        if not isinstance(self.tune_bias, bool):
-            raise TypeError(f"tune_bias={self.tune_bias!r} is not a bool. Pass True or False.")
+            check_choice(self, name, known)
         _ = self.state_bytes  # complains about what is no size
 
     @property
@@ -326,7 +260,3 @@ class KPruneConfig:
                 "KPruneConfig.to_json()."
             )
         return cls.from_dict(options)
-
-
-def _finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")
