@@ -132,7 +132,8 @@ def measure_latency(
                 layer = copy.deepcopy(whole.module)
                 part = SubLayer(0, whole.kind, whole.name, layer, whole.paths, whole.unit_size)
                 shrink(part, range(units))
-                runs.append(partial(part.run, hidden, contexts[whole.layer]))
+                # The layer alone: no look at where it lies and what has to be moved there.
+                runs.append(partial(part.paths.run, layer, hidden, contexts[whole.layer]))
             times = median_seconds(runs, rounds, lambda: _synchronize(model.device))
             found[whole.kind] = dict(zip(sizes, times, strict=True))
     return LatencyTable(

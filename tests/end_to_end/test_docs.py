@@ -224,7 +224,7 @@ def test_page_on_export(here):
 
 def test_page_on_tasks(here):
     torch.manual_seed(0)
-    sizes = {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 800}
+    sizes = {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 80}
     encoder = BertModel(BertConfig(vocab_size=99, num_hidden_layers=2, **sizes)).eval()
     names = {"encoder": encoder, "dataloader": make_batches(), "heads": torch.randn(48, 3)}
     run_page("howto/task.md", names)
