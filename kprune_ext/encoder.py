@@ -33,6 +33,7 @@ class _StandIn(nn.Module):
 
     def __init__(self, layer: nn.Module, answer: Callable[[tuple[Any, ...], dict], Any]) -> None:
         super().__init__()
+        # A hook of accelerate makes the layer's own forward one of its attributes.
         own = {
             name: value
             for name, value in vars(layer).items()

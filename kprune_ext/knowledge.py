@@ -16,13 +16,10 @@ from kprune_ext.calibration import require_finite
 from kprune_ext.encoder import Encoder
 from kprune_ext.fisher import directions, divergence_gradient
 from kprune_ext.masking import MaskedUnits, unit_masks
-from kprune_ext.streams import Stream
+from kprune_ext.streams import MOST_LOGITS, Stream
 from kprune_ext.sublayers import SubLayer
 from kprune_ext.tasks import Predict, ProblemType
 from peft_corda.processes import Processes
-
-# Logits of so many elements go backward at a time: 64 MiB in float32.
-_MOST_LOGITS = 2**24
 
 
 @dataclass(frozen=True)
@@ -209,7 +206,7 @@ def _in_parts(
             first = stream.student[:1].to(stream.tokens.device)
             size = encoder.predict(signal.predict, one, first).numel()
         length = stream.tokens.shape[1]
-        rows = max(1, min(_MOST_LOGITS // size, signal.depth_tokens // (length * depth)))
+        rows = max(1, min(MOST_LOGITS // size, signal.depth_tokens // (length * depth)))
         if rows >= len(stream.keys):
             yield stream
             continue

@@ -124,7 +124,8 @@ def kprune(
         least = least_units(costs, budget, config.min_share)
         with processes.together():
             predicting = predict or task.predict
-            streams = start_streams(encoder, data, config, memory, predicting)
+            asked = predicting if config.unread_weight < 1 else None
+            streams = start_streams(encoder, data, config, memory, asked)
         scored = [stream for stream in streams if stream.scored]
         signal = Signal(
             predicting,

@@ -20,6 +20,9 @@ from kprune_ext.encoder import Encoder
 from kprune_ext.placement import input_device
 from kprune_ext.tasks import Predict
 
+#: Logits of so many elements go backward at a time: 64 MiB in float32.
+MOST_LOGITS = 2**24
+
 
 class StateMemory:
     """Memory for hidden states: up to a limit where they are computed, beyond it in a file.
@@ -145,11 +148,17 @@ def _read(encoder: Encoder, inputs: dict[str, Tensor], hidden: Tensor, predict: 
 
     A classifier that looks at the first token alone has no gradient anywhere else.
     """
-    with torch.enable_grad():
-        state = hidden.detach().requires_grad_()
-        z = encoder.predict(predict, inputs, state)
-        (gradient,) = torch.autograd.grad(z.float().square().sum(), state)
-    return gradient.ne(0).any(2)
+    found: list[Tensor] = []
+    start, rows = 0, 1  # the first alone tells how many logits there are
+    while start < len(hidden):
+        part = slice(start, start + rows)
+        with torch.enable_grad():
+            state = hidden[part].detach().requires_grad_()
+            z = encoder.predict(predict, {n: value[part] for n, value in inputs.items()}, state)
+            (gradient,) = torch.autograd.grad(z.float().square().sum(), state)
+        found.append(gradient.ne(0).any(2))
+        start, rows = part.stop, max(1, MOST_LOGITS // (z.numel() // len(z)))
+    return torch.cat(found)
 
 
 def _bytes_in(contexts: Sequence[Context]) -> int:

@@ -52,6 +52,18 @@ def test_the_weight_is_nothing_where_all_is_read(task: str) -> None:
         assert torch.equal(found[1].state_dict()[name], value), name
 
 
+def test_which_tokens_are_read_is_looked_up_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = streams_of("bert", "sequence")
+    monkeypatch.setattr("kprune_ext.streams.MOST_LOGITS", 1)
+    for one, other in zip(whole, streams_of("bert", "sequence"), strict=True):
+        assert torch.equal(one.read, other.read)
+
+
+def test_nothing_is_looked_up_where_all_count_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kprune_ext.streams._read", lambda *_: pytest.fail("not needed"))
+    kprune(tiny_bert(), padded(sequences()), KPruneConfig(), progress=False)
+
+
 def test_predictions_come_closer_on_the_calibration_data() -> None:
     model, batches = tiny_bert(neurons=200), padded(sequences(600))
     missed = []
