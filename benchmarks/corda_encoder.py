@@ -45,7 +45,7 @@ RATES = {
     "ipm": (5e-4, 1e-3, 2e-3),
     "full": (1e-4, 2e-4, 4e-4),
 }
-EPOCHS = {"sst2": 1, "mrpc": 1, "stsb": 1}
+EPOCHS = {"sst2": 1, "mrpc": 2, "stsb": 1}
 SPLITS = ("validation", "test")
 MOST_RATES = 6
 METRICS = {"sst2": "accuracy", "mrpc": "accuracy", "stsb": "spearman"}
@@ -56,7 +56,8 @@ class Settings:
     """How long, and with how many parameters."""
 
     rank: int = 8
-    examples: int | None = None  # of the training set; None: all
+    examples: int | None = 2560  # of the training set, other ones for each seed; None: all
+    batch: int = 16
     epochs: Mapping[str, int] = dataclasses.field(default_factory=lambda: dict(EPOCHS))
     calibration_examples: int = 512
 
@@ -125,7 +126,8 @@ def run(name: str, method: str, rate: float, seed: int, args: argparse.Namespace
     model = adapted(method, model, sample, settings)
     head = sum(p.numel() for p in model.parameters() if p.requires_grad)
     set_seed(seed)
-    train(task, tokenizer, model, rows, rate=rate, epochs=settings.epochs[name], seed=seed)
+    length = {"epochs": settings.epochs[name], "batch": settings.batch}
+    train(task, tokenizer, model, rows, rate=rate, seed=seed, **length)
     found = {"task": name, "method": method, "rate": rate, "seed": seed, "trained": head}
     found["wall_seconds"] = round(time.perf_counter() - start)
     validation = evaluate(task, tokenizer, model, read(args.data, name, "validation", args.limit))
@@ -181,8 +183,9 @@ def as_markdown(report: dict) -> str:
     head = "task, metric, method, rate, validation, test, seeds, sweep on validation, trained, s"
     return (
         f"{report['model']} with a new head, {settings['examples'] or 'all'} examples, "
-        f"epochs {_listed(settings['epochs'])}, batches of 32, rank {settings['rank']}; rates by "
-        "validation with the first seed; means over seeds ± one standard error, in percent; "
+        f"epochs {_listed(settings['epochs'])}, batches of {settings['batch']}, "
+        f"rank {settings['rank']}; rates by validation with the first seed; means over seeds ± one "
+        "standard error, in percent; "
         f"seconds of one run, calibration included, other work beside it. {as_code(report)}\n\n"
         + table(head.split(", "), rows)
     )

@@ -211,16 +211,17 @@ def train(
     rate: float,
     epochs: int,
     seed: int,
+    batch: int = 32,
 ) -> None:
-    """Batches of 32 of like length, AdamW with a linear schedule after a tenth of warming up."""
-    steps = epochs * -(-len(rows) // 32)
+    """Batches of like length, AdamW with a linear schedule after a tenth of warming up."""
+    steps = epochs * -(-len(rows) // batch)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.01)
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
     shuffler = random.Random(seed)
     model.train()
     for epoch in range(epochs):
-        for part in _batches_of_like_length(task, rows, shuffler):
+        for part in _batches_of_like_length(task, rows, shuffler, batch):
             encoded = encode(task, tokenizer, part, offsets=True)
             targets = task.target(part, encoded)
             encoded.pop("offset_mapping")
@@ -234,14 +235,14 @@ def train(
 
 
 def _batches_of_like_length(
-    task: Task, rows: list[Row], shuffler: random.Random
+    task: Task, rows: list[Row], shuffler: random.Random, batch: int
 ) -> list[list[Row]]:
     """Sorted within 1,600 rows in random order, so that little is padded; batches in random order."""
     order = shuffler.sample(rows, len(rows))
     batches = []
     for start in range(0, len(order), 1600):
         part = sorted(order[start : start + 1600], key=lambda row: _letters(task, row))
-        batches += [part[first : first + 32] for first in range(0, len(part), 32)]
+        batches += [part[first : first + batch] for first in range(0, len(part), batch)]
     shuffler.shuffle(batches)
     return batches
 

@@ -49,15 +49,15 @@ class Directions:
 
 
 def right_factor(covariance: Tensor, weighting: str) -> Tensor:
-    """What the weight is multiplied by: `F (in, in)` in float64.
+    """What the weight is multiplied by: `F (in, in)`, `C` itself or in float64.
 
     Args:
         covariance: `C (in, in)`, damped.
         weighting: ``"covariance"`` for `F = C`, ``"sqrt_covariance"`` for an `F` with `F Fᵀ = C`.
     """
-    covariance = covariance.double()
     if weighting == "covariance":
         return covariance
+    covariance = covariance.double()
     if weighting != "sqrt_covariance":
         raise ValueError(f"weighting must be one of {WEIGHTINGS}, got {weighting!r}")
     factor, failed = torch.linalg.cholesky_ex(covariance)
@@ -100,17 +100,17 @@ def decompose(
     iterate = iterative.pays(size, rank, method) and not exact
     if method == "ipm" and iterate:
         vectors, image, energy = iterative.largest_left(weight, factor, rank)
-        return _directions(vectors, image, vectors.float().T @ weight.float()), energy
+        return _directions(vectors, image.norm(dim=1), vectors.float().T @ weight.float()), energy
     rows, lift = thin_rows(weight.double())
     if method == "ipm":
         product = rows @ factor.double()
         thin = largest_eigenvectors(gram(product.T), rank)
+        values = (thin.T @ product).norm(dim=1)
     else:
-        product, triangle = triangle_of(rows, factor.double(), exact)
+        product, triangle = triangle_of(rows, factor, exact)
         find = iterative.smallest_right if iterate else _smallest_right
-        thin = find(triangle, rank)
-    image = thin.T.to(product) @ product
-    return _directions(lift(thin), image, thin.T @ rows), energy_of(product)
+        thin, values = find(triangle, rank)
+    return _directions(lift(thin), values, thin.T.float() @ rows.float()), energy_of(product)
 
 
 def decompose_product(product: Tensor, weight: Tensor, rank: int) -> tuple[Directions, float]:
@@ -123,19 +123,18 @@ def decompose_product(product: Tensor, weight: Tensor, rank: int) -> tuple[Direc
     """
     if iterative.pays(len(product), rank, "ipm"):
         vectors, image, energy = iterative.largest_left(product, None, rank)
-        return _directions(vectors, image, vectors.float().T @ weight.float()), energy
+        return _directions(vectors, image.norm(dim=1), vectors.float().T @ weight.float()), energy
     product = product.double()
     vectors = largest_eigenvectors(gram(product.T), rank)
-    return _directions(vectors, vectors.T @ product, vectors.T @ weight.double()), energy_of(
-        product
-    )
+    values = (vectors.T @ product).norm(dim=1)
+    return _directions(vectors, values, vectors.T.float() @ weight.float()), energy_of(product)
 
 
-def _directions(vectors: Tensor, image: Tensor, projected: Tensor) -> Directions:
-    """From `U (out, rank)`, `Uᵀ W F`, and `Uᵀ W` or something with rows of the same length."""
+def _directions(vectors: Tensor, values: Tensor, projected: Tensor) -> Directions:
+    """From `U (out, rank)`, `S (rank,)`, and `Uᵀ W` or something with rows of the same length."""
     return Directions(
         U=vectors.float(),
-        S=image.norm(dim=1).float(),
+        S=values.float(),
         weight_norms=projected.norm(dim=1).float(),
     )
 
@@ -148,8 +147,8 @@ def left_singular(
     return found.U, found.S
 
 
-def _smallest_right(triangle: Tensor, rank: int) -> Tensor:
-    """Right singular vectors `(n, rank)` of `R (n, n)` with the smallest values, smallest first."""
+def _smallest_right(triangle: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Right singular vectors `(n, rank)` of `R (n, n)`, and the singular values, smallest first."""
     if not is_singular(triangle):
         # Eigenvectors of Rᵀ R, and so of its inverse.
         inverse = torch.cholesky_inverse(triangle, upper=True)
@@ -158,9 +157,9 @@ def _smallest_right(triangle: Tensor, rank: int) -> Tensor:
         # be held to all of them.
         least = values[0] if len(values) <= _SMALL else values[-rank]
         if least > 1e3 * len(values) * torch.finfo(values.dtype).eps * values[-1]:
-            return vectors[:, -rank:].flip(1)
+            return vectors[:, -rank:].flip(1), values[-rank:].flip(0).rsqrt()
     # As when a weight has rows of zeros.
-    return torch.linalg.svd(triangle).Vh[-rank:].flip(0).T
+    return iterative.smallest_of_all(triangle, rank)
 
 
 def starting_factors(

@@ -86,10 +86,11 @@ def _decomposed(
     factor, spread, tokens = None, None, covariance.tokens
     if isinstance(covariance, Covariance):
         spread = effective_rank(covariance.matrix)
-        factor = right_factor(
-            damped(covariance.matrix, config.corda_damping), config.corda_weighting
-        )
-        del covariance  # its memory is needed
+        # In its own precision, which it was worked out in: the copy may be most of the memory in use.
+        matrix = damped(covariance.matrix, config.corda_damping, covariance.matrix.dtype)
+        del covariance
+        factor = right_factor(matrix, config.corda_weighting)
+        del matrix
     found = {}
     for name in group.members:
         weight = gathered.pop(name) if name in gathered else dense_weight(name, targets[name])

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .eigen import gram, is_singular, largest_eigenvectors, orthonormal
+from .eigen import basis, gram, is_singular, largest_eigenvectors, orthonormal
 
 # When to stop: relative change of the captured energy in a round (ipm), bound of the leaked energy
 # above the optimum (kpm; measured, a fifth of that is usual).
@@ -67,7 +67,7 @@ def largest_left(weight: Tensor, factor: Tensor | None, rank: int) -> tuple[Tens
     return vectors, backward(vectors.float()).T, energy
 
 
-def smallest_right(triangle: Tensor, rank: int) -> Tensor:
+def smallest_right(triangle: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Right singular vectors of `R` with the smallest singular values, in float64 arithmetic.
 
     The inverse of `Rᵀ R` is applied by two triangular solves; there the wanted directions are the
@@ -78,36 +78,46 @@ def smallest_right(triangle: Tensor, rank: int) -> Tensor:
         rank: how many.
 
     Returns:
-        `(n, rank)`, smallest first.
+        `(n, rank)`, smallest first, and their singular values `(rank,)`.
     """
     if is_singular(triangle):
-        return torch.linalg.svd(triangle).Vh[-rank:].flip(0).T
+        return smallest_of_all(triangle, rank)
     # The smallest singular values of a real layer lie closely: a wide block saves rounds.
     width = min(len(triangle), rank + max(16, rank // 2))
-    block = orthonormal(_inverse_gram(triangle, _random(len(triangle), width, triangle)))
     # A basis after each application: two would span more than float64's digits in some layers.
-    block = orthonormal(_inverse_gram(triangle, block))
+    block = _random(len(triangle), width, triangle)
+    for _ in range(2):
+        block = basis(_solved(triangle, _solved(triangle, block, transposed=True)))
     for rounds in range(2, _MOST_ROUNDS):
-        image = _inverse_gram(triangle, block)
-        inverse_energies = torch.linalg.eigvalsh(block.T @ image)
-        block = orthonormal(image)
+        half = _solved(triangle, block, transposed=True)
+        inverse_energies = torch.linalg.eigvalsh(gram(half))
         # A round brings what does not belong, of the block's largest energy and more, down by this
         # much.
         gain = float(inverse_energies[0] / inverse_energies[-rank]) ** 2
         eps = torch.finfo(triangle.dtype).eps
         if inverse_energies[-rank] <= 1e3 * len(triangle) * eps * inverse_energies[-1]:
             # Next to a far smaller direction the others are lost in rounding.
-            return torch.linalg.svd(triangle).Vh[-rank:].flip(0).T
+            return smallest_of_all(triangle, rank)
         if 0.5 * gain**rounds <= KPM_TOLERANCE:
             break
-    _, rotation = torch.linalg.eigh(gram(triangle @ block))
-    return block @ rotation[:, :rank]
+        block = basis(_solved(triangle, half))
+    block, change = torch.linalg.qr(_solved(triangle, half))
+    # R times the basis, for the triangle has just been taken off it.
+    image = torch.linalg.solve_triangular(change, half, upper=True, left=False)
+    squares, rotation = torch.linalg.eigh(gram(image))
+    return block @ rotation[:, :rank], squares[:rank].clamp(min=0).sqrt()
 
 
-def _inverse_gram(triangle: Tensor, block: Tensor) -> Tensor:
-    """`(Rᵀ R)⁻¹ X`."""
-    half = torch.linalg.solve_triangular(triangle.T, block, upper=False)
-    return torch.linalg.solve_triangular(triangle, half, upper=True)
+def _solved(triangle: Tensor, block: Tensor, transposed: bool = False) -> Tensor:
+    """`R⁻¹ X`, or `R⁻ᵀ X`."""
+    matrix = triangle.T if transposed else triangle
+    return torch.linalg.solve_triangular(matrix, block, upper=not transposed)
+
+
+def smallest_of_all(triangle: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """As `smallest_right`, by a whole singular value decomposition: right for any matrix, and slow."""
+    _, values, rows = torch.linalg.svd(triangle)
+    return rows[-rank:].flip(0).T, values[-rank:].flip(0)
 
 
 def _products(
@@ -132,4 +142,6 @@ def _rest(left: Tensor, forward: Callable[[Tensor], Tensor], weight: Tensor) -> 
 
 def _random(rows: int, columns: int, like: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(_SEED)
-    return torch.randn(rows, columns, generator=generator, dtype=like.dtype).to(like.device)
+    return torch.randn(rows, columns, generator=generator).to(
+        like
+    )  # float64 takes three times as long

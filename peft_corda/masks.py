@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+# Entries of a batch of text that hold a number for each token.
+TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
 # What is added to the score of a token that is not to be looked at is far below this.
 _HIDDEN = -1e3
 
@@ -125,6 +128,54 @@ def unpadded(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
         }
         for spans, rows in together.items()
     ]
+
+
+def of_like_length(batch: Mapping[str, Any], run_cost: int) -> list[dict[str, Any]]:
+    """A batch of text cut into parts that are padded less.
+
+    Only where that changes nothing else: all tensors are `(batch, tokens)`, and padding is on the right,
+    so that every token keeps its position.
+
+    Args:
+        batch: as a model takes it.
+        run_cost: what a run of the model costs beyond its tokens, in tokens.
+
+    Returns:
+        The parts with the least padded tokens and runs together, the longest sequences first; the batch
+        itself if it cannot be cut, or that does not pay. Rows without any token are left out.
+    """
+    mask = batch.get("attention_mask")
+    whole = [dict(batch)]
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.is_meta or set(batch) - TEXT_KEYS:
+        return whole
+    kept = mask.bool()
+    shapes = {getattr(value, "shape", None) for value in batch.values()}
+    if shapes != {mask.shape} or bool((kept[:, 1:] & ~kept[:, :-1]).any()):
+        return whole
+    lengths = kept.sum(1)
+    if not lengths.any():
+        return whole
+    bounds = _cheapest_cuts(Counter(lengths[lengths > 0].tolist()), run_cost)
+    parts = []
+    for above, longest in pairwise([0, *bounds]):
+        rows = ((lengths > above) & (lengths <= longest)).nonzero().flatten()
+        parts.append({key: value[rows, :longest] for key, value in batch.items()})
+    return parts[::-1]
+
+
+def _cheapest_cuts(rows_of: Mapping[int, int], run_cost: int) -> list[int]:
+    """The lengths up to which sequences are run together, rising; from numbers of rows by length."""
+    lengths = sorted(rows_of)
+    # For all sequences up to each length: the least cost, and the cuts it takes.
+    best: list[tuple[int, list[int]]] = [(0, [])]
+    for end, longest in enumerate(lengths, 1):
+        rows, options = 0, []
+        for start in range(end - 1, -1, -1):
+            rows += rows_of[lengths[start]]
+            cost, cuts = best[start]
+            options.append((cost + rows * longest + run_cost, [*cuts, longest]))
+        best.append(min(options))
+    return best[-1][1]
 
 
 def _span(mask: Tensor | None, row: int) -> tuple[int, int] | None:

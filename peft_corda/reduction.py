@@ -40,7 +40,7 @@ def triangle_of(rows: Tensor, factor: Tensor, exact: bool) -> tuple[Tensor, Tens
 
     Args:
         rows: `X (n, in)`, no more rows than columns, float64.
-        factor: `F (in, in)`, float64.
+        factor: `F (in, in)`.
         exact: whether the product must be float64 too.
     """
     if not exact and 2 * len(rows) <= rows.shape[1] and len(rows) >= _LEAST_ROWS:
@@ -49,5 +49,5 @@ def triangle_of(rows: Tensor, factor: Tensor, exact: bool) -> tuple[Tensor, Tens
         triangle, failed = torch.linalg.cholesky_ex(gram(product.T.double()), upper=True)
         if not failed and spread(triangle) < _FLOAT32_SPREAD:
             return product, triangle
-    product = rows @ factor
+    product = rows @ factor.double()
     return product, torch.linalg.qr(product.T, mode="r").R

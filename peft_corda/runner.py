@@ -17,13 +17,15 @@ from accelerate.utils import send_to_device
 from peft import PeftModel
 from torch import Tensor, nn
 
-from .masks import token_mask, unpadded
+from .masks import TEXT_KEYS, of_like_length, token_mask, unpadded
 from .placement import execution_device, reshard, spreading_of
 
 # Batch entries that only serve a loss.
 _LABEL_KEYS = {"labels", "label", "label_ids", "start_positions", "end_positions"}
-_TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
 _FEW_TOKENS = 16
+# What a run of a model costs beyond its tokens, in tokens: reading the weights, starting kernels.
+_RUN_COST = {"cpu": 64}
+_RUN_COST_ELSEWHERE = 4096
 
 Batch = Mapping[str, Any]
 # Called with a module's name, its input and, where that is asked for, its output.
@@ -67,7 +69,7 @@ class Runner:
         self.tokens: tuple[int, int] | None = None
 
     def parts(self, batch: Batch, number: int = 0) -> list[dict[str, Any]]:
-        """What a batch is run as: itself without labels, or cut into parts without padding.
+        """What a batch is run as, without labels: itself, or parts with less padding or none.
 
         Raises:
             TypeError: if the batch is not a mapping.
@@ -80,7 +82,9 @@ class Runner:
                 "tokenizers and collators give."
             )
         inputs = {key: value for key, value in batch.items() if key not in _LABEL_KEYS}
-        return unpadded(inputs) if self._without_padding else [inputs]
+        if self._without_padding:
+            return unpadded(inputs)
+        return of_like_length(inputs, _RUN_COST.get(self.device.type, _RUN_COST_ELSEWHERE))
 
     def run(self, part: dict[str, Any]) -> None:
         """Run the model on one of the `parts` of a batch."""
@@ -148,7 +152,7 @@ def first_example(batch: Batch) -> dict[str, Any] | None:
     rows = {value.shape[0] if value.ndim else 0 for value in tensors.values()}
     if len(tensors) != len(batch) or len(rows) != 1 or rows == {0}:
         return None
-    if len({value.shape for value in tensors.values()}) > 1 or set(tensors) - _TEXT_KEYS:
+    if len({value.shape for value in tensors.values()}) > 1 or set(tensors) - TEXT_KEYS:
         return {key: value[:1] for key, value in tensors.items()}
     mask = tensors.get("attention_mask", tensors["input_ids"].new_ones(tensors["input_ids"].shape))
     kept = mask[0].nonzero().flatten()[:_FEW_TOKENS]

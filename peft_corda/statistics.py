@@ -176,14 +176,14 @@ def effective_rank(covariance: Tensor) -> float:
     return trace**2 / squares if squares > 0 else 0.0
 
 
-def damped(covariance: Tensor, damping: float) -> Tensor:
-    """`C + damping · mean(diag C) · I` in float64, `(in, in)`.
+def damped(covariance: Tensor, damping: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    """`C + damping · mean(diag C) · I`, `(in, in)`, in `dtype`.
 
     Keeps `C` positive definite with fewer tokens than dimensions. A covariance of zeros (a layer
     that only ever saw zeros) becomes the identity, which makes the decomposition that of the weight.
     """
-    matrix = covariance.to(torch.float64, copy=True)
-    level = float(matrix.diagonal().mean())
+    matrix = covariance.to(dtype, copy=True)
+    level = float(matrix.diagonal().double().mean())
     if level == 0:
         return torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     matrix.diagonal().add_(damping * level)

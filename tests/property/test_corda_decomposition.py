@@ -61,6 +61,8 @@ def assert_optimal(weight, factor, rank, method, exact=False, slack=0.0):
         assert got >= (1 - slack) * float(values[:rank].sum()) - blur
     else:
         assert got <= (1 + slack) * float(values[len(values) - rank :].sum()) + blur
+    images = (directions.T @ product).norm(dim=1)
+    torch.testing.assert_close(found.S.double(), images, rtol=1e-3, atol=1e-6 * total**0.5)
     identity = torch.eye(rank, dtype=torch.float64)
     torch.testing.assert_close(directions.T @ directions, identity, rtol=0, atol=5e-6)
     norms = (directions.T @ weight.double()).norm(dim=1).float()
@@ -212,6 +214,8 @@ def test_one_direction_far_below_the_others_does_not_hide_them():
         for _ in range(2)
     )
     triangle = torch.linalg.qr(left * values @ right.T, mode="r").R
-    found = iterative.smallest_right(triangle, 96)
+    found, sizes = iterative.smallest_right(triangle, 96)
     leaked = (triangle @ found).square().sum()
     assert leaked <= 1.01 * values[-96:].square().sum()
+    torch.testing.assert_close(sizes.square().sum(), leaked, rtol=1e-6, atol=0)
+    assert bool((sizes.diff() >= 0).all())

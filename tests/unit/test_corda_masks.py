@@ -1,18 +1,91 @@
 """Padding: which rows count, how it is cut off, and experts that see tokens in an order of their own."""
 
+from itertools import combinations, pairwise
+
 import pytest
 import torch
 from corda_helpers import covariances_of, make_config, make_model
 from torch import nn
 
 from peft_corda import CordaConfig, calibrate
-from peft_corda.masks import laid_over, token_mask, unpadded
+from peft_corda.masks import laid_over, of_like_length, token_mask, unpadded
 from peft_corda.statistics import damped
 from peft_corda.targets import find_targets
 
 IDS = torch.arange(1, 13).reshape(3, 4)
 RIGHT = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0]])
 LEFT = RIGHT.flip(1)
+
+
+class TestOfLikeLength:
+    def batch(self, lengths, **extra):
+        mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+        ids = torch.arange(1, mask.numel() + 1).reshape(mask.shape) * mask
+        return {"input_ids": ids, "attention_mask": mask} | extra
+
+    def test_cut_where_padding_costs_more_than_a_run(self):
+        batch = self.batch([3, 20, 4, 19])
+        batch["position_ids"] = batch["input_ids"] + 1000
+        long, short = of_like_length(batch, run_cost=10)
+        assert torch.equal(long["input_ids"], batch["input_ids"][[1, 3]])
+        assert torch.equal(short["input_ids"], batch["input_ids"][[0, 2], :4])
+        for part in (long, short):
+            assert torch.equal(part["position_ids"], part["input_ids"] + 1000)
+            assert torch.equal(part["attention_mask"].bool(), part["input_ids"] > 0)
+
+    @pytest.mark.parametrize("cost", [0, 1, 7, 40, 10**6])
+    def test_cheapest_of_all_cuts(self, cost):
+        lengths = [2, 2, 3, 5, 5, 9, 14, 15]
+        parts = of_like_length(self.batch(lengths), cost)
+        found = sum(part["input_ids"].numel() + cost for part in parts)
+        least = min(
+            sum(cost + len(part) * part[-1] for part in self.pieces(lengths, cuts))
+            for count in range(len(lengths))
+            for cuts in combinations(range(1, len(lengths)), count)
+        )
+        assert found == least
+
+    def pieces(self, lengths, cuts):
+        return [lengths[a:b] for a, b in pairwise([0, *cuts, len(lengths)])]
+
+    def test_padding_that_all_share_and_empty_rows_go(self):
+        batch = self.batch([3, 0, 2, 6])
+        batch = {key: value[:3] for key, value in batch.items()}
+        (part,) = of_like_length(batch, run_cost=10)
+        assert torch.equal(part["attention_mask"], torch.tensor([[1, 1, 1], [1, 1, 0]]))
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda b: b | {"attention_mask": b["attention_mask"].flip(1)},
+            lambda b: b | {"attention_mask": torch.zeros_like(b["attention_mask"])},
+            lambda b: b | {"pixel_values": torch.zeros(b["input_ids"].shape)},
+            lambda b: b | {"position_ids": b["input_ids"][:1]},
+            lambda b: {"input_ids": b["input_ids"]},
+        ],
+        ids=["left padding", "no token", "other entries", "other shape", "no mask"],
+    )
+    def test_left_alone(self, change):
+        batch = change(self.batch([1, 30]))
+        (part,) = of_like_length(batch, run_cost=0)
+        assert part == batch and part is not batch
+
+    @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+    def test_statistics_stay_as_they_are(self, kind):
+        model = make_model(kind)
+        targets = find_targets(model, make_config(kind))
+        padded = self.batch([40, 2, 3, 2, 39, 3, 2, 2, 2, 2])
+        padded["input_ids"] %= 60
+        one_by_one = [
+            {key: value[row : row + 1, :length] for key, value in padded.items()}
+            for row, length in enumerate(padded["attention_mask"].sum(1).tolist())
+        ]
+        assert len(of_like_length(padded, 64)) == 2
+        found = covariances_of(model, targets, [padded])
+        wanted = covariances_of(model, targets, one_by_one)
+        for name, covariance in wanted.items():
+            assert found[name].tokens == covariance.tokens
+            torch.testing.assert_close(found[name].matrix, covariance.matrix, rtol=1e-4, atol=1e-6)
 
 
 class TestUnpadded:
