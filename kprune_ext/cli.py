@@ -49,7 +49,7 @@ class PruneOptions:
         lambda_rep: Weight of representational against predictive knowledge.
         schedule: How often knowledge is measured anew.
         score_fraction: Part of the sample on which knowledge is measured.
-        ridge: Pull towards the original weights in weight tuning.
+        ridge: Pull towards the original weights in weight tuning; by default chosen by held-out error.
         sequence_length: Tokens per sequence at which FLOPs are counted; by default the data's mean.
         seed: Of the order of the rows, and of what is scored.
         paper: Use the publication's options in place of the defaults; those given here count for

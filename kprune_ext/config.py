@@ -122,11 +122,12 @@ class KPruneConfig:
             "config says."
         },
     )
-    ridge: float = dataclasses.field(
-        default=1.0,
+    ridge: float | None = dataclasses.field(
+        default=None,
         metadata={
             "help": "Strength of the pull towards the original weights in weight tuning, in units "
-            "of (units / tokens) x the mean square activation. 0: what float64 needs."
+            "of (units / tokens) x the mean square activation. 0: what float64 needs. None: for "
+            "each sub-layer what fits best where it is tried on samples that it was not fitted to."
         },
     )
     tune_bias: bool = dataclasses.field(
@@ -134,7 +135,7 @@ class KPruneConfig:
         metadata={"help": "Tune the output projections' biases, too, not their weights alone."},
     )
     unread_weight: float = dataclasses.field(
-        default=1.0,
+        default=0.1,
         metadata={
             "help": "How much a token counts in the last layer whose state there no prediction depends "
             "on, such as all but the first for most classifiers; 1: as much as those that are read."
@@ -220,6 +221,7 @@ class KPruneConfig:
             "score_fraction": 1.0,
             "ridge": 0.0,
             "tune_bias": False,
+            "unread_weight": 1.0,
         }
         return cls(reduction=reduction, **(paper | options))
 

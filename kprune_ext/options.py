@@ -13,7 +13,7 @@ _NUMBERS = (
     *("reduction", "temperature", "lambda_rep", "score_fraction", "ridge", "mu"),
     *("min_share", "unread_weight"),
 )
-_MAY_BE_NONE = frozenset({"sequence_length", "mu"})
+_MAY_BE_NONE = frozenset({"sequence_length", "mu", "ridge"})
 
 
 def check_types(options: Any) -> None:
@@ -77,7 +77,7 @@ def check_ranges(options: Any) -> None:
             f"lambda_rep={options.lambda_rep} is negative. Pass 0 to use predictive knowledge alone, "
             "or a positive weight."
         )
-    if options.ridge < 0:
+    if options.ridge is not None and options.ridge < 0:
         raise ValueError(f"ridge={options.ridge} is negative. Pass 0 for the least that works.")
 
 

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kprune_ext.budget import budget_for, cost_tables, measure_latency, unit_flops
-from kprune_ext.calibration import require_finite
 from kprune_ext.config import KPruneConfig
 from kprune_ext.cost import LatencyTable
 from kprune_ext.encoder import Encoder, plain_outputs
 from kprune_ext.knowledge import Knowledge, Signal, measure_knowledge, teacher_logits
-from kprune_ext.masking import evaluating, watching
+from kprune_ext.masking import evaluating
 from kprune_ext.modeling import model_task, record_kept, uneven_copy
 from kprune_ext.placement import (
     homes_of,
@@ -29,7 +28,6 @@ from kprune_ext.placement import (
     spread_out,
 )
 from kprune_ext.progress import progress_over
-from kprune_ext.reconstruction import NormalEquations, TunedProjection, tune_projection
 from kprune_ext.reporting import make_report
 from kprune_ext.search import search_masks
 from kprune_ext.sharing import from_main, own_model, processes_of, shared_data, summed
@@ -37,6 +35,7 @@ from kprune_ext.streams import Stream, start_streams, state_memory
 from kprune_ext.sublayers import SubLayer, find_architecture, layers_path, sublayers
 from kprune_ext.surgery import set_output, shrink
 from kprune_ext.tasks import Predict, ProblemType, Task, problem_type
+from kprune_ext.tuning import normal_equations, tune
 from peft_corda.placement import moves_weights
 
 
@@ -158,8 +157,9 @@ def kprune(
                 original = replace(dense[step], module=whole)
                 last = target.layer == student[-1].layer
                 weight = config.unread_weight if last else 1.0
-                equations = _normal_equations(original, target, encoder, streams, weight)
-            fit = from_main(_tune(target, summed(equations, processes), config), processes)
+                own = normal_equations(original, target, encoder, streams, weight, config)
+            equations = [summed(part, processes) for part in own]
+            fit = from_main(tune(target, equations, config), processes)
             set_output(target, fit.weight, fit.bias)
             with processes.together():
                 _advance(target, encoder, streams)
@@ -167,7 +167,7 @@ def kprune(
             scores = scores[1:]
             kept.append(keep)
             errors.append(fit.error)
-            del equations, fit  # before the next step's
+            del own, equations, fit  # before the next step's
 
     record_kept(pruned, zip(kept[::2], kept[1::2], strict=True))
     _copy_requires_grad(model, pruned)
@@ -235,63 +235,6 @@ def _at_hand(dense: SubLayer, target: SubLayer) -> nn.Module:
     They would have to be brought in for every batch.
     """
     return deepcopy(target.module) if moves_weights(dense.module) else dense.module
-
-
-@torch.no_grad()
-def _tune(target: SubLayer, equations: NormalEquations, config: KPruneConfig) -> TunedProjection:
-    """Fit the output projection of the shrunk target."""
-    weight = target.output.weight.detach()
-    held: Tensor | None = target.output.bias
-    if held is None:
-        held = weight.new_zeros(len(weight))
-    elif config.tune_bias:
-        held = None
-    return tune_projection(equations, weight, config.ridge, held)
-
-
-@torch.no_grad()
-def _normal_equations(
-    dense: SubLayer,
-    target: SubLayer,
-    encoder: Encoder,
-    streams: Sequence[Stream],
-    unread_weight: float,
-) -> NormalEquations:
-    """What the target's output projection is to give; moves the teacher's states past it.
-
-    That is the teacher's sub-layer output, and the difference of the two residual streams; a scale
-    behind the projection divides that difference.
-    """
-    weight = target.output.weight.detach()
-    device = weight.device
-    equations = NormalEquations.zeros(weight.shape[1], len(weight), device)
-    with watching(dense) as teacher, watching(target) as student:
-        for stream in streams:
-            context, tokens = stream.contexts_in(encoder)[target.layer], stream.tokens.to(device)
-            above, own = (state.to(device) for state in (stream.teacher, stream.student))
-            after = dense.run(above, context).to(device)
-            target.run(own, context)
-            features, given = student.taken()[0][tokens], teacher.taken()[1].to(device)[tokens]
-            require_finite(after[tokens], f"the output of {dense.name}")
-            require_finite(features, f"the input of {target.name}")
-            wanted = given + _unscaled((above - own)[tokens], target.scale)
-            require_finite(wanted, f"the output of {target.name}")
-            read = stream.read.to(device)[tokens]
-            if unread_weight == 1 or bool(read.all()):
-                equations.update(features, wanted)
-            else:
-                equations.update(features[read], wanted[read])
-                equations.update(features[~read], wanted[~read], unread_weight)
-            stream.teacher.copy_(after)
-    return equations
-
-
-def _unscaled(difference: Tensor, scale: Tensor | None) -> Tensor:
-    if scale is None:
-        return difference
-    # An output dimension that is scaled to nothing can make up for nothing.
-    usable = scale.abs() > 1e-12
-    return torch.where(usable, difference / torch.where(usable, scale, 1), 0)
 
 
 @torch.no_grad()

@@ -14,6 +14,12 @@ from torch import Tensor
 # The least ridge, relative to the mean square activation: what float64 needs to stay positive
 # definite when units are copies of one another.
 _FLOOR = 1e-10
+#: Ridges to choose from, in the unit of :func:`tune_projection`.
+RIDGES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+# Squared errors up to so many times the least count as the same.
+_NEARLY_BEST = 1.01
+# Where there is nothing to try it on.
+_USUAL_RIDGE = 3.0
 
 
 @dataclass
@@ -60,6 +66,23 @@ class NormalEquations:
         self.target_sum.add_(targets.sum(0, dtype=torch.float64), alpha=weight)
         self.target_square += weight * float(targets.square().sum(dtype=torch.float64))
         self.tokens += weight * len(features)
+
+    def plus(self, other: NormalEquations) -> NormalEquations:
+        """The equations of both sets of tokens; this object's memory is reused."""
+        return NormalEquations(
+            self.gram.add_(other.gram),
+            self.cross.add_(other.cross),
+            self.feature_sum.add_(other.feature_sum),
+            self.target_sum.add_(other.target_sum),
+            self.target_square + other.target_square,
+            self.tokens + other.tokens,
+        )
+
+    def squared_error(self, weight: Tensor, bias: Tensor) -> float:
+        """Sum over the tokens of ‖W f + b − y‖², for any weight ``(outputs, units)`` and bias."""
+        mapped = weight @ self.gram - 2 * self.cross.T
+        constant = 2 * (weight @ self.feature_sum - self.target_sum) + self.tokens * bias
+        return self.target_square + float((mapped * weight).sum()) + float(bias @ constant)
 
 
 @dataclass(frozen=True)
@@ -136,3 +159,28 @@ def tune_projection(
     missed = distance - 2 * float((tuned.T * cross).sum()) + float(((tuned @ gram) * tuned).sum())
     error = (max(missed, 0.0) / variation) ** 0.5 if variation > 0 else 0.0
     return TunedProjection(tuned, fitted, error)
+
+
+def choose_ridge(
+    halves: tuple[NormalEquations, NormalEquations], weight: Tensor, bias: Tensor | None = None
+) -> float:
+    """The one of :data:`RIDGES` with the least error where each half is fitted, and tried on the other.
+
+    Of those that are nearly as good it is the strongest, as the error itself is an estimate.
+
+    Args:
+        halves: the equations of two sets of tokens, best of different samples.
+        weight: W₀, see :func:`tune_projection`.
+        bias: to hold; None to fit it, too.
+    """
+    if not (halves[0].tokens and halves[1].tokens and weight.shape[1]):
+        return _USUAL_RIDGE
+    errors = dict.fromkeys(RIDGES, 0.0)
+    for ridge in RIDGES:
+        for fitted, other in (halves, halves[::-1]):
+            fit = tune_projection(fitted, weight, ridge, bias)
+            errors[ridge] += other.squared_error(fit.weight, fit.bias)
+    # Where all fit perfectly, differences are rounding, and may be below zero.
+    rounding = 1e-12 * (halves[0].target_square + halves[1].target_square)
+    enough = _NEARLY_BEST * max(min(errors.values()), 0.0) + rounding
+    return max(ridge for ridge, error in errors.items() if error <= enough)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kprune_ext.reconstruction import NormalEquations, tune_projection
+from kprune_ext.reconstruction import RIDGES, NormalEquations, choose_ridge, tune_projection
 
 sizes = st.integers(min_value=1, max_value=8)
 seeds = st.integers(min_value=0, max_value=10_000)
@@ -108,3 +108,73 @@ def test_float32_batches_are_summed_in_float64() -> None:
     assert rounded.gram.dtype == torch.float64
     fit = tune_projection(rounded, weight, 1.0)
     torch.testing.assert_close(fit.weight, exact.weight, rtol=1e-4, atol=1e-5)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), sizes, sizes, seeds)
+def test_squared_error_is_that_of_the_tokens(tokens, units, outputs, seed) -> None:
+    features, targets, weight = problem(tokens, units, outputs, seed)
+    bias = weight.sum(1)
+    wanted = float((features @ weight.T + bias - targets).square().sum())
+    found = normal_equations((features, targets)).squared_error(weight, bias)
+    assert found == pytest.approx(wanted, rel=1e-9, abs=1e-9)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), sizes, sizes, seeds, st.integers(1, 39))
+def test_sums_add_up(tokens, units, outputs, seed, cut) -> None:
+    features, targets, _ = problem(tokens, units, outputs, seed)
+    whole = normal_equations((features, targets))
+    one, other = (
+        normal_equations((features[part], targets[part])) for part in (slice(cut), slice(cut, None))
+    )
+    both = one.plus(other)
+    for name, value in vars(whole).items():
+        torch.testing.assert_close(torch.as_tensor(getattr(both, name)), torch.as_tensor(value))
+
+
+def halves_of(noise: float, tokens: int) -> tuple[torch.Tensor, tuple[NormalEquations, ...]]:
+    """Targets that the original weights give, but for small changes and noise."""
+    features, _, weight = problem(2 * tokens, 40, 3, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    changed = weight + 0.3 * torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+    targets = features @ changed.T
+    targets += noise * torch.randn(targets.shape, generator=generator, dtype=torch.float64)
+    parts = zip(features.chunk(2), targets.chunk(2), strict=True)
+    return weight, tuple(normal_equations(part) for part in parts)
+
+
+def test_the_ridge_is_weak_for_clean_targets_and_strong_for_noise() -> None:
+    weight, clean = halves_of(noise=0.0, tokens=400)
+    assert choose_ridge(clean, weight) == min(RIDGES)
+    weight, noisy = halves_of(noise=30.0, tokens=60)
+    assert choose_ridge(noisy, weight) == max(RIDGES)
+
+
+def test_the_chosen_ridge_is_nearly_the_best_on_tokens_never_seen() -> None:
+    weight, halves = halves_of(noise=4.0, tokens=60)
+    features, *_ = problem(4000, 40, 3, seed=5)
+    generator = torch.Generator().manual_seed(2)
+    changed = weight + 0.3 * torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+    unseen = normal_equations((features, features @ changed.T))
+    chosen = choose_ridge(halves, weight)
+    both = halves[0].plus(halves[1])
+    fits = {ridge: tune_projection(both, weight, ridge) for ridge in (*RIDGES, 1e-6)}
+    errors = {ridge: unseen.squared_error(fit.weight, fit.bias) for ridge, fit in fits.items()}
+    assert errors[chosen] <= 1.2 * min(errors[ridge] for ridge in RIDGES)
+    assert errors[chosen] < errors[1e-6]
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e-30])
+def test_targets_that_every_ridge_fits_perfectly(scale: float) -> None:
+    features, _, weight = problem(60, 5, 3, seed=1)
+    targets = scale * (features @ weight.T)
+    parts = zip(features.chunk(2), targets.chunk(2), strict=True)
+    halves = tuple(normal_equations(part) for part in parts)
+    assert choose_ridge(halves, scale * weight) == max(RIDGES)
+
+
+def test_without_two_halves_the_ridge_is_a_usual_one() -> None:
+    weight, (half, _) = halves_of(noise=1.0, tokens=50)
+    empty = NormalEquations.zeros(40, 3)
+    assert choose_ridge((half, empty), weight) == choose_ridge((empty, half), weight) == 3.0

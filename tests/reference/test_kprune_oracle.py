@@ -122,6 +122,7 @@ def test_whole_algorithm(reduction: float) -> None:
         schedule="per_sublayer",
         score_fraction=1.0,
         ridge=0.5,
+        unread_weight=1.0,
     )
     expected = oracle.prune(
         model,

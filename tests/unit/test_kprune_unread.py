@@ -61,7 +61,7 @@ def test_which_tokens_are_read_is_looked_up_in_parts(monkeypatch: pytest.MonkeyP
 
 def test_nothing_is_looked_up_where_all_count_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kprune_ext.streams._read", lambda *_: pytest.fail("not needed"))
-    kprune(tiny_bert(), padded(sequences()), KPruneConfig(), progress=False)
+    kprune(tiny_bert(), padded(sequences()), KPruneConfig(unread_weight=1.0), progress=False)
 
 
 def test_predictions_come_closer_on_the_calibration_data() -> None:

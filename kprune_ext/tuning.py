@@ -1,0 +1,96 @@
+"""Weight tuning of a sub-layer in a model: what its output projection is to give, and the fit to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kprune_ext.calibration import require_finite
+from kprune_ext.config import KPruneConfig
+from kprune_ext.encoder import Encoder
+from kprune_ext.masking import watching
+from kprune_ext.reconstruction import (
+    NormalEquations,
+    TunedProjection,
+    choose_ridge,
+    tune_projection,
+)
+from kprune_ext.streams import Stream
+from kprune_ext.sublayers import SubLayer
+
+
+@torch.no_grad()
+def normal_equations(
+    dense: SubLayer,
+    target: SubLayer,
+    encoder: Encoder,
+    streams: Sequence[Stream],
+    unread_weight: float,
+    config: KPruneConfig,
+) -> list[NormalEquations]:
+    """What the target's output projection is to give; moves the teacher's states past it.
+
+    That is the teacher's sub-layer output, and the difference of the two residual streams; a scale
+    behind the projection divides that difference.
+
+    Returns:
+        The equations of all samples; where the ridge is to be chosen, those of either half of them. On
+        which side a sample is depends on nothing else.
+    """
+    weight = target.output.weight.detach()
+    device = weight.device
+    count = 1 if config.ridge is not None else 2
+    found = [NormalEquations.zeros(weight.shape[1], len(weight), device) for _ in range(count)]
+    with watching(dense) as teacher, watching(target) as student:
+        for stream in streams:
+            context, tokens = stream.contexts_in(encoder)[target.layer], stream.tokens.to(device)
+            above, own = (state.to(device) for state in (stream.teacher, stream.student))
+            after = dense.run(above, context).to(device)
+            target.run(own, context)
+            features, given = student.taken()[0][tokens], teacher.taken()[1].to(device)[tokens]
+            require_finite(after[tokens], f"the output of {dense.name}")
+            require_finite(features, f"the input of {target.name}")
+            wanted = given + _unscaled((above - own)[tokens], target.scale)
+            require_finite(wanted, f"the output of {target.name}")
+            read = stream.read.to(device)[tokens]
+            side = _sides(stream, count).to(device).unsqueeze(1).expand(tokens.shape)[tokens]
+            for number, equations in enumerate(found):
+                for part, counts in ((read, 1.0), (~read, unread_weight)):
+                    chosen = part & (side == number)
+                    if counts and bool(chosen.any()):
+                        equations.update(features[chosen], wanted[chosen], counts)
+            stream.teacher.copy_(after)
+    return found
+
+
+def _sides(stream: Stream, count: int) -> Tensor:
+    """Number of the equations that each sample goes to, ``(batch,)``; by its content alone."""
+    return torch.tensor([key % count for key in stream.keys])
+
+
+@torch.no_grad()
+def tune(
+    target: SubLayer, equations: Sequence[NormalEquations], config: KPruneConfig
+) -> TunedProjection:
+    """Fit the output projection of the shrunk target; see :func:`normal_equations`."""
+    weight = target.output.weight.detach()
+    held: Tensor | None = target.output.bias
+    if held is None:
+        held = weight.new_zeros(len(weight))
+    elif config.tune_bias:
+        held = None
+    if config.ridge is not None:
+        return tune_projection(equations[0], weight, config.ridge, held)
+    one, other = equations
+    ridge = choose_ridge((one, other), weight, held)
+    return tune_projection(one.plus(other), weight, ridge, held)
+
+
+def _unscaled(difference: Tensor, scale: Tensor | None) -> Tensor:
+    if scale is None:
+        return difference
+    # An output dimension that is scaled to nothing can make up for nothing.
+    usable = scale.abs() > 1e-12
+    return torch.where(usable, difference / torch.where(usable, scale, 1), 0)
