@@ -18,14 +18,15 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from .masks import TEXT_KEYS, of_like_length, token_mask, unpadded
-from .placement import execution_device, reshard, spreading_of
+from .placement import execution_device, moves_weights, reshard, spreading_of
 
 # Batch entries that only serve a loss.
 _LABEL_KEYS = {"labels", "label", "label_ids", "start_positions", "end_positions"}
 _FEW_TOKENS = 16
-# What a run of a model costs beyond its tokens, in tokens: reading the weights, starting kernels.
-_RUN_COST = {"cpu": 64}
-_RUN_COST_ELSEWHERE = 4096
+# What a run of a model costs beyond its tokens, in tokens: reading weights from memory; starting
+# kernels, or bringing weights in from elsewhere.
+_RUN_COST = 64
+_HIGH_RUN_COST = 4096
 
 Batch = Mapping[str, Any]
 # Called with a module's name, its input and, where that is asked for, its output.
@@ -62,6 +63,8 @@ class Runner:
         inner = model.get_base_model() if isinstance(model, PeftModel) else self._module
         self._takes_cache = "use_cache" in inspect.signature(inner.forward).parameters
         self.device = execution_device(model)
+        near = self.device.type == "cpu" and not moves_weights(model) and not spreading_of(model)
+        self._run_cost = _RUN_COST if near else _HIGH_RUN_COST
         two_sequences = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         self._without_padding = without_padding or two_sequences
         self.stop_after: str | None = None
@@ -84,7 +87,7 @@ class Runner:
         inputs = {key: value for key, value in batch.items() if key not in _LABEL_KEYS}
         if self._without_padding:
             return unpadded(inputs)
-        return of_like_length(inputs, _RUN_COST.get(self.device.type, _RUN_COST_ELSEWHERE))
+        return of_like_length(inputs, self._run_cost)
 
     def run(self, part: dict[str, Any]) -> None:
         """Run the model on one of the `parts` of a batch."""

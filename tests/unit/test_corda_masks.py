@@ -4,11 +4,13 @@ from itertools import combinations, pairwise
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from corda_helpers import covariances_of, make_config, make_model
 from torch import nn
 
 from peft_corda import CordaConfig, calibrate
 from peft_corda.masks import laid_over, of_like_length, token_mask, unpadded
+from peft_corda.runner import Runner
 from peft_corda.statistics import damped
 from peft_corda.targets import find_targets
 
@@ -69,6 +71,13 @@ class TestOfLikeLength:
         batch = change(self.batch([1, 30]))
         (part,) = of_like_length(batch, run_cost=0)
         assert part == batch and part is not batch
+
+    def test_no_more_runs_where_each_brings_weights_in(self):
+        model, batch = make_model("llama"), self.batch([200, 2, 2, 2])
+        targets = find_targets(model, make_config())
+        assert len(Runner(model, targets).parts(batch)) == 2
+        cpu_offload(model, torch.device("cpu"))
+        assert len(Runner(model, targets).parts(batch)) == 1
 
     @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
     def test_statistics_stay_as_they_are(self, kind):
