@@ -63,6 +63,13 @@ class KPruneConfig:
             "pruned are brought to the same sum first; 'absolute': as they are (the paper's way)."
         },
     )
+    prior_samples: float = dataclasses.field(
+        default=1.0,
+        metadata={
+            "help": "Predictive knowledge counts as if it had been measured on so many samples more, "
+            "on which it were spread over the units as representational knowledge is; 0: as measured."
+        },
+    )
     min_share: float = dataclasses.field(
         default=0.5,
         metadata={
@@ -214,6 +221,7 @@ class KPruneConfig:
             "temperature": 2.0,
             "lambda_rep": 2.5e-4,
             "lambda_scale": "absolute",
+            "prior_samples": 0.0,
             "min_share": 0.0,
             "mu": 64.0,
             "sensitivity": "gradient",

@@ -31,10 +31,12 @@ class Knowledge:
             removing the unit.
         representational: mean over tokens of the squared output the unit gives, averaged over
             output dimensions; for a head, the sum over its dimensions.
+        samples: how many the means are over.
     """
 
     predictive: Tensor
     representational: Tensor
+    samples: int
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def measure_knowledge(
     for sublayer, sensitivity, square in zip(sublayers, predictive, squares, strict=True):
         counted = read if sublayer.layer == sublayers[-1].layer else tokens
         energy = _output_energy(sublayer, square / counted)
-        found.append(Knowledge(0.5 * sensitivity / samples, energy))
+        found.append(Knowledge(0.5 * sensitivity / samples, energy, round(samples)))
     return found
 
 

@@ -11,7 +11,7 @@ _WHOLE = (
 )
 _NUMBERS = (
     *("reduction", "temperature", "lambda_rep", "score_fraction", "ridge", "mu"),
-    *("min_share", "unread_weight"),
+    *("min_share", "unread_weight", "prior_samples"),
 )
 _MAY_BE_NONE = frozenset({"sequence_length", "mu", "ridge"})
 
@@ -74,8 +74,13 @@ def check_ranges(options: Any) -> None:
             raise ValueError(f"{name}={value} is not positive. Pass a number above 0.")
     if options.lambda_rep < 0:
         raise ValueError(
-            f"lambda_rep={options.lambda_rep} is negative. Pass 0 to use predictive knowledge alone, "
-            "or a positive weight."
+            f"lambda_rep={options.lambda_rep} is negative. Pass 0 (and prior_samples=0) to use "
+            "predictive knowledge alone, or a positive weight."
+        )
+    if options.prior_samples < 0:
+        raise ValueError(
+            f"prior_samples={options.prior_samples} is negative. Pass 0 to take predictive knowledge "
+            "as it was measured."
         )
     if options.ridge is not None and options.ridge < 0:
         raise ValueError(f"ridge={options.ridge} is negative. Pass 0 for the least that works.")

@@ -203,12 +203,16 @@ def unit_scores(
 
     The two kinds of knowledge have different units, and their ratio depends on how sure the model
     is of its predictions; on the relative scale lambda weighs shares of their sums.
+
+    The Fisher information of a model that is sure of most samples comes from the few that it is not
+    sure of, and units that these do not use get next to nothing. So a sample or so, ``prior_samples``,
+    counts as spread like representational knowledge, which all tokens are measured for.
     """
-    share = config.lambda_rep
-    if config.lambda_scale == "relative":
-        predictive = sum(float(known.predictive.sum()) for known in knowledge)
-        representational = sum(float(known.representational.sum()) for known in knowledge)
-        share *= predictive / representational if predictive and representational else 1.0
+    predictive = sum(float(known.predictive.sum()) for known in knowledge)
+    representational = sum(float(known.representational.sum()) for known in knowledge)
+    ratio = predictive / representational if predictive and representational else 1.0
+    share = config.lambda_rep * (ratio if config.lambda_scale == "relative" else 1.0)
+    share += config.prior_samples / max(knowledge[0].samples, 1) * ratio
     scores = []
     for sublayer, known in zip(targets, knowledge, strict=True):
         is_head = sublayer.kind == "attention" and config.mu is not None

@@ -101,9 +101,9 @@ def decompose(
     if method == "ipm" and iterate:
         vectors, image, energy = iterative.largest_left(weight, factor, rank)
         return _directions(vectors, image.norm(dim=1), vectors.float().T @ weight.float()), energy
-    rows, lift = thin_rows(weight.double())
+    rows, lift = thin_rows(weight)
     if method == "ipm":
-        product = rows @ factor.double()
+        product = rows.double() @ factor.double()
         thin = largest_eigenvectors(gram(product.T), rank)
         values = (thin.T @ product).norm(dim=1)
     else:

@@ -20,10 +20,12 @@ _LEAST_ROWS = 384
 def thin_rows(weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """`min(out, in)` rows with the singular values of `W`, and the way back to its output space.
 
-    A tall weight is `Q R`: the left singular vectors of `W F` are `Q` times those of `R F`.
+    A tall weight is `Q R`: the left singular vectors of `W F` are `Q` times those of `R F`; `R` is
+    float64. Any other is its own rows, of its own precision.
     """
     if weight.shape[0] <= weight.shape[1]:
         return weight, lambda vectors: vectors
+    weight = weight.double()
     # Half the cost of a Householder decomposition.
     triangle, failed = torch.linalg.cholesky_ex(gram(weight), upper=True)
     if failed or not spread(triangle) < _GRAM_SPREAD:
@@ -39,7 +41,7 @@ def triangle_of(rows: Tensor, factor: Tensor, exact: bool) -> tuple[Tensor, Tens
     """`X F`, and `R (n, n)`, upper triangular in float64, with `X F (X F)ᵀ = Rᵀ R`.
 
     Args:
-        rows: `X (n, in)`, no more rows than columns, float64.
+        rows: `X (n, in)`, no more rows than columns.
         factor: `F (in, in)`.
         exact: whether the product must be float64 too.
     """
@@ -49,5 +51,5 @@ def triangle_of(rows: Tensor, factor: Tensor, exact: bool) -> tuple[Tensor, Tens
         triangle, failed = torch.linalg.cholesky_ex(gram(product.T.double()), upper=True)
         if not failed and spread(triangle) < _FLOAT32_SPREAD:
             return product, triangle
-    product = rows @ factor.double()
+    product = rows.double() @ factor.double()
     return product, torch.linalg.qr(product.T, mode="r").R

@@ -18,7 +18,7 @@ def known(factor: float = 1.0) -> list[Knowledge]:
     generator = torch.Generator().manual_seed(0)
     sizes = (4, 40, 4, 40)
     draw = [torch.rand(2, size, generator=generator, dtype=torch.float64) for size in sizes]
-    return [Knowledge(one, factor * other) for one, other in draw]
+    return [Knowledge(one, factor * other, 50) for one, other in draw]
 
 
 def scores_of(knowledge: list[Knowledge], **options) -> list[torch.Tensor]:
@@ -28,22 +28,45 @@ def scores_of(knowledge: list[Knowledge], **options) -> list[torch.Tensor]:
 
 
 def test_relative_lambda_does_not_depend_on_the_scale_of_the_knowledge() -> None:
-    plain, scaled = scores_of(known(), lambda_rep=0.7), scores_of(known(1e6), lambda_rep=0.7)
+    options = {"lambda_rep": 0.7, "prior_samples": 0.0}
+    plain, scaled = scores_of(known(), **options), scores_of(known(1e6), **options)
     for one, other in zip(plain, scaled, strict=True):
         torch.testing.assert_close(one, other)
     total = sum(float(values.sum()) for values in plain)
     predictive = sum(float(values.predictive.sum()) for values in known())
     assert total == pytest.approx(1.7 * predictive)
-    absolute = scores_of(known(1e6), lambda_rep=0.7, lambda_scale="absolute")
+    absolute = scores_of(known(1e6), lambda_scale="absolute", **options)
     torch.testing.assert_close(
         absolute[1], known()[1].predictive + 7e5 * known()[1].representational
     )
 
 
 def test_where_one_kind_of_knowledge_is_empty_the_other_decides() -> None:
-    empty = [Knowledge(torch.zeros_like(k.predictive), k.representational) for k in known()]
+    empty = [Knowledge(torch.zeros_like(k.predictive), k.representational, 50) for k in known()]
     for found, wanted in zip(scores_of(empty), empty, strict=True):
-        torch.testing.assert_close(found, wanted.representational)
+        torch.testing.assert_close(found, 1.02 * wanted.representational)  # one sample in 50
+
+
+@pytest.mark.parametrize("scale", ["relative", "absolute"])
+def test_prior_samples_count_as_samples_of_representational_shape(scale: str) -> None:
+    measured = known()
+    total = sum(float(values.predictive.sum()) for values in measured)
+    spread = total / sum(float(values.representational.sum()) for values in measured)
+    options = {"lambda_rep": 0.0, "lambda_scale": scale}
+    for found, values in zip(
+        scores_of(measured, prior_samples=5, **options), measured, strict=True
+    ):
+        mean = (50 * values.predictive + 5 * spread * values.representational) / 55
+        torch.testing.assert_close(found, 1.1 * mean)  # what scales all units alike decides nothing
+    for found, values in zip(
+        scores_of(measured, prior_samples=0, **options), measured, strict=True
+    ):
+        torch.testing.assert_close(found, values.predictive)
+
+
+def test_prior_samples_cannot_be_negative() -> None:
+    with pytest.raises(ValueError, match=r"prior_samples=-1 is negative. Pass 0 to take"):
+        KPruneConfig(prior_samples=-1)
 
 
 def test_mu_weighs_the_mean_over_a_heads_dimensions() -> None:
