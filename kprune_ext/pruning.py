@@ -205,8 +205,8 @@ def unit_scores(
     is of its predictions; on the relative scale lambda weighs shares of their sums.
 
     The Fisher information of a model that is sure of most samples comes from the few that it is not
-    sure of, and units that these do not use get next to nothing. So a sample or so, ``prior_samples``,
-    counts as spread like representational knowledge, which all tokens are measured for.
+    sure of, and units that these do not use get next to nothing. ``prior_samples`` count as spread
+    like representational knowledge, which all tokens are measured for.
     """
     predictive = sum(float(known.predictive.sum()) for known in knowledge)
     representational = sum(float(known.representational.sum()) for known in knowledge)
