@@ -64,7 +64,7 @@ class KPruneConfig:
         },
     )
     prior_samples: float = dataclasses.field(
-        default=0.0,
+        default=1.0,
         metadata={
             "help": "Predictive knowledge counts as if it had been measured on so many samples more, "
             "on which it were spread over the units as representational knowledge is; 0: as measured."
@@ -221,6 +221,7 @@ class KPruneConfig:
             "temperature": 2.0,
             "lambda_rep": 2.5e-4,
             "lambda_scale": "absolute",
+            "prior_samples": 0.0,
             "min_share": 0.0,
             "mu": 64.0,
             "sensitivity": "gradient",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import corda_encoder
 import kprune_accuracy
+import kprune_cost
 import kprune_export
 import kprune_recovery
 import kprune_tasks
@@ -166,6 +168,36 @@ def test_the_rate_is_chosen_by_validation_not_by_test() -> None:
     runs = [run | {"rate": 1.0, "validation": 80.0, "test": 99.0}]
     runs += [run | {"rate": 2.0, "validation": 81.0, "test": 10.0, "seed": s} for s in (0, 1)]
     assert kprune_recovery.best_rates(runs) == [runs[1:]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
+def test_costs_of_the_papers_way_and_of_each_default(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = {"data": data, "checkpoints": data / "fine", "model": data / "model"}
+    arguments = [text for name, path in folders.items() for text in (f"--{name}", str(path))]
+    arguments += [
+        "--tokens=150",
+        "--epochs=1",
+        "--reduction=0.5",
+        "--results",
+        str(data / "results"),
+    ]
+
+    def in_this_process(name: str, given: list[str]) -> dict:
+        kprune_cost.main([*given, "--one", name])
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    monkeypatch.setattr(kprune_cost, "in_child", in_this_process)
+    kprune_cost.main(arguments)
+    report = json.loads((data / "results" / "kprune_cost.json").read_text())
+    forward, paper, once, fewer, default = report["runs"]
+    assert forward["tokens"] == paper["tokens"] == default["tokens"] <= 150
+    assert paper["options"]["schedule"] == "per_sublayer" and once["options"]["ridge"] == 0
+    assert fewer["options"]["score_fraction"] == default["options"]["score_fraction"] < 1
+    assert default["options"]["ridge"] is None
+    text = (data / "results" / "kprune_cost.md").read_text()
+    assert "| paper | " in text and "One forward pass" in text and str(data) not in text
 
 
 def test_exported_models_are_timed(data: Path) -> None:
