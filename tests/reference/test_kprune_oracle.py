@@ -118,6 +118,7 @@ def test_whole_algorithm(reduction: float) -> None:
         temperature=TEMPERATURE,
         lambda_rep=1e-2,
         lambda_scale="absolute",
+        prior_samples=0.0,
         min_share=0.0,
         schedule="per_sublayer",
         score_fraction=1.0,
