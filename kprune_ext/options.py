@@ -74,8 +74,8 @@ def check_ranges(options: Any) -> None:
             raise ValueError(f"{name}={value} is not positive. Pass a number above 0.")
     if options.lambda_rep < 0:
         raise ValueError(
-            f"lambda_rep={options.lambda_rep} is negative. Pass 0 to use predictive knowledge alone, "
-            "or a positive weight."
+            f"lambda_rep={options.lambda_rep} is negative. Pass 0 (and prior_samples=0) to use "
+            "predictive knowledge alone, or a positive weight."
         )
     if options.prior_samples < 0:
         raise ValueError(
