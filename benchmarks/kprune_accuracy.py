@@ -6,7 +6,8 @@
 
 Fine-tunes once per task (kept in `--checkpoints`), then prunes in a process of its own for every run, so
 that CPU time and peak memory are the run's alone. Writes `results/kprune_accuracy.{json,md}` after
-every run, and a picture at the end; started again, it goes on with the runs that are missing.
+every run, and a picture at the end (not under another `--name`); started again, it goes on with the
+runs that are missing.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--options", type=json.loads, default={}, help="of KPruneConfig for the method ours, JSON"
     )
+    parser.add_argument("--name", default=NAME, help="of the result files")
     parser.add_argument("--rounds", type=int, default=9, help="of timing; 0 for none")
     parser.add_argument(
         "--in-process", action="store_true", help="memory figures mean nothing then"
@@ -259,7 +261,7 @@ def main(given: list[str] | None = None) -> None:
     if args.one is not None:
         print(json.dumps(run_one(args.one, args)))
         return
-    path = args.results / f"{NAME}.json"
+    path = args.results / f"{args.name}.json"
     report = json.loads(path.read_text()) if path.exists() else {"runs": []}
     done = {key_of(run) for run in report["runs"]}
     for task in args.tasks:
@@ -270,9 +272,10 @@ def main(given: list[str] | None = None) -> None:
         result = run_one(run, args) if args.in_process else in_child(run, given)
         done.add(key_of(run))
         report = with_provenance(report, __file__, given) | {"runs": [*report["runs"], result]}
-        write_report(args.results, NAME, report, as_markdown(report))
+        write_report(args.results, args.name, report, as_markdown(report))
         print({name: result.get(name) for name in (*KEY, TASKS[run["task"]].main)}, flush=True)
-    plot(report, args.results / f"{NAME}.png")
+    if args.name == NAME:
+        plot(report, args.results / f"{NAME}.png")
 
 
 if __name__ == "__main__":
