@@ -36,6 +36,7 @@ from kprune_ext.sublayers import SubLayer, find_architecture, layers_path, subla
 from kprune_ext.surgery import set_output, shrink
 from kprune_ext.tasks import Predict, ProblemType, Task, problem_type
 from kprune_ext.tuning import normal_equations, tune
+from peft_corda.memory import give_back
 from peft_corda.placement import moves_weights
 
 
@@ -147,6 +148,7 @@ def kprune(
             target = student[step]
             if target.kind == "attention" or config.schedule == "per_sublayer":
                 knowledge = measure_knowledge(student[step:], encoder, scored, signal, processes)
+                give_back()  # blocks of many sizes, else kept by the process in ever more pieces
                 scores = unit_scores(student[step:], knowledge, config)
             masks = search_masks(scores, costs[step:], left, least[step:])
             keep = processes.gather(masks[0].nonzero().flatten().tolist())[0]
@@ -168,6 +170,7 @@ def kprune(
             kept.append(keep)
             errors.append(fit.error)
             del own, equations, fit  # before the next step's
+            give_back()
 
     record_kept(pruned, zip(kept[::2], kept[1::2], strict=True))
     _copy_requires_grad(model, pruned)
