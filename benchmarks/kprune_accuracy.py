@@ -189,12 +189,10 @@ def as_markdown(report: dict[str, Any]) -> str:
             found = [run[name] for run in runs if name in run]
             return format(statistics.mean(found), form) if found else "–"
 
-        speeds = [
-            format(statistics.mean(run[f"latency_{batch}"]["speedup"] for run in runs), ".2f") + "×"
-            if all(f"latency_{batch}" in run for run in runs)
-            else "–"
-            for batch, _ in SHAPES
-        ]
+        speeds = []
+        for batch, _ in SHAPES:  # not every run was timed
+            timed = [run[key]["speedup"] for run in runs if (key := f"latency_{batch}") in run]
+            speeds.append(f"{statistics.mean(timed):.2f}×" if timed else "–")
         rows.append(
             [
                 task,
