@@ -18,7 +18,6 @@ import importlib.util
 import json
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from functools import partial
@@ -29,7 +28,7 @@ import torch
 from corda_init_memory import resident
 from kprune_baselines import prune_by
 from kprune_tasks import TASKS, calibration, common_parser, evaluate, fine_tune, read
-from study import as_code, table, with_provenance, write_report
+from study import as_code, in_child, table, with_provenance, write_report
 from transformers import AutoTokenizer
 
 from kprune_ext import KPruneConfig, kprune
@@ -246,13 +245,6 @@ def plot(report: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def in_child(run: dict[str, Any], given: list[str]) -> dict[str, Any]:
-    command = [sys.executable, __file__, *given, "--one", json.dumps(run)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
 def main(given: list[str] | None = None) -> None:
     given = sys.argv[1:] if given is None else given
     args = arguments(given)
@@ -267,7 +259,9 @@ def main(given: list[str] | None = None) -> None:
     for run in wanted_runs(args):
         if key_of(run) in done:
             continue
-        result = run_one(run, args) if args.in_process else in_child(run, given)
+        result = (
+            run_one(run, args) if args.in_process else in_child(__file__, given, json.dumps(run))
+        )
         done.add(key_of(run))
         report = with_provenance(report, __file__, given) | {"runs": [*report["runs"], result]}
         write_report(args.results, args.name, report, as_markdown(report))

@@ -10,7 +10,6 @@ what is missing. See `kprune_accuracy.py` for data and checkpoints.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from argparse import Namespace
@@ -20,7 +19,7 @@ import torch
 from corda_init_memory import resident, settle
 from kprune_accuracy import dense_model
 from kprune_tasks import TASKS, calibration, common_parser, evaluate, read
-from study import as_code, table, with_provenance, write_report
+from study import as_code, in_child, table, with_provenance, write_report
 from transformers import PreTrainedModel
 
 from kprune_ext import KPruneConfig, kprune
@@ -132,13 +131,6 @@ def as_markdown(report: dict[str, Any]) -> str:
     return text
 
 
-def in_child(name: str, given: list[str]) -> dict[str, Any]:
-    command = [sys.executable, __file__, *given, "--one", name]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 def main(given: list[str] | None = None) -> None:
     given = sys.argv[1:] if given is None else given
     args = arguments(given)
@@ -152,7 +144,7 @@ def main(given: list[str] | None = None) -> None:
     for name in (FORWARD, *WAYS):
         if name in [run["way"] for run in report["runs"]]:
             continue
-        runs = [*report["runs"], in_child(name, given)]
+        runs = [*report["runs"], in_child(__file__, given, name)]
         report = with_provenance(report, __file__, given) | settings | {"runs": runs}
         write_report(args.results, NAME, report, as_markdown(report))
         print(as_markdown(report), flush=True)

@@ -11,14 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
 from corda_init_memory import resident, settle
-from study import RESULTS, provenance, table, write_report
+from study import RESULTS, in_child, provenance, table, write_report
 from transformers import BertConfig, BertForSequenceClassification
 
 from kprune_ext import KPruneConfig, kprune
@@ -117,9 +116,7 @@ def main(arguments: list[str]) -> None:
     for name in args.models:
         if name in [run["model"] for run in runs]:
             continue
-        command = [sys.executable, __file__, *arguments, "--one", name]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        runs.append(json.loads(done.stdout.splitlines()[-1]))
+        runs.append(in_child(__file__, arguments, name))
         report = provenance(__file__, arguments) | settings | {"runs": runs}
         write_report(args.results, NAME, report, as_markdown(report))
         print(as_markdown(report), flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -133,6 +134,14 @@ def with_provenance(report: dict, script: str, arguments: list[str]) -> dict:
 def as_code(report: dict) -> str:
     """The commands that a report came about by, in Markdown."""
     return "; ".join(f"`{command}`" for command in report["commands"])
+
+
+def in_child(script: str, arguments: list[str], one: str) -> dict:
+    """What the script prints last, as JSON, when it measures this one alone in a process of its own."""
+    command = [sys.executable, script, *arguments, "--one", one]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def write_report(folder: Path, name: str, report: dict, markdown: str) -> None:

@@ -184,7 +184,7 @@ def test_costs_of_the_papers_way_and_of_each_default(
         str(data / "results"),
     ]
 
-    def in_this_process(name: str, given: list[str]) -> dict:
+    def in_this_process(script: str, given: list[str], name: str) -> dict:
         kprune_cost.main([*given, "--one", name])
         return json.loads(capsys.readouterr().out.splitlines()[-1])
 
