@@ -133,7 +133,7 @@ class KPruneConfig:
         default=None,
         metadata={
             "help": "Strength of the pull towards the original weights in weight tuning, in units "
-            "of (units / tokens) x the mean square activation. 0: what float64 needs. None: for "
+            "of (units / tokens) x the mean square activation. 0: what rounding needs. None: for "
             "each sub-layer what fits best where it is tried on samples that it was not fitted to."
         },
     )

@@ -122,7 +122,8 @@ def summed(equations: NormalEquations, processes: Processes) -> NormalEquations:
     numbers = torch.tensor([equations.target_square, equations.tokens], dtype=torch.float64)
     square, tokens = processes.add(numbers).tolist()
     sums = {name: processes.add(getattr(equations, name)) for name in _SUMS}
-    return replace(equations, **sums, target_square=square, tokens=tokens)
+    epsilon = max(processes.gather(equations.epsilon))  # one without tokens knows of no rounding
+    return replace(equations, **sums, target_square=square, tokens=tokens, epsilon=epsilon)
 
 
 _SUMS = ("gram", "cross", "feature_sum", "target_sum")

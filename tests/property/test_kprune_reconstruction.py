@@ -77,6 +77,43 @@ def test_copies_of_a_unit_and_dead_units_do_not_blow_up(units, outputs, seed) ->
     torch.testing.assert_close(fit.weight[:, -2:], weight[:, -2:])  # dead: left as they were
 
 
+@pytest.mark.parametrize("tokens", [40, 300])
+@pytest.mark.parametrize("mean", [0.0, 5.0])
+def test_no_ridge_and_fewer_tokens_than_units_do_not_blow_up(tokens, mean) -> None:
+    # Products in float32 round by more than float64 sums do.
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(tokens, 384, generator=generator).relu() + mean
+    targets = torch.randn(tokens, 16, generator=generator)
+    weight = torch.randn(16, 384, generator=generator) / 20
+    fit = tune_projection(normal_equations((features, targets)), weight, 0.0)
+    fitted = features.double() @ fit.weight.T + fit.bias
+    # More unknowns than equations: a close fit, with weights no larger than it takes.
+    assert (fitted - targets).norm() < 0.02 * targets.norm()
+    centred = features.double() - features.double().mean(0)
+    least = torch.linalg.pinv(centred) @ (targets - targets.mean(0)).double()
+    assert fit.weight.norm() < 2 * (weight.norm() + least.norm())
+
+
+def test_a_ridge_that_rounding_beats_is_raised() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(30, 60, generator=generator)
+    targets = torch.randn(30, 2, generator=generator)
+    equations = normal_equations((features, targets))
+    # As of devices that multiply in TensorFloat-32.
+    noise = 0.5e-3 * equations.gram.diagonal().mean() * torch.randn(60, 60, generator=generator)
+    equations.gram.add_(noise + noise.T)
+    assert float(torch.linalg.eigvalsh(equations.gram)[0]) < -0.1
+    fit = tune_projection(equations, torch.zeros(2, 60), 0.0)
+    assert fit.weight.norm() < 10 * torch.linalg.pinv(features).norm() * targets.norm()
+
+
+def test_sums_that_are_not_finite_are_an_error_that_says_so() -> None:
+    features, targets, weight = problem(30, 6, 3, 0)
+    features[3, 2] = float("inf")
+    with pytest.raises(torch.linalg.LinAlgError, match="not finite"):
+        tune_projection(normal_equations((features, targets)), weight, 1.0)
+
+
 @settings(deadline=None)
 @given(sizes, sizes, seeds)
 def test_a_stronger_ridge_stays_closer_to_the_original_weights(units, outputs, seed) -> None:
