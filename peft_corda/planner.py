@@ -263,19 +263,17 @@ def _peak(
 
 
 def _workspace(rows: int, columns: int, rank: int, method: str) -> int:
+    """Bytes that decomposing a layer takes, with its covariance, which becomes the damped one."""
     least = min(rows, columns)
-    iterates = pays(least, rank, method)
     block = _FLOAT64 * (rows + 3 * least) * (rank + max(16, rank // 4))
-    if method == "ipm" and iterates:
-        return (_FLOAT64 + _FLOAT32) * columns**2 + block
-    if 2 * rows <= columns:  # products in float32
-        numbers, more = 0, _FLOAT32 * columns**2
-    else:
-        numbers, more = max(least**2, rows * least if rows > columns else 0), 0
-    if not iterates:
-        numbers = max(numbers, 4 * least**2)
-    numbers += columns**2 + rows * columns + least * columns
-    return _FLOAT64 * numbers + more + block
+    factor = _FLOAT32 * columns**2
+    if method == "ipm" and pays(least, rank, method):
+        return factor + max(factor, block)
+    # The product in float32 and float64, its triangle, and the weight if that is made thin first.
+    numbers = least * columns + (5 if rows > columns else 3) * least**2
+    if rows > columns:
+        numbers += rows * least
+    return factor + max(factor, _FLOAT64 * numbers + _FLOAT32 * least * columns + block)
 
 
 def _arithmetic(rows: int, columns: int, rank: int, method: str) -> float:

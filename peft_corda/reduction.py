@@ -9,10 +9,10 @@ from torch import Tensor
 
 from .eigen import gram, spread
 
-# Beyond these spreads of a triangle the cheaper way to it blurs the smallest singular values: the
-# Gram matrix of a weight in float64, and products in float32.
+# Beyond these spreads of a triangle the cheaper way to it, from a Gram matrix in float64, blurs the
+# smallest singular values: of a weight, and of a product in float32.
 _GRAM_SPREAD = 1e4
-_FLOAT32_SPREAD = 1e5
+_GRAM_OF_PRODUCT_SPREAD = 1e5
 # Smaller products cost next to nothing.
 _LEAST_ROWS = 384
 
@@ -43,13 +43,15 @@ def triangle_of(rows: Tensor, factor: Tensor, exact: bool) -> tuple[Tensor, Tens
     Args:
         rows: `X (n, in)`, no more rows than columns.
         factor: `F (in, in)`.
-        exact: whether the product must be float64 too.
+        exact: whether the product must be float64; it is at small sizes anyway.
     """
-    if not exact and 2 * len(rows) <= rows.shape[1] and len(rows) >= _LEAST_ROWS:
-        # Wide: the products outweigh all else, and in float32 cost half.
-        product = rows.float() @ factor.float()
+    if exact or len(rows) < _LEAST_ROWS:
+        product = rows.double() @ factor.double()
+        return product, torch.linalg.qr(product.T, mode="r").R
+    # Half the cost, and no float64 copy of the factor.
+    product = rows.float() @ factor.float()
+    if 2 * len(rows) <= rows.shape[1]:
         triangle, failed = torch.linalg.cholesky_ex(gram(product.T.double()), upper=True)
-        if not failed and spread(triangle) < _FLOAT32_SPREAD:
+        if not failed and spread(triangle) < _GRAM_OF_PRODUCT_SPREAD:
             return product, triangle
-    product = rows.double() @ factor.double()
-    return product, torch.linalg.qr(product.T, mode="r").R
+    return product, torch.linalg.qr(product.T.double(), mode="r").R

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .eigen import add_lower_gram, energy_of, mirror_lower
+from .eigen import add_lower_gram, energy_of, exact_products, mirror_lower
 from .processes import Processes
 
 
@@ -54,7 +53,7 @@ class CovarianceAccumulator:
 
     def update(self, inputs: Tensor) -> None:
         """Add inputs of shape `(tokens, in)`."""
-        with _full_precision(inputs):
+        with _rounded_like(inputs):
             add_lower_gram(self.sum, inputs.detach().to(self.sum.dtype))
         self.tokens += inputs.shape[0]
 
@@ -121,7 +120,7 @@ class CrossAccumulator(CovarianceAccumulator):
     def update_pair(self, inputs: Tensor, outputs: Tensor) -> None:
         """Add inputs `(tokens, in)` and the outputs `(tokens, out)` for them, without bias."""
         rows = inputs.detach().to(self.sum.dtype)
-        with _full_precision(inputs):
+        with _rounded_like(inputs):
             self.sum[:-1].addmm_(outputs.detach().to(self.sum.dtype).T, rows)
         self.sum[-1] += rows.square().sum(dim=0)
         self.tokens += rows.shape[0]
@@ -143,28 +142,9 @@ def damped_cross(cross: CrossCovariance, weight: Tensor, damping: float) -> Tens
     return cross.matrix.float() + damping * cross.energy * weight.float()
 
 
-@contextmanager
-def _full_precision(inputs: Tensor) -> Iterator[None]:
-    """No TensorFloat-32 products of float32 inputs, whatever is allowed elsewhere.
-
-    16-bit inputs fit into TensorFloat-32 without loss, and use it.
-    """
-    if inputs.device.type != "cuda":
-        yield
-        return
-    settings = torch.backends.cuda.matmul
-    lossless = inputs.dtype in (torch.bfloat16, torch.float16)
-    # PyTorch 2.9 has a new name for the setting, and warns of the old one.
-    if hasattr(settings, "fp32_precision"):
-        name, value = "fp32_precision", "tf32" if lossless else "ieee"
-    else:
-        name, value = "allow_tf32", lossless  # type: ignore[assignment]
-    before = getattr(settings, name)
-    setattr(settings, name, value)
-    try:
-        yield
-    finally:
-        setattr(settings, name, before)
+def _rounded_like(inputs: Tensor) -> AbstractContextManager[None]:
+    # 16-bit inputs fit into TensorFloat-32 without loss, and use it.
+    return exact_products(inputs.device, inputs.dtype in (torch.bfloat16, torch.float16))
 
 
 def effective_rank(covariance: Tensor) -> float:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from peft_corda import iterative
 from peft_corda.decomposition import METHODS, WEIGHTINGS, decompose, right_factor
+from peft_corda.eigen import exact_products
 from peft_corda.statistics import damped
 
 both_methods = pytest.mark.parametrize("method", METHODS)
@@ -219,3 +220,32 @@ def test_one_direction_far_below_the_others_does_not_hide_them():
     assert leaked <= 1.01 * values[-96:].square().sum()
     torch.testing.assert_close(sizes.square().sum(), leaked, rtol=1e-6, atol=0)
     assert bool((sizes.diff() >= 0).all())
+
+
+@pytest.mark.parametrize("shape", [(400, 400), (800, 400), (400, 900)])
+@pytest.mark.parametrize("rank", [1, 4, 48])
+def test_values_near_the_rounding_of_a_product_are_found(shape, rank):
+    """With singular values over seven orders of magnitude, float32 products alone blur the least."""
+    least = min(shape)
+    values = torch.logspace(0, -5, least).double()
+    values[-3:] = torch.tensor([3e-6, 1e-6, 3e-7])
+    left, right = orthonormal(shape[0], least, 0), orthonormal(shape[1], least, 1)
+    weight = (left * values @ right.T).float()
+    covariance = covariance_of(shape[1], 2000, 5).double()
+    assert_optimal(weight, covariance, rank, "kpm", slack=5e-3)
+    found, _ = decompose(weight, covariance, rank, "kpm")
+    least_values = torch.linalg.svdvals(weight.double() @ covariance)[-rank:].flip(0)
+    torch.testing.assert_close(found.S.double(), least_values, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("lossless", [True, False])
+def test_float32_products_on_a_gpu_are_of_full_precision(lossless):
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    with (
+        pytest.raises(RuntimeError, match="in between"),
+        exact_products(torch.device("cuda"), lossless),
+    ):
+        inside = matmul.fp32_precision
+        raise RuntimeError("in between")
+    assert inside == ("tf32" if lossless else "ieee") and matmul.fp32_precision == before
