@@ -182,6 +182,16 @@ def test_paper_mode_keeps_biases_and_fits_weights_exactly() -> None:
     assert changed
 
 
+def test_paper_mode_with_fewer_tokens_than_units() -> None:
+    """Nothing but rounding makes the least squares definite then."""
+    model, samples = tiny_bert(neurons=256, hidden=32), sequences(6)
+    pruned = kprune(model, padded(samples), KPruneConfig.paper(0.3), progress=False)
+    for row in pruned.kprune_report.sublayers:
+        before, after = model.get_submodule(row.name), pruned.get_submodule(row.name)
+        assert row.error < 1
+        assert after.weight.norm() < 3 * before.weight.norm()
+
+
 @pytest.mark.parametrize("depth", [4, 40])
 def test_what_goes_backward_at_a_time_does_not_grow_with_depth(depth: int) -> None:
     model = tiny_bert(layers=2)
