@@ -38,6 +38,7 @@ from .groups import layout_of, with_cross
 from .iterative import pays
 from .passes import Group, owners_of, passes_within
 from .plan import default_memory
+from .reduction import in_float32
 from .targets import find_targets, rank_of
 from .weights import weight_shape
 
@@ -269,11 +270,16 @@ def _workspace(rows: int, columns: int, rank: int, method: str) -> int:
     factor = _FLOAT32 * columns**2
     if method == "ipm" and pays(least, rank, method):
         return factor + max(factor, block)
-    # The product in float32 and float64, its triangle, and the weight if that is made thin first.
+    # The product in float64, its triangle, the weight if that is made thin first, and a product in
+    # float32 or a copy of the factor.
     numbers = least * columns + (5 if rows > columns else 3) * least**2
     if rows > columns:
         numbers += rows * least
-    return factor + max(factor, _FLOAT64 * numbers + _FLOAT32 * least * columns + block)
+    if method == "kpm" and in_float32(least, columns):
+        more = _FLOAT32 * least * columns
+    else:
+        more = _FLOAT64 * columns**2
+    return factor + max(factor, _FLOAT64 * numbers + more + block)
 
 
 def _arithmetic(rows: int, columns: int, rank: int, method: str) -> float:

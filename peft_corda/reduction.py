@@ -13,8 +13,10 @@ from .eigen import gram, spread
 # smallest singular values: of a weight, and of a product in float32.
 _GRAM_SPREAD = 1e4
 _GRAM_OF_PRODUCT_SPREAD = 1e5
-# Smaller products cost next to nothing.
+# Smaller products cost next to nothing. The smallest of more values, unless of a wide matrix, tend to
+# lie below the rounding of float32 (at 4096 x 4096 they do), and the work would be done twice.
 _LEAST_ROWS = 384
+_MOST_ROWS = 1024
 
 
 def thin_rows(weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -37,21 +39,29 @@ def thin_rows(weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     )
 
 
+def is_wide(rows: int, columns: int) -> bool:
+    return 2 * rows <= columns
+
+
+def in_float32(rows: int, columns: int) -> bool:
+    """Whether `triangle_of` works the product out in float32: half the cost, no copy of the factor."""
+    return rows >= _LEAST_ROWS and (is_wide(rows, columns) or rows <= _MOST_ROWS)
+
+
 def triangle_of(rows: Tensor, factor: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
     """`X F`, and `R (n, n)`, upper triangular in float64, with `X F (X F)ᵀ = Rᵀ R`.
 
     Args:
         rows: `X (n, in)`, no more rows than columns.
         factor: `F (in, in)`.
-        exact: whether the product must be float64; it is at small sizes anyway.
+        exact: whether the product must be float64; at most sizes it is anyway.
     """
-    if exact or len(rows) < _LEAST_ROWS:
-        product = rows.double() @ factor.double()
-        return product, torch.linalg.qr(product.T, mode="r").R
-    # Half the cost, and no float64 copy of the factor.
-    product = rows.float() @ factor.float()
-    if 2 * len(rows) <= rows.shape[1]:
+    if not exact and in_float32(*rows.shape):
+        product = rows.float() @ factor.float()
+        if not is_wide(*rows.shape):
+            return product, torch.linalg.qr(product.T.double(), mode="r").R
         triangle, failed = torch.linalg.cholesky_ex(gram(product.T.double()), upper=True)
         if not failed and spread(triangle) < _GRAM_OF_PRODUCT_SPREAD:
             return product, triangle
-    return product, torch.linalg.qr(product.T.double(), mode="r").R
+    product = rows.double() @ factor.double()
+    return product, torch.linalg.qr(product.T, mode="r").R
