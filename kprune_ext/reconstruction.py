@@ -181,7 +181,7 @@ def _cholesky(gram: Tensor, strength: Tensor) -> Tensor:
         strength = 10 * strength
     raise torch.linalg.LinAlgError(
         "The least squares of weight tuning have no solution: sums over the calibration tokens are "
-        "not finite. Look for infinite or NaN activations in the model."
+        "not finite, or far too rough. Look for infinite, NaN or huge activations in the model."
     )
 
 

@@ -241,11 +241,14 @@ def test_values_near_the_rounding_of_a_product_are_found(shape, rank):
 @pytest.mark.parametrize("lossless", [True, False])
 def test_float32_products_on_a_gpu_are_of_full_precision(lossless):
     matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
+    new = hasattr(matmul, "fp32_precision")  # from PyTorch 2.9 on
+    name = "fp32_precision" if new else "allow_tf32"
+    before = getattr(matmul, name)
     with (
         pytest.raises(RuntimeError, match="in between"),
         exact_products(torch.device("cuda"), lossless),
     ):
-        inside = matmul.fp32_precision
+        inside = getattr(matmul, name)
         raise RuntimeError("in between")
-    assert inside == ("tf32" if lossless else "ieee") and matmul.fp32_precision == before
+    assert inside == (("tf32" if lossless else "ieee") if new else lossless)
+    assert getattr(matmul, name) == before
