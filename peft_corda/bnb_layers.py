@@ -10,11 +10,17 @@ from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 
 from .layer import CordaLayer
-from .weights import dense_weight, unpacked
+from .weights import dense_weight, is_packed, unpacked
 
 
 class CordaLinear4bit(CordaLayer, Linear4bit):
     """A CORDA adapter on a `bitsandbytes.nn.Linear4bit`."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # No gradient goes through a weight that an evaluation pass has packed for the CPU.
+        if self.training or (torch.is_grad_enabled() and x.requires_grad):
+            self._unpack()
+        return super().forward(x, *args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge as LoRA does: dequantised, added to, and quantised again."""
@@ -28,7 +34,8 @@ class CordaLinear4bit(CordaLayer, Linear4bit):
 
     def _unpack(self) -> None:
         weight = cast(Any, self.get_base_layer()).weight
-        weight.data, weight.quant_state = unpacked(weight)
+        if is_packed(weight):
+            weight.data, weight.quant_state = unpacked(weight)
 
 
 class CordaLinear8bitLt(CordaLayer, Linear8bitLt):

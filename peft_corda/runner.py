@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .masks import TEXT_KEYS, of_like_length, token_mask, unpadded
 from .placement import execution_device, moves_weights, reshard, spreading_of
+from .weights import quantization_of
 
 # Batch entries that only serve a loss.
 _LABEL_KEYS = {"labels", "label", "label_ids", "start_positions", "end_positions"}
@@ -136,6 +137,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients; each module's own mode comes back."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
+    for module in modes:
+        # In evaluation mode bitsandbytes packs the weight anew on some CPUs, with rounded scales and no
+        # way to train through it any more. Nothing else in such a layer asks for the mode.
+        if quantization_of(module) == "4bit":
+            module.training = True
     try:
         # Not inference mode, whose tensors have no version to tell apart changed inputs by.
         with torch.inference_mode(False), torch.no_grad():

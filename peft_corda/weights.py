@@ -91,6 +91,12 @@ def decomposable(weight: Tensor) -> Tensor:
     return weight if weight.dtype == torch.float64 else weight.float()
 
 
+def is_packed(weight: Tensor) -> bool:
+    """Whether bitsandbytes has packed a 4-bit weight for inference on the CPU."""
+    state = getattr(weight, "quant_state", None)
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
 def unpacked(weight: Tensor) -> tuple[Tensor, Any]:
     """Codes and quantisation state of a 4-bit weight, in the layout that bitsandbytes dequantises.
 
@@ -98,7 +104,7 @@ def unpacked(weight: Tensor) -> tuple[Tensor, Any]:
     afterwards is something else, without an error.
     """
     state = cast(Any, weight).quant_state
-    if not getattr(state, "packing_format_for_cpu", False):
+    if not is_packed(weight):
         return weight.data, state
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 

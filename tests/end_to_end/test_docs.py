@@ -19,6 +19,8 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     Trainer,
     TrainingArguments,
 )
@@ -142,7 +144,11 @@ def test_page_on_trl(here, tiny_model):
 
 def test_page_on_quantised_models(here):
     torch.manual_seed(0)
-    make_model("llama").save_pretrained(here / "base")
+    config = LlamaConfig(
+        vocab_size=99, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(here / "base")
     names = run_page(
         "howto/qlora.md", {"model_id": str(here / "base"), "dataloader": make_batches()}
     )

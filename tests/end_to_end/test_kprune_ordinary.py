@@ -205,5 +205,9 @@ def test_quantised_while_loading(bits: int, tmp_path) -> None:
     else:
         assert isinstance(linear, bitsandbytes.nn.Linear4bit)
         assert linear.weight.quant_state.shape == dense.weight.shape
+    if bits == 4:
+        # On CPUs with bfloat16 instructions bitsandbytes evaluates sides that are multiples of 32 only.
+        for module in loaded.modules():
+            module.training = isinstance(module, bitsandbytes.nn.Linear4bit)
     exact, rounded = outputs_of(pruned, batch())[0], outputs_of(loaded, batch())[0].float()
     assert (exact - rounded).norm() < {8: 0.2, 4: 0.4}[bits] * exact.norm()

@@ -12,7 +12,7 @@ from torchao.quantization import Int8WeightOnlyConfig
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
 from peft_corda import CordaConfig, CordaFactors, calibrate
-from peft_corda.weights import dense_weight, quantization_of
+from peft_corda.weights import dense_weight, is_packed, quantization_of, unpacked
 
 KINDS = ["4bit", "8bit"]
 
@@ -49,8 +49,11 @@ def load(folder, kind=None):
 
 
 def codes_of(model):
+    """Codes of quantised weights, whether an evaluation pass has packed them or not."""
     return {
-        name: module.weight.data.clone()
+        name: (
+            unpacked(module.weight)[0] if is_packed(module.weight) else module.weight.data
+        ).clone()
         for name, module in model.named_modules()
         if isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
     }
@@ -93,6 +96,7 @@ def test_start_is_the_projection_of_what_the_layer_multiplies_by(folder, kind):
         base = layer.get_base_layer()
         if kind == "4bit":
             identity = torch.eye(base.in_features)
+            base.train()  # else it is packed on some CPUs, with rounded scales
             weight = (base(identity) - (0 if base.bias is None else base.bias)).T
             assert torch.allclose(dense_weight(name, base), weight, atol=1e-6)
         factor_a, factor_b, *_ = layer.factors_of("default")
@@ -174,8 +178,16 @@ def test_broken_adapter_is_not_merged(folder, kind):
     assert torch.equal(codes, next(v for k, v in before.items() if k.endswith(name)))
 
 
-def test_packed_weight_is_read_right():
+def pack(layer):
     """What an evaluation pass makes of a 4-bit weight on CPUs with bfloat16 instructions."""
+    state = copy.deepcopy(layer.weight.quant_state)
+    layer.weight.data, layer.weight.quant_state = _convert_weight_packed_for_cpu(
+        layer.weight.data, state
+    )
+    assert is_packed(layer.weight)
+
+
+def test_packed_weight_is_read_right():
     for compress in (False, True):
         torch.manual_seed(0)
         dense = torch.nn.Linear(128, 64)
@@ -185,14 +197,40 @@ def test_packed_weight_is_read_right():
         layer.load_state_dict(dense.state_dict())
         layer = layer.to("cpu")
         plain = dense_weight("layer", layer)
-        state = copy.deepcopy(layer.weight.quant_state)
-        packed, layer.weight.quant_state = _convert_weight_packed_for_cpu(layer.weight.data, state)
-        layer.weight.data = packed
+        pack(layer)
+        packed = layer.weight.data.clone()
         # The packed scales are bfloat16.
         found = dense_weight("layer", layer)
         assert (found - plain).abs().max() < 0.005 * plain.abs().max()
         assert torch.equal(layer.weight.data, packed)
-        assert layer.weight.quant_state.packing_format_for_cpu
+        assert is_packed(layer.weight)
+
+
+def test_calibration_packs_no_weight(folder):
+    base = load(folder, "4bit").eval()
+    layers = [module for module in base.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = True  # packs in evaluation mode, whatever the CPU
+    before = [(layer.weight.data.clone(), layer.weight.quant_state.absmax) for layer in layers]
+    calibrate(base, make_config(), make_batches())
+    assert len(before) == 14
+    for layer, (codes, scales) in zip(layers, before, strict=True):
+        assert not is_packed(layer.weight)
+        assert not layer.training
+        assert torch.equal(layer.weight.data, codes)
+        assert torch.equal(layer.weight.quant_state.absmax, scales)
+
+
+def test_gradients_after_an_evaluation_pass(folder):
+    """As when a trainer evaluates between two steps; a packed weight has no gradient."""
+    model = adapted(folder, "4bit").train()
+    layer = next(iter(model.base_model.adapter_layers("default").values()))
+    x = torch.randn(3, layer.in_features, requires_grad=True)
+    (wanted,) = torch.autograd.grad(layer(x).sum(), x)
+    for mode in (True, False):
+        pack(layer.get_base_layer())
+        (found,) = torch.autograd.grad(layer.train(mode)(x).sum(), x)
+        assert (found - wanted).norm() < 0.01 * wanted.norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)
