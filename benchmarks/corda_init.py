@@ -33,7 +33,9 @@ from corda_init_memory import SIDES, child_main, measure_memory
 from corda_init_sides import (
     Sample,
     forward,
+    gemm_rate,
     in_turn,
+    least_flops,
     load,
     run_ours,
     run_peft,
@@ -63,10 +65,14 @@ class TimeCell:
         self.peft: list = []
         self.modules = {0}  # numbers of modules seen, to make sure that both sides did the same
         self.dtype = dtype
+        self.rates: dict[str, float] = {}  # of float32 sums, and of the model's products
 
     def round(self, number: int) -> None:
         """Every measurement once."""
         forward(self.model, self.sample.singles[:1])
+        for name in ("float32", self.dtype):
+            rate = gemm_rate(getattr(torch, name))
+            self.rates[name] = max(rate, self.rates.get(name, 0.0))
         in_turn(number, [self.run_ours, self.run_peft, self.run_forward])
 
     def run_forward(self) -> None:
@@ -96,6 +102,8 @@ class TimeCell:
             **self.sample.describe(),
             "modules": max(self.modules),
             "forward": self.forward,
+            "least_flops": least_flops(self.model, self.sample),
+            "flops_per_second": self.rates,
             "ours": self.ours,
             "peft": self.peft,
             "peft_shared": f"measured with {method}, r={rank}; stands for all methods and ranks",

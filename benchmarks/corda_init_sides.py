@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_corda import CordaConfig, CordaFactors, calibrate
+from peft_corda.groups import discover
+from peft_corda.targets import find_targets
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import local_text
@@ -143,6 +145,32 @@ def time_forward(model: PreTrainedModel, data: list[Inputs], head: bool = False)
     watch = Stopwatch()
     forward(model, data, head)
     return watch.read()
+
+
+def gemm_rate(dtype: torch.dtype, size: int = 2048) -> float:
+    """FLOP a second of one large matrix product: the most of five tries."""
+    one, other = torch.randn(2, size, size).to(dtype)
+    rates = []
+    for _ in range(5):
+        start = time.perf_counter()
+        one @ other
+        rates.append(2 * size**3 / (time.perf_counter() - start))
+    return max(rates)
+
+
+def least_flops(model: PreTrainedModel, sample: Sample) -> dict[str, int]:
+    """What statistics cannot do without: each target's product, and half of each symmetric sum.
+
+    Targets with the same input share a sum, and it may be the cross-covariance where that is less.
+    """
+    targets = find_targets(model, CordaConfig(target_modules="all-linear"))
+    tokens = sum(inputs["input_ids"].numel() for inputs in sample.singles)
+    shapes = {name: (linear.out_features, linear.in_features) for name, linear in targets.items()}
+    sums = 0
+    for group in discover(model, targets, sample.singles[0]).groups:
+        rows, columns = sum(shapes[name][0] for name in group.members), group.features
+        sums += tokens * min(columns**2, 2 * rows * columns)
+    return {"forward": 2 * tokens * sum(a * b for a, b in shapes.values()), "sums": sums}
 
 
 def run_ours(

@@ -61,7 +61,8 @@ def time_table(part: dict) -> list[str]:
         f"{where['model']}, {part['cells'][0]['modules']} modules; sequences from {where['text']}, "
         f"questions from {where['questions']}. CPU seconds, median of {part['repeats']}. A forward "
         "pass over the same data is a part of the statistics: ours runs it in batches, PEFT one by "
-        "one. PEFT's row holds for both methods and every rank.",
+        "one. PEFT's row holds for both methods and every rank. Least: the targets' products and the "
+        "sums of their inputs alone, at the speed of a product of two 2048 x 2048 matrices in this run.",
         "",
         *head(
             *("precision", "data", "tokens", "what", "statistics", "decomposition", "total"),
@@ -72,9 +73,18 @@ def time_table(part: dict) -> list[str]:
         data = [cell["dtype"], cell["data"], cell["tokens"]]
         for name, runs in cell["forward"].items():
             lines.append(row(*data, f"forward, {name}", amount(middle(runs)), *[""] * 6))
+        if "least_flops" in cell:
+            least = least_seconds(cell)
+            ratio = times(phase(cell["peft"], "statistics") / least)
+            lines.append(row(*data, "least", amount(least), "", "", ratio, *[""] * 3))
         for name, runs in {"PEFT": cell["peft"], **cell["ours"]}.items():
             lines.append(row(*data, name, *compare_phases(runs, cell["peft"])))
     return lines
+
+
+def least_seconds(cell: dict) -> float:
+    rates, flops = cell["flops_per_second"], cell["least_flops"]
+    return flops["forward"] / rates[cell["dtype"]] + flops["sums"] / rates["float32"]
 
 
 def compare_phases(runs: list[dict], peft: list[dict]) -> list[str]:

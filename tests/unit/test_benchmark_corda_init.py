@@ -1,10 +1,13 @@
 """The parts of `benchmarks/corda_init.py` that a wrong figure could come from."""
 
+from types import SimpleNamespace
+
 import corda_init_layers as layers
 import corda_init_tables as tables
 import pytest
 import torch
-from corda_init_sides import Stopwatch, Watched, phases
+from corda_helpers import make_model
+from corda_init_sides import Stopwatch, Watched, least_flops, phases
 
 
 def seconds(cpu):
@@ -53,3 +56,28 @@ def test_energies_are_measured_against_the_float64_optimum(shape):
     product = case.weight.double() @ layers.damped(case.covariance, layers.DAMPING)
     swapped = layers.energy(case.found["ours", "ipm"], product)
     assert swapped > 10 * layers.energy(case.found["ours", "kpm"], product)
+
+
+def test_least_operations_are_those_of_products_and_shared_sums():
+    model = make_model("llama")
+    config = model.config
+    side, wide = config.hidden_size, config.intermediate_size
+    narrow = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    sample = SimpleNamespace(singles=[{"input_ids": torch.ones(1, 7, dtype=torch.long)}] * 2)
+    attention, wide_products = 2 * side * (side + narrow), 3 * side * wide
+    # One sum for q, k and v, one for o, one for gate and up; down's own may be of outputs and inputs.
+    sums = 3 * side**2 + min(wide**2, 2 * side * wide)
+    count = config.num_hidden_layers
+    assert least_flops(model, sample) == {
+        "forward": 2 * 14 * count * (attention + wide_products),
+        "sums": 14 * count * sums,
+    }
+
+
+def test_least_seconds_take_each_product_at_its_own_rate():
+    cell = {
+        "dtype": "bfloat16",
+        "flops_per_second": {"bfloat16": 200.0, "float32": 50.0},
+        "least_flops": {"forward": 400, "sums": 150},
+    }
+    assert tables.least_seconds(cell) == 5.0
