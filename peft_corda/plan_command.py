@@ -14,8 +14,9 @@ from .calibration import bytes_of_limit
 from .commands import AUTO_CLASSES
 from .config import CordaConfig
 from .decomposition import METHODS
+from .estimates import Estimate
 from .files import replacing
-from .planner import Estimate, estimate
+from .planner import estimate
 
 if TYPE_CHECKING:
     from .cli import PlanOptions
