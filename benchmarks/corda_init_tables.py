@@ -27,7 +27,8 @@ def about(part: dict) -> list[str]:
     where = part["environment"]
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
     threads = f"{where['threads']} thread" + "s" * (where["threads"] != 1)
-    return [f"`{where['command']}`", "", f"{where['cpu']}, {threads}; {versions}."]
+    note = ["", part["note"]] if "note" in part else []
+    return [f"`{where['command']}`", "", f"{where['cpu']}, {threads}; {versions}.", *note]
 
 
 def middle(seconds: Iterable[dict], clock: str = "cpu") -> float:
