@@ -13,6 +13,7 @@ runs that are missing.
 from __future__ import annotations
 
 import argparse
+import collections
 import gc
 import importlib.util
 import json
@@ -217,7 +218,7 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """The main metric against the FLOPs kept, with the largest sample, a panel per task."""
+    """The main metric against the FLOPs kept, a panel per task, with the sample size of most runs."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -225,10 +226,12 @@ def plot(report: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(5 * len(tasks), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     for panel, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        own = [run for run in report["runs"] if run["task"] == task]
-        most = max(run["tokens"] for run in own)
-        own = [run for run in own if run["tokens"] in (0, most) and not run.get("options")]
-        for method in dict.fromkeys(run["method"] for run in own):
+        own = [run for run in report["runs"] if run["task"] == task and not run.get("options")]
+        cells = {(run["tokens"], run["method"], run["reduction"]) for run in own if run["tokens"]}
+        counts = collections.Counter(tokens for tokens, *_ in cells)
+        tokens = max(counts, key=lambda size: (counts[size], size), default=0)
+        own = [run for run in own if run["tokens"] in (0, tokens)]
+        for method in ("dense", *METHODS):
             points: dict[float, list[float]] = {}
             for run in own:
                 if run["method"] == method:
@@ -237,10 +240,14 @@ def plot(report: dict[str, Any], path: Path) -> None:
             panel.plot(
                 kept,
                 [statistics.mean(points[reduction]) for reduction in sorted(points)],
-                "k*" if method == "dense" else "o-",
+                "k*" if method == "dense" else f"C{METHODS.index(method)}o-",
                 label=method,
             )
-        panel.set(title=task, xlabel="encoder FLOPs kept, %", ylabel=TASKS[task].main)
+        panel.set(
+            title=f"{task}, {tokens:,} tokens",
+            xlabel="encoder FLOPs kept, %",
+            ylabel=TASKS[task].main,
+        )
         panel.legend(fontsize="x-small")
     figure.savefig(path, dpi=120)
 
