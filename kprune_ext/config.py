@@ -141,6 +141,13 @@ class KPruneConfig:
         default=True,
         metadata={"help": "Tune the output projections' biases, too, not their weights alone."},
     )
+    scale_logits: bool = dataclasses.field(
+        default=True,
+        metadata={
+            "help": "At the end, multiply the classifier's weight and bias by the one number that "
+            "brings class probabilities nearest to the original model's. No ranking changes."
+        },
+    )
     unread_weight: float = dataclasses.field(
         default=0.1,
         metadata={
@@ -211,7 +218,7 @@ class KPruneConfig:
 
         Temperature 2, lambda 2.5e-4, mu 64; knowledge by the gradient of the divergence, on the
         whole sample, before every sub-layer; least squares for the weights of the output
-        projections without a ridge, their biases as they were.
+        projections without a ridge, their biases and the classifier as they were.
 
         Args:
             reduction: fraction of the encoder's FLOPs to remove.
@@ -229,6 +236,7 @@ class KPruneConfig:
             "score_fraction": 1.0,
             "ridge": 0.0,
             "tune_bias": False,
+            "scale_logits": False,
             "unread_weight": 1.0,
         }
         return cls(reduction=reduction, **(paper | options))

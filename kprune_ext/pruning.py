@@ -27,6 +27,7 @@ from kprune_ext.placement import (
     require_whole_layers,
     spread_out,
 )
+from kprune_ext.predictor import scale_logits
 from kprune_ext.progress import progress_over
 from kprune_ext.reporting import make_report
 from kprune_ext.search import search_masks
@@ -55,7 +56,8 @@ def kprune(
     The sub-layers are pruned bottom-up (arXiv 2308.03449, algorithm 1). For each: measure what the
     units of it and of all later ones know, find the global threshold that fits the budget, remove
     the units of this sub-layer that fall below, and fit its output projection so that its output
-    plus the residual stream is again what the original model has there.
+    plus the residual stream is again what the original model has there. At the end class probabilities
+    are brought nearer to the original's by one factor on all logits.
 
     Args:
         model: a supported model (see the error for a list); left exactly as it was. It may lie on
@@ -172,6 +174,10 @@ def kprune(
             del own, equations, fit  # before the next step's
             give_back()
 
+        scale = None
+        if config.scale_logits:
+            scale = scale_logits(encoder, streams, signal.predict, signal.problem, processes)
+
     record_kept(pruned, zip(kept[::2], kept[1::2], strict=True))
     _copy_requires_grad(model, pruned)
     pruned = spread_out(pruned, homes)
@@ -191,6 +197,7 @@ def kprune(
         length=length,
         samples=data.count,
         tokens=data.tokens,
+        logit_scale=scale,
     )
     return pruned
 

@@ -65,6 +65,8 @@ class KPruneReport:
         sequence_length: tokens per sequence at which FLOPs are counted.
         samples, tokens: calibration data used; 0 where that is not known.
         parameters, parameters_before: of the whole model, embeddings and head included.
+        logit_scale: what the classifier's weight and bias were multiplied by; None if nothing was, or
+            that is not known.
     """
 
     sublayers: tuple[SubLayerReport, ...]
@@ -78,6 +80,7 @@ class KPruneReport:
     tokens: int
     parameters: int
     parameters_before: int
+    logit_scale: float | None = None
 
     @property
     def flops(self) -> int:
@@ -104,7 +107,8 @@ class KPruneReport:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> KPruneReport:
         """The inverse of :meth:`to_dict`."""
-        fields = {field.name: values[field.name] for field in dataclasses.fields(cls)}
+        old = {"logit_scale": None} | values  # written before there was one
+        fields = {field.name: old[field.name] for field in dataclasses.fields(cls)}
         fields["sublayers"] = tuple(SubLayerReport(**row) for row in fields["sublayers"])
         return cls(**fields)
 
@@ -194,6 +198,11 @@ class KPruneReport:
             if self.samples
             else ""
         )
+        scaled = (
+            f"\nlogits times {self.logit_scale:.3f}, nearest to the original's probabilities"
+            if self.logit_scale is not None
+            else ""
+        )
         return (
             f"encoder: {self.flops / 1e6:.2f} of {self.flops_before / 1e6:.2f} MFLOPs per "
             f"{self.sequence_length}-token sequence kept ({share:.1%})\n"
@@ -201,6 +210,7 @@ class KPruneReport:
             f"{self.budget / self.cost_before:.1%}\n"
             f"model: {self.parameters:,} of {self.parameters_before:,} parameters kept"
             + calibration
+            + scaled
         )
 
     def __str__(self) -> str:

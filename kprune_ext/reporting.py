@@ -23,6 +23,7 @@ def make_report(
     length: int,
     samples: int,
     tokens: int,
+    logit_scale: float | None,
 ) -> KPruneReport:
     """What a run kept, spent and missed.
 
@@ -34,6 +35,7 @@ def make_report(
         budget: what might be kept of that.
         length: tokens per sequence at which FLOPs are counted.
         samples, tokens: calibration data used.
+        logit_scale: see :func:`kprune_ext.predictor.scale_logits`.
     """
     sublayers = tuple(
         sublayer_row(before, after, flops, error) for before, after, flops, error in rows
@@ -50,6 +52,7 @@ def make_report(
         tokens=tokens,
         parameters=pruned.num_parameters(),
         parameters_before=model.num_parameters(),
+        logit_scale=logit_scale,
     )
 
 

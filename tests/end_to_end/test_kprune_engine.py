@@ -132,6 +132,7 @@ def test_paper_config() -> None:
     assert (config.temperature, config.lambda_rep, config.mu) == (2.0, 2.5e-4, 64.0)
     assert config.schedule == "per_sublayer" and config.score_fraction == 1.0
     assert config.sensitivity == "gradient" and config.ridge == 0 and not config.tune_bias
+    assert not config.scale_logits
     assert (config.reduction, config.seed) == (0.8, 3)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import corda_encoder
 import kprune_accuracy
 import kprune_cost
 import kprune_export
+import kprune_logits
 import kprune_recovery
 import kprune_tasks
 import pytest
@@ -107,6 +109,35 @@ def test_runs_that_are_missing_are_added(data: Path) -> None:
     report = call(data, "--seeds", "0", "1", "--tasks", "sst2", "--methods", "ours")
     assert [run["seed"] for run in report["runs"]] == [0, 0, 1]
     assert "±" in (data / "results" / "kprune_accuracy.md").read_text().splitlines()[-1]
+
+
+def test_what_a_factor_on_the_logits_does(data: Path) -> None:
+    folders = {"data": data, "checkpoints": data / "fine", "model": data / "model"}
+    arguments = [text for name, path in folders.items() for text in (f"--{name}", str(path))]
+    arguments += ["--epochs=1", "--tokens", "150", "--reduction=0.5", "--results", str(data / "r")]
+    kprune_logits.main([*arguments, "--task=mrpc", "--seeds", "0", "1"])
+    path = data / "r" / "kprune_logits.json"
+    before = path.read_bytes()
+    for run in json.loads(before)["runs"]:
+        one, other = run["with"], run["without"]
+        assert one["f1"] == other["f1"] and one["agreement"] == other["agreement"]
+        assert run["scale"] > 0 and run["dense"]["divergence"] == 0
+    kprune_logits.main([*arguments, "--task=mrpc", "--seeds", "0", "1"])
+    assert path.read_bytes() == before
+    row = (data / "r" / "kprune_logits.md").read_text().splitlines()[-1]
+    assert row.startswith("| mrpc, 50% | 150 | 2 |") and "±" in row
+
+
+def test_predictions_compared() -> None:
+    dense = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    rows = [{"label": 0}, {"label": 0}]
+    found = kprune_logits.compared(dense.flip(1), dense, rows, kprune_tasks.TASKS["mrpc"])
+    assert found["agreement"] == 0 and found["accuracy"] == 50
+    # KL between (p, 1 - p) and its reverse is (2 p - 1) times the difference of the logits
+    expected = [(2 / (1 + math.exp(-gap)) - 1) * gap for gap in (2, 1)]
+    assert found["divergence"] == pytest.approx(sum(expected) / 2, rel=1e-5)
+    loss = [math.log(1 + math.exp(2)), math.log(1 + math.exp(-1))]
+    assert found["loss"] == pytest.approx(sum(loss) / 2, rel=1e-5)
 
 
 def test_metrics() -> None:

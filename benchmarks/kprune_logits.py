@@ -1,0 +1,148 @@
+"""What one factor on all logits does to a pruned classifier's probabilities.
+
+    python benchmarks/kprune_logits.py --data DATA --checkpoints FOLDER
+
+Prunes the models of `kprune_accuracy.py` and compares their predictions on the test sets with the
+dense model's, with the factor that `KPruneConfig(scale_logits=True)` chose on the calibration data
+and without it. Writes `results/kprune_logits.{json,md}` after every run; started again, it goes on
+with the runs that are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from typing import Any
+
+import torch
+from kprune_accuracy import dense_model
+from kprune_tasks import TASKS, Row, Task, calibration, common_parser, encode, read
+from study import as_code, table, with_provenance, write_report
+from torch import Tensor
+
+from kprune_ext import KPruneConfig, kprune
+from kprune_ext.predictions import divergence
+
+NAME = "kprune_logits"
+KEY = ("task", "reduction", "tokens", "seed")
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    parser = common_parser(__doc__)
+    parser.add_argument("--task", choices=["sst2", "mrpc"], default="sst2")
+    parser.add_argument("--reduction", type=float, default=0.8)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[2000, 12_000, 100_000])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[59, 60, 61], help="of the sample")
+    return parser.parse_args(given)
+
+
+@torch.no_grad()
+def logits_of(task: Task, tokenizer: Any, model: Any, rows: list[Row]) -> Tensor:
+    """Of rows in their order, ``(rows, classes)``; batches of like length."""
+    order = sorted(range(len(rows)), key=lambda row: sum(len(rows[row][f]) for f in task.fields))
+    found = torch.empty(len(rows), task.labels)
+    for start in range(0, len(rows), 32):
+        part = order[start : start + 32]
+        encoded = encode(task, tokenizer, [rows[row] for row in part])
+        found[part] = model(**encoded).logits
+    return found
+
+
+def compared(logits: Tensor, dense: Tensor, rows: list[Row], task: Task) -> dict[str, float]:
+    """Divergence from the dense model (nats), agreement with it, and the task's metrics (percent)."""
+    apart = divergence(logits, dense, "single_label_classification")
+    agreement = (logits.argmax(1) == dense.argmax(1)).float().mean()
+    right = torch.tensor([row["label"] for row in rows])
+    loss = torch.nn.functional.cross_entropy(logits, right)
+    return {
+        "divergence": float(apart.mean()),
+        "agreement": 100 * float(agreement),
+        "loss": float(loss),
+    } | task.metrics(list(logits), rows)
+
+
+def run_one(run: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    task = TASKS[run["task"]]
+    dense, tokenizer = dense_model(run["task"], args)
+    train = read(args.data, run["task"], "train", args.limit)
+    rows = read(args.data, run["task"], "test", args.limit)
+    batches = list(calibration(task, tokenizer, train, run["seed"]))
+    options = {"reduction": run["reduction"], "max_tokens": run["tokens"], "seed": run["seed"]}
+    pruned = kprune(dense, batches, KPruneConfig(**options), progress=False)
+    scale = pruned.kprune_report.logit_scale
+    wanted = logits_of(task, tokenizer, dense, rows)
+    found = logits_of(task, tokenizer, pruned, rows)
+    return run | {
+        "scale": scale,
+        "with": compared(found, wanted, rows, task),
+        "without": compared(found / scale, wanted, rows, task),
+        "dense": compared(wanted, wanted, rows, task),
+    }
+
+
+def as_markdown(report: dict[str, Any]) -> str:
+    """A row per task, reduction and sample size: means over seeds, and standard errors."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for run in report["runs"]:
+        groups.setdefault(tuple(run[name] for name in KEY[:3]), []).append(run)
+    rows = []
+    for (task, reduction, tokens), runs in sorted(groups.items()):
+        main = TASKS[task].main
+
+        def mean(way: str, name: str, form: str, runs: list[dict[str, Any]] = runs) -> str:
+            values = [run[way][name] for run in runs]
+            shown = format(statistics.mean(values), form)
+            if len(values) == 1:
+                return shown
+            return f"{shown} ± {statistics.stdev(values) / len(values) ** 0.5:{form}}"
+
+        ratios = [run["with"]["divergence"] / run["without"]["divergence"] for run in runs]
+        rows.append(
+            [
+                f"{task}, {reduction:.0%}",
+                f"{tokens:,}",
+                str(len(runs)),
+                f"{statistics.mean(run['scale'] for run in runs):.2f}",
+                mean("without", "divergence", ".3f"),
+                mean("with", "divergence", ".3f"),
+                f"{statistics.mean(ratios):.2f}",
+                mean("without", "loss", ".3f"),
+                mean("with", "loss", ".3f"),
+                f"{runs[0]['dense']['loss']:.3f}",
+                f"{main} {mean('with', main, '.1f')}",
+                f"{runs[0]['dense'][main]:.1f}",
+            ]
+        )
+    head = (
+        "data, pruned; tokens; seeds; factor; divergence without; with; ratio; loss without; with; "
+        "dense; metric, the same with and without; dense"
+    )
+    return (
+        "Test sets; divergence of predictions from the dense model's and loss against the labels in "
+        f"nats; means over sample seeds ± one standard error. {as_code(report)}\n\n"
+        + table(head.split("; "), rows)
+    )
+
+
+def main(given: list[str] | None = None) -> None:
+    given = sys.argv[1:] if given is None else given
+    args = arguments(given)
+    torch.set_num_threads(args.threads)
+    path = args.results / f"{NAME}.json"
+    report = json.loads(path.read_text()) if path.exists() else {"runs": []}
+    done = {tuple(run[name] for name in KEY) for run in report["runs"]}
+    for seed in args.seeds:
+        for tokens in args.tokens:
+            run = dict(zip(KEY, (args.task, args.reduction, tokens, seed), strict=True))
+            if tuple(run.values()) in done:
+                continue
+            report["runs"].append(run_one(run, args))
+            report = with_provenance(report, __file__, given) | {"runs": report["runs"]}
+            write_report(args.results, NAME, report, as_markdown(report))
+            print(json.dumps(report["runs"][-1]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
