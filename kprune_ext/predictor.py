@@ -63,7 +63,7 @@ def scale_logits(
 def find_predictor(encoder: Encoder, stream: Stream, predict: Predict) -> nn.Linear | None:
     """The plain linear layer that, giving twice as much, makes all logits twice as large.
 
-    None if there is none, or none with weights of its own.
+    None if there is none, or it is the model's output embedding.
     """
     inputs = {name: value[:1] for name, value in stream.inputs.items()}
     hidden = stream.student[:1].to(stream.tokens.device)
@@ -78,9 +78,9 @@ def find_predictor(encoder: Encoder, stream: Stream, predict: Predict) -> nn.Lin
         doubled = encoder.predict(predict, inputs, hidden)
     masked = z == torch.finfo(z.dtype).min
     exact = torch.where(masked, z, 2 * z)  # twice is exact in any floating point format
-    named = encoder.model.named_parameters(remove_duplicate=False)
-    shared = sum(parameter is last.weight for _, parameter in named) > 1
-    return last if torch.equal(doubled, exact) and not shared else None
+    # What predicts tokens shares its weight with the input embeddings, or will when it is loaded.
+    is_decoder = last is encoder.model.get_output_embeddings()
+    return last if torch.equal(doubled, exact) and not is_decoder else None
 
 
 def _predictions(
@@ -116,7 +116,7 @@ def _compared(
     inputs = {name: value[rows] for name, value in stream.inputs.items()}
     tokens = stream.tokens[rows]
     own, teacher = (
-        encoder.predict(predict, inputs, state[rows].to(tokens.device)).float().cpu()
+        _exact(encoder.predict(predict, inputs, state[rows].to(tokens.device))).cpu()
         for state in (stream.student, stream.teacher)
     )
     per_token = own.shape[1] > 1 and own.shape[1] == tokens.shape[1]
@@ -127,6 +127,11 @@ def _compared(
         stream.keys[row]: (own[number, counted[number]], teacher[number, counted[number]])
         for number, row in enumerate(rows)
     }
+
+
+def _exact(z: Tensor) -> Tensor:
+    """At least float32; the least float64, a mask, would be infinite in that."""
+    return z if z.dtype == torch.float64 else z.float()
 
 
 @contextmanager

@@ -124,6 +124,7 @@ def test_whole_algorithm(reduction: float) -> None:
         score_fraction=1.0,
         ridge=0.5,
         unread_weight=1.0,
+        scale_logits=False,
     )
     expected = oracle.prune(
         model,
