@@ -57,6 +57,8 @@ def measured(args: Namespace) -> dict[str, Any]:
     train = read(args.data, args.task, "train", args.limit)
     batches = list(calibration(task, tokenizer, train, args.seed))
     common = {"reduction": args.reduction, "max_tokens": args.tokens, "seed": args.seed}
+    for parameter in model.parameters():  # weights are read from their file when first looked at
+        parameter.sum()
     before, cpu, wall = settle(), time.process_time(), time.perf_counter()
     if args.one == FORWARD:
         tokens = forward(model, batches, args.tokens)

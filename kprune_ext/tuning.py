@@ -17,8 +17,9 @@ from kprune_ext.reconstruction import (
     choose_ridge,
     tune_projection,
 )
-from kprune_ext.streams import Stream
+from kprune_ext.streams import STREAMS_A_TRIM, Stream
 from kprune_ext.sublayers import SubLayer
+from peft_corda.memory import give_back
 
 
 @torch.no_grad()
@@ -44,7 +45,7 @@ def normal_equations(
     count = 1 if config.ridge is not None else 2
     found = [NormalEquations.zeros(weight.shape[1], len(weight), device) for _ in range(count)]
     with watching(dense) as teacher, watching(target) as student:
-        for stream in streams:
+        for number, stream in enumerate(streams, start=1):
             context, tokens = stream.contexts_in(encoder)[target.layer], stream.tokens.to(device)
             above, own = (state.to(device) for state in (stream.teacher, stream.student))
             after = dense.run(above, context).to(device)
@@ -56,12 +57,14 @@ def normal_equations(
             require_finite(wanted, f"the output of {target.name}")
             read = stream.read.to(device)[tokens]
             side = _sides(stream, count).to(device).unsqueeze(1).expand(tokens.shape)[tokens]
-            for number, equations in enumerate(found):
+            for half, equations in enumerate(found):
                 for part, counts in ((read, 1.0), (~read, unread_weight)):
-                    chosen = part & (side == number)
+                    chosen = part & (side == half)
                     if counts and bool(chosen.any()):
                         equations.update(features[chosen], wanted[chosen], counts)
             stream.teacher.copy_(after)
+            if number % STREAMS_A_TRIM == 0:
+                give_back()
     return found
 
 
