@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -52,7 +54,9 @@ def scale_logits(
         return None
     with processes.together():
         own = _predictions(encoder, streams, predict, MOST_LOGITS // processes.count)
-    found = {key: pair for part in processes.gather(own) for key, pair in part.items()}
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for each in chain.from_iterable(processes.gather(own)):
+        found |= each.by_key()
     scale = best_scale([found[key] for key in sorted(found)], problem)
     scale = float(processes.from_owner(torch.tensor(scale, dtype=torch.float64), 0))
     for parameter in encoder.model.get_submodule(name).parameters():
@@ -83,18 +87,38 @@ def find_predictor(encoder: Encoder, stream: Stream, predict: Predict) -> nn.Lin
     return last if torch.equal(doubled, exact) and not is_decoder else None
 
 
+@dataclass(frozen=True)
+class _Predictions:
+    """Of samples of equal length, of student and teacher.
+
+    Attributes:
+        keys: of the samples.
+        own, teacher: logits, ``(batch, positions, classes)``.
+        counted: which positions count, bool, ``(batch, positions)``.
+    """
+
+    keys: tuple[int, ...]
+    own: Tensor
+    teacher: Tensor
+    counted: Tensor
+
+    def by_key(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Logits ``(positions, classes)`` of student and teacher at positions that count."""
+        rows = zip(self.own, self.teacher, self.counted, strict=True)
+        pairs = [(own[counted], teacher[counted]) for own, teacher, counted in rows]
+        return dict(zip(self.keys, pairs, strict=True))
+
+
 def _predictions(
     encoder: Encoder, streams: Sequence[Stream], predict: Predict, most: int
-) -> dict[int, tuple[Tensor, Tensor]]:
-    """By key of the sample: logits ``(positions, classes)`` of student and teacher.
-
-    Of the samples in the order of their keys, as many as have at most so many logits.
-    """
-    sizes: dict[int, int] = {}
-    for stream in streams:
-        one = {name: value[:1] for name, value in stream.inputs.items()}
-        first = stream.student[:1].to(stream.tokens.device)
-        sizes |= dict.fromkeys(stream.keys, encoder.predict(predict, one, first).numel())
+) -> list[_Predictions]:
+    """Of the samples in the order of their keys, as many as have at most so many logits."""
+    examples = [_one(encoder, stream, predict) for stream in streams]
+    sizes = {
+        key: example.numel()
+        for stream, example in zip(streams, examples, strict=True)
+        for key in stream.keys
+    }
     taken: set[int] = set()
     held = 0
     for key in sorted(sizes):
@@ -102,36 +126,41 @@ def _predictions(
         if held > most and taken:
             break
         taken.add(key)
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-    for stream in streams:
-        rows = [row for row, key in enumerate(stream.keys) if key in taken]
-        if rows:
-            found |= _compared(encoder, stream, rows, predict)
-    return found
+    # All memory that stays is taken before the large blocks that come and go, not in between.
+    waiting = [
+        (stream, rows, _room(len(rows), example))
+        for stream, example in zip(streams, examples, strict=True)
+        if (rows := [row for row, key in enumerate(stream.keys) if key in taken])
+    ]
+    return [_compared(encoder, *each, predict) for each in waiting]
+
+
+def _one(encoder: Encoder, stream: Stream, predict: Predict) -> Tensor:
+    """Logits of the stream's first sample alone."""
+    inputs = {name: value[:1] for name, value in stream.inputs.items()}
+    return encoder.predict(predict, inputs, stream.student[:1].to(stream.tokens.device))
 
 
 def _compared(
-    encoder: Encoder, stream: Stream, rows: list[int], predict: Predict
-) -> dict[int, tuple[Tensor, Tensor]]:
-    inputs = {name: value[rows] for name, value in stream.inputs.items()}
-    tokens = stream.tokens[rows]
-    own, teacher = (
-        _exact(encoder.predict(predict, inputs, state[rows].to(tokens.device))).cpu()
-        for state in (stream.student, stream.teacher)
-    )
+    encoder: Encoder, stream: Stream, rows: list[int], found: Tensor, predict: Predict
+) -> _Predictions:
+    part: Any = rows if len(rows) < len(stream.keys) else slice(None)  # a slice copies nothing
+    inputs = {name: value[part] for name, value in stream.inputs.items()}
+    tokens = stream.tokens[part]
+    for held, state in zip(found, (stream.student, stream.teacher), strict=True):
+        held.copy_(encoder.predict(predict, inputs, state[part].to(tokens.device)))
+    own, teacher = found
     per_token = own.shape[1] > 1 and own.shape[1] == tokens.shape[1]
     counted = tokens.cpu() if per_token else torch.ones(own.shape[:2], dtype=torch.bool)
     require_finite(own[counted], "the logits")
     require_finite(teacher[counted], "the original model's logits")
-    return {
-        stream.keys[row]: (own[number, counted[number]], teacher[number, counted[number]])
-        for number, row in enumerate(rows)
-    }
+    return _Predictions(tuple(stream.keys[row] for row in rows), own, teacher, counted)
 
 
-def _exact(z: Tensor) -> Tensor:
-    """At least float32; the least float64, a mask, would be infinite in that."""
-    return z if z.dtype == torch.float64 else z.float()
+def _room(rows: int, example: Tensor) -> Tensor:
+    """For logits of so many samples, of student and teacher; float64's least would not fit float32."""
+    dtype = torch.promote_types(example.dtype, torch.float32)
+    return torch.empty(2, rows, *example.shape[1:], dtype=dtype)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from kprune_ext.sublayers import SubLayer, find_architecture, layers_path, subla
 from kprune_ext.surgery import set_output, shrink
 from kprune_ext.tasks import Predict, ProblemType, Task, problem_type
 from kprune_ext.tuning import normal_equations, tune
-from peft_corda.memory import give_back
+from peft_corda.memory import few_kept_kernels, give_back
 from peft_corda.placement import moves_weights
 
 
@@ -124,6 +124,7 @@ def kprune(
         costs = cost_tables(model, dense, config.metric, length, latency)
         budget = left = budget_for(costs, config.reduction)
         least = least_units(costs, budget, config.min_share)
+        stack.enter_context(few_kept_kernels(pruned))  # latency is measured as the model will run
         with processes.together():
             predicting = predict or task.predict
             asked = predicting if config.unread_weight < 1 else None

@@ -22,9 +22,6 @@ from kprune_ext.tasks import Predict
 
 #: Logits of so many elements go backward at a time: 64 MiB in float32.
 MOST_LOGITS = 2**24
-#: Weight tuning gives freed memory back after so many streams: their many lengths leave pieces of many
-#: sizes, which few later ones fit into. After each would be least, and take much longer.
-STREAMS_A_TRIM = 8
 
 
 class StateMemory:

@@ -17,9 +17,8 @@ from kprune_ext.reconstruction import (
     choose_ridge,
     tune_projection,
 )
-from kprune_ext.streams import STREAMS_A_TRIM, Stream
+from kprune_ext.streams import Stream
 from kprune_ext.sublayers import SubLayer
-from peft_corda.memory import give_back
 
 
 @torch.no_grad()
@@ -45,26 +44,25 @@ def normal_equations(
     count = 1 if config.ridge is not None else 2
     found = [NormalEquations.zeros(weight.shape[1], len(weight), device) for _ in range(count)]
     with watching(dense) as teacher, watching(target) as student:
-        for number, stream in enumerate(streams, start=1):
+        for stream in streams:
             context, tokens = stream.contexts_in(encoder)[target.layer], stream.tokens.to(device)
             above, own = (state.to(device) for state in (stream.teacher, stream.student))
             after = dense.run(above, context).to(device)
             target.run(own, context)
-            features, given = student.taken()[0][tokens], teacher.taken()[1].to(device)[tokens]
+            features, given = student.taken()[0], teacher.taken()[1].to(device)
             require_finite(after[tokens], f"the output of {dense.name}")
-            require_finite(features, f"the input of {target.name}")
-            wanted = given + _unscaled((above - own)[tokens], target.scale)
-            require_finite(wanted, f"the output of {target.name}")
-            read = stream.read.to(device)[tokens]
-            side = _sides(stream, count).to(device).unsqueeze(1).expand(tokens.shape)[tokens]
+            require_finite(features[tokens], f"the input of {target.name}")
+            wanted = given + _unscaled(above - own, target.scale)
+            require_finite(wanted[tokens], f"the output of {target.name}")
+            read = stream.read.to(device)
+            parts = [(tokens & read, 1.0), (tokens & ~read, unread_weight)]
+            side = _sides(stream, count).to(device).unsqueeze(1)
             for half, equations in enumerate(found):
-                for part, counts in ((read, 1.0), (~read, unread_weight)):
+                for part, counts in parts if unread_weight != 1 else [(tokens, 1.0)]:
                     chosen = part & (side == half)
                     if counts and bool(chosen.any()):
                         equations.update(features[chosen], wanted[chosen], counts)
             stream.teacher.copy_(after)
-            if number % STREAMS_A_TRIM == 0:
-                give_back()
     return found
 
 

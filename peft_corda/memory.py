@@ -1,9 +1,15 @@
-"""Giving memory that is no longer needed back to the system."""
+"""Giving memory that is no longer needed back to the system, and keeping it in one piece."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
 
 
 def give_back() -> None:
@@ -19,3 +25,28 @@ def give_back() -> None:
     except (AttributeError, OSError):  # another C library
         return
     trim(0)
+
+
+@contextmanager
+def few_kept_kernels(model: nn.Module) -> Iterator[None]:
+    """Run a model of full precision on the CPU without oneDNN, where inputs have many shapes.
+
+    oneDNN keeps what it compiles for every shape, PyTorch asks it for GELU, and thousands of such small
+    blocks between the large ones that come and go hinder the C library from putting those together
+    again: memory in pieces then grows to several times of what is in use. Products of matrices in
+    float32 are not oneDNN's matter, but those in lower precision are, and slow without it; then, and
+    where PyTorch's flags are frozen, everything stays as it is.
+
+    The flag is the process's: other threads run without oneDNN in the meantime, too.
+    """
+    own = {p.dtype for p in model.parameters() if p.device.type == "cpu" and p.is_floating_point()}
+    backend: Any = torch.backends.mkldnn
+    if not own or own - {torch.float32, torch.float64} or torch.backends.flags_frozen():
+        yield
+        return
+    before = backend.enabled
+    backend.enabled = False
+    try:
+        yield
+    finally:
+        backend.enabled = before

@@ -230,12 +230,13 @@ def test_page_on_export(here):
 
 def test_page_on_tasks(here):
     torch.manual_seed(0)
-    sizes = {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 80}
+    # So large that heads and neurons, not what stays, take most of the measured time.
+    sizes = {"hidden_size": 192, "num_attention_heads": 4, "intermediate_size": 1536}
     encoder = BertModel(BertConfig(vocab_size=99, num_hidden_layers=2, **sizes)).eval()
-    names = {"encoder": encoder, "dataloader": make_batches(), "heads": torch.randn(48, 3)}
+    names = {"encoder": encoder, "dataloader": make_batches(), "heads": torch.randn(192, 3)}
     run_page("howto/task.md", names)
     assert names["pruned"].kprune_report.flops <= 0.5 * names["pruned"].kprune_report.flops_before
-    assert math.isfinite(names["faster"](**make_batches()[0]).last_hidden_state.sum())
+    assert names["faster"](**make_batches()[0]).last_hidden_state.isfinite().all()
     assert (here / "latency.json").exists()
 
 
