@@ -1,7 +1,6 @@
 """The Python on the documentation's pages runs in the order it is printed, and does what is said."""
 
 import importlib.util
-import math
 import os
 import re
 import subprocess
