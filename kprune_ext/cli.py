@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
+from safetensors import SafetensorError
 
 Task = Literal[
     "auto",
@@ -150,7 +151,7 @@ def main(args: Sequence[str] | None = None) -> None:
             commands.run_prune(options)
         else:
             commands.run_report(options)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, SafetensorError) as error:
         sys.exit(f"kprune {name}: error: {error}")
 
 

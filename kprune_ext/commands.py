@@ -18,6 +18,12 @@ from kprune_ext import modeling
 from kprune_ext.budget import measure_latency
 from kprune_ext.config import KPruneConfig
 from kprune_ext.cost import LatencyTable
+from kprune_ext.files import (
+    check_distinct,
+    check_output_files,
+    check_output_folder,
+    resolved,
+)
 from kprune_ext.pruning import kprune
 from kprune_ext.report import REPORT_FILE, KPruneReport
 from kprune_ext.saved_report import load_report
@@ -51,9 +57,8 @@ def run_prune(options: PruneOptions) -> PreTrainedModel:
             written then.
     """
     config = prune_config(options)
-    out = Path(options.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{options.out!r} exists already. Give out a new or empty folder.")
+    _check_paths(options)
+    out = Path(resolved(options.out, "out"))
     if min(options.max_length, options.batch_size) < 1:
         raise ValueError("max_length and batch_size must be at least 1.")
     about = AutoConfig.from_pretrained(options.model, revision=options.revision)
@@ -74,12 +79,24 @@ def run_prune(options: PruneOptions) -> PreTrainedModel:
     return pruned
 
 
+def _check_paths(options: PruneOptions) -> None:
+    """Raise ValueError or OSError if an output cannot be written, or would overwrite something."""
+    inputs = {"model": options.model, "data": options.data}
+    files: dict[str, str | None] = {"plot": options.plot, "latency": options.latency}
+    check_output_folder(options.out, "out")
+    check_output_files(files, inputs)
+    check_distinct({"out": options.out}, {**inputs, **files})
+
+
 def run_report(options: ReportOptions) -> KPruneReport:
     """`kprune report`: print the table, and write what was asked for.
 
     Raises:
         ValueError, OSError, ImportError: an option or file is of no use.
     """
+    outputs = {"json": options.json, "plot": options.plot}
+    stored = Path(options.source, REPORT_FILE)
+    check_output_files(outputs, {"source": str(stored) if stored.is_file() else options.source})
     report = load_report(options.source)
     if options.plot is not None:
         report.plot(options.plot)

@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from kprune_ext.files import resolved
+
 _UNFINISHED = ".kprune-unfinished-"
 _WEIGHTS = re.compile(
     r"model(?:\.(?P<variant>(?!safetensors)[^.]+?))?"
@@ -38,8 +40,9 @@ def replacing_files(
 
     Raises:
         NotADirectoryError: there is a file of that name.
+        ValueError: the name is empty.
     """
-    target = Path(folder)
+    target = Path(resolved(folder, "save_directory"))
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(
             f"Cannot save to {os.fspath(folder)!r}: it is a file. Pass the name of a folder."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from peft import PeftModel, get_peft_model
@@ -11,7 +10,7 @@ from .commands import calibrated, check_options, load_model
 from .config import CordaConfig
 from .export import export_lora
 from .factors import CordaFactors
-from .files import replacing_folder
+from .files import check_distinct, check_output_folder, replacing_folder
 
 if TYPE_CHECKING:
     from .cli import ExportOptions, InitOptions
@@ -36,10 +35,9 @@ def run_init(options: InitOptions) -> str:
     """
     if (options.factors is None) == (options.data is None):
         raise ValueError("Give either factors, a file written by peft-corda calibrate, or data.")
-    if os.path.isfile(options.output) or (
-        os.path.isdir(options.output) and os.listdir(options.output)
-    ):
-        raise ValueError(f"{options.output!r} is there already; give the path of a new folder.")
+    check_output_folder(options.output, "output")
+    inputs = ("model", "factors", "data", "checkpoint_dir")
+    check_distinct({"output": options.output}, {name: getattr(options, name) for name in inputs})
     check_options(options)
     config = _config(options)
     if options.data is not None:

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .config import CordaConfig
 from .export import check_target, export_lora
+from .files import resolved
 
 
 class CordaExportCallback(TrainerCallback):
@@ -39,8 +40,9 @@ class CordaExportCallback(TrainerCallback):
         rank: int | None = None,
         dtype: torch.dtype | str | None = None,
     ) -> None:
-        self.dst, self.rank, self.dtype = os.fspath(dst), rank, dtype
-        check_target(self.dst, rank, dtype)
+        check_target(os.fspath(dst), rank, dtype)
+        # A run may change the current folder on its way.
+        self.dst, self.rank, self.dtype = resolved(dst, "dst"), rank, dtype
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .config import CordaConfig
 from .factors import CordaFactors, sample_of
-from .files import atomic_save, replacing
+from .files import atomic_save, replacing, resolved
 from .passes import Group
 from .placement import whole_parameters
 from .processes import Processes
@@ -53,7 +53,7 @@ class Checkpoint:
         seconds: float,
         processes: Processes,
     ) -> None:
-        self._directory = Path(directory)
+        self._directory = Path(resolved(directory, "checkpoint_dir"))
         self._seconds = seconds
         self._processes = processes
         path = self._directory / "plan.json"

@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
+from safetensors import SafetensorError
 
 Task = Literal[
     "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"
@@ -280,7 +281,7 @@ def main(args: Sequence[str] | None = None) -> None:
             plan_command.run_plan(options)
         else:
             commands.run_report(options)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, SafetensorError) as error:
         sys.exit(f"peft-corda {name}: error: {error}")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from .config import CordaConfig
 from .data import Batch, load_rows, packed_batches, padded_batches, read_texts
 from .decomposition import METHODS
 from .factors import CordaFactors
-from .files import replacing
+from .files import check_output_files, replacing
 from .reporting import CordaReport, report
 from .spectra import pick_method
 
@@ -58,9 +57,9 @@ def run_calibrate(options: CalibrateOptions) -> CordaFactors:
         task_type=options.task,
     )
     check_options(options)
-    for path in (options.output, options.report):
-        if path is not None and os.path.isdir(path):
-            raise ValueError(f"{path!r} is a folder; give the path of the file to write.")
+    outputs = {"output": options.output, "report": options.report}
+    inputs = ("data", "model", "checkpoint_dir")
+    check_output_files(outputs, {name: getattr(options, name) for name in inputs})
     _, factors = calibrated(options, options.data, config, methods)
     reports = [report(factors, config, method) for method in methods]
     _write(factors, options.output, reports, options.report)
@@ -78,6 +77,8 @@ def run_report(options: ReportOptions) -> CordaReport:
     Raises:
         ValueError, OSError, ImportError: if an option or file is of no use.
     """
+    outputs = {"json": options.json, "plot": options.plot}
+    check_output_files(outputs, {"factors": options.factors})
     factors = CordaFactors.load(options.factors)
     method = pick_method(factors, options.method)
     config = None

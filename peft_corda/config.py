@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -115,6 +117,8 @@ class CordaConfig(LoraConfig):
                     f"`lora_alpha` must be greater than 0, got {alpha!r}: the start of a CORDA adapter "
                     "is divided by it. Use lora_alpha=r for the paper's setting."
                 )
+        _check_patterns("rank_pattern", self.rank_pattern)
+        _check_patterns("alpha_pattern", self.alpha_pattern)
         self._check_unsupported()
 
     def _check_unsupported(self) -> None:
@@ -164,3 +168,14 @@ class CordaConfig(LoraConfig):
 def _check_choice(name: str, given: Any, choices: tuple[str, ...]) -> None:
     if given not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {given!r}.")
+
+
+def _check_patterns(name: str, given: Mapping[str, Any] | None) -> None:
+    for pattern in given or {}:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"`{name}` holds {pattern!r}, which is not a valid regular expression: {error}. Give "
+                "the names of modules, or expressions that match them."
+            ) from error

@@ -18,19 +18,21 @@ import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from .card import CARD_NAME, lora_card, update_card
 from .config import CordaConfig
-from .files import atomic_save, replacing_folder
+from .files import atomic_save, check_output_folder, replacing_folder, resolved
 from .low_rank import stacked, truncated
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 _PREFIX = "base_model.model."
 _ENDINGS = {"A": ".lora_A.weight", "B": ".lora_B.weight", "A0": ".lora_A0", "B0": ".lora_B0"}
 _FILES = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, CARD_NAME}
+# By this an export is told from other LoRA adapters, which are never replaced.
+_METADATA = {"format": "pt", "exported_by": "peft_corda"}
 
 
 def export_lora(
@@ -62,20 +64,21 @@ def export_lora(
         ValueError: if `src` is not a whole CORDA checkpoint, an argument is out of range, or `dst` is in
             `src` or holds something else.
     """
-    src, dst = os.fspath(src), os.fspath(dst)
-    _check_apart(src, dst)
-    wanted = check_target(dst, rank, dtype)
+    src, given = os.fspath(src), os.fspath(dst)
+    target = resolved(given, "dst")
+    _check_apart(src, given)
+    wanted = check_target(given, rank, dtype)
     config = _read_config(src)
     tensors, exported_rank = lora_tensors(_read_tensors(src), config, rank, wanted)
     lora = lora_config(config, exported_rank)
     lora.inference_mode = True
-    card = lora_card(src, dst, config, exported_rank, exact=rank is None)
-    with replacing_folder(dst) as folder:
+    card = lora_card(src, target, config, exported_rank, exact=rank is None)
+    with replacing_folder(target, _FILES) as folder:
         lora.save_pretrained(folder)
-        atomic_save(tensors, os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), {"format": "pt"})
+        atomic_save(tensors, os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), _METADATA)
         with open(os.path.join(folder, CARD_NAME), "w", encoding="utf-8") as file:
             file.write(card)
-    return dst
+    return given
 
 
 def check_target(
@@ -84,7 +87,9 @@ def check_target(
     """The dtype to write in, after a check of all that an export needs but the checkpoint.
 
     Raises:
-        ValueError: if an argument is out of range, or `dst` holds something else than a LoRA adapter.
+        ValueError: if an argument is out of range, or `dst` is empty or holds anything but an earlier
+            export.
+        OSError: if `dst` cannot be written.
     """
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(
@@ -93,18 +98,11 @@ def check_target(
     name = str(dtype).removeprefix("torch.")
     if dtype is not None and name not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
-    if os.path.isfile(dst):
-        raise ValueError(f"{dst!r} is a file; give the path of the folder to write.")
-    held = set(os.listdir(dst)) if os.path.isdir(dst) else set()
-    if held - _FILES:
+    target = check_output_folder(dst, "dst", _FILES)
+    if os.path.isdir(target) and os.listdir(target) and not _is_export(target):
         raise ValueError(
-            f"{dst!r} holds other files ({', '.join(sorted(held - _FILES)[:3])}), and an export "
-            "replaces the whole folder. Give a new folder."
-        )
-    if CONFIG_NAME in held and _json_of(dst).get("peft_type") != "LORA":
-        raise ValueError(
-            f"{dst!r} holds an adapter that is not a LoRA, and an export replaces the whole folder. "
-            "Give a new folder."
+            f"{dst!r} holds files that are not an earlier export by this package, and the whole folder "
+            "would be replaced. Give the path of a new folder."
         )
     return None if dtype is None else getattr(torch, name)
 
@@ -232,6 +230,16 @@ def _check_finite(name: str, *factors: Tensor) -> None:
             f"The adapter of {name} has NaN or infinite values, or values that are too large for the "
             "dtype to write. Export an earlier checkpoint, or with another dtype."
         )
+
+
+def _is_export(folder: str) -> bool:
+    """Whether a folder holds an adapter that `export_lora` wrote."""
+    try:
+        path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+        with safe_open(path, framework="pt") as file:
+            return _METADATA.items() <= (file.metadata() or {}).items()
+    except (OSError, SafetensorError):
+        return False
 
 
 def _check_apart(src: str, dst: str) -> None:

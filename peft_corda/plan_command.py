@@ -15,7 +15,7 @@ from .commands import AUTO_CLASSES
 from .config import CordaConfig
 from .decomposition import METHODS
 from .estimates import Estimate
-from .files import replacing
+from .files import check_output_files, replacing
 from .planner import estimate
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def run_plan(options: PlanOptions) -> Estimate:
     Raises:
         ValueError, OSError: as `planner.estimate`, or if there is no such config; nothing is written.
     """
+    check_output_files({"json": options.json}, {"model": options.model})
     methods = METHODS if options.corda_method == "both" else (options.corda_method,)
     config = CordaConfig(
         r=options.r,

@@ -119,7 +119,10 @@ class TestInit:
                 {"data": "{folder}/data.txt", "lora_alpha": -1},
                 "`lora_alpha` must be greater than 0",
             ),
-            ({"data": "{folder}/data.txt", "output": "{folder}"}, "there already; .*a new folder"),
+            (
+                {"data": "{folder}/data.txt", "output": "{folder}"},
+                "holds other files .*a new folder",
+            ),
         ],
     )
     def test_wrong_input_writes_nothing(self, folder, tmp_path, changes, message):

@@ -348,7 +348,7 @@ class TestErrors:
             ({"dst": "src/lora"}, "lies in src, .* as a second adapter"),
             ({"dst": "file"}, "is a file; give the path of the folder"),
             ({"dst": "full"}, r"holds other files \(notes.txt\)"),
-            ({"dst": "other"}, "an adapter that is not a LoRA"),
+            ({"dst": "other"}, "not an earlier export"),
         ],
     )
     def test_arguments(self, src, tmp_path, options, message):
