@@ -22,11 +22,11 @@ import torch
 from torch import distributed
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from kprune_ext.common.processes import Processes
 from peft_corda import CordaConfig
 from peft_corda.collect import PassOptions, collect_covariances
 from peft_corda.factorise import factorise
 from peft_corda.groups import discover
-from peft_corda.processes import Processes
 from peft_corda.targets import find_targets
 
 

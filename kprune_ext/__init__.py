@@ -3,14 +3,14 @@
 Importing the package registers the pruned model classes with transformers' Auto classes.
 """
 
-from kprune_ext.budget import measure_latency
-from kprune_ext.callback import KPruneCallback
-from kprune_ext.config import KPruneConfig
-from kprune_ext.cost import LatencyTable
-from kprune_ext.modeling import register as _register
-from kprune_ext.pruning import kprune
-from kprune_ext.report import KPruneReport, SubLayerReport
-from kprune_ext.saved_report import load_report
+from .budget import measure_latency
+from .callback import KPruneCallback
+from .config import KPruneConfig
+from .cost import LatencyTable
+from .modeling import register as _register
+from .pruning import kprune
+from .report import KPruneReport, SubLayerReport
+from .saved_report import load_report
 
 __version__ = "0.1.0"
 

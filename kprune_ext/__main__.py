@@ -1,5 +1,5 @@
 """`python -m kprune_ext` is the command `kprune`."""
 
-from kprune_ext.cli import main
+from .cli import main
 
 main()

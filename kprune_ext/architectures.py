@@ -16,7 +16,7 @@ from typing import Any
 from accelerate.utils import compare_versions
 from torch import Tensor, nn
 
-from kprune_ext import attention
+from . import attention
 
 #: Arguments of a transformer layer besides the hidden state: masks, positions.
 Context = Mapping[str, Any]

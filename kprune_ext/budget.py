@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kprune_ext import cost
-from kprune_ext.config import Metric
-from kprune_ext.cost import LatencyTable, median_seconds, sizes_to_measure
-from kprune_ext.encoder import Encoder, plain_outputs
-from kprune_ext.masking import evaluating
-from kprune_ext.sublayers import SubLayer, find_architecture, sublayers
-from kprune_ext.surgery import shrink
+from . import cost
+from .config import Metric
+from .cost import LatencyTable, median_seconds, sizes_to_measure
+from .encoder import Encoder, plain_outputs
+from .masking import evaluating
+from .sublayers import SubLayer, find_architecture, sublayers
+from .surgery import shrink
 
 
 def unit_flops(model: PreTrainedModel, sublayer: SubLayer, length: int) -> int:

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import ParallelMode, TrainingArguments
 
-from kprune_ext.config import KPruneConfig
-from kprune_ext.modeling import model_task
-from kprune_ext.pruning import kprune
+from .config import KPruneConfig
+from .modeling import model_task
+from .pruning import kprune
 
 
 class KPruneCallback(TrainerCallback):

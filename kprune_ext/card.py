@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from kprune_ext.report import KPruneReport
+from .common.presentation import CARD_NAME, with_section
+from .report import KPruneReport
 
-CARD_NAME = "README.md"
-# Around our section, so that saving again replaces it and leaves everything else alone.
-_START, _END = "<!-- kprune_ext: start -->", "<!-- kprune_ext: end -->"
-_SECTION = re.compile(rf"\n*{re.escape(_START)}.*?{re.escape(_END)}\n*", flags=re.DOTALL)
+_OWNER = "kprune_ext"
 _TEXT = """\
 ## Pruned with K-prune
 
@@ -52,12 +49,6 @@ def pruning_section(report: KPruneReport, auto: str, modeling_file: str | None) 
     return _TEXT.format(table=report.markdown(), loading=loading)
 
 
-def with_section(text: str, section: str) -> str:
-    """The text of a card with our section at its end, in place of an older one."""
-    rest = _SECTION.sub("\n\n", text).rstrip("\n")
-    return f"{rest}\n\n{_START}\n{section}{_END}\n"
-
-
 def card_text(folder: str | os.PathLike[str], section: str) -> str:
     """The folder's card, or a new one, with the section."""
     path = os.path.join(folder, CARD_NAME)
@@ -65,13 +56,13 @@ def card_text(folder: str | os.PathLike[str], section: str) -> str:
         return new_card(section)
     # Line breaks as they are: the text is the user's.
     with open(path, encoding="utf-8", newline="") as file:
-        return with_section(file.read(), section)
+        return with_section(file.read(), section, _OWNER)
 
 
 def new_card(section: str) -> str:
     """A card with nothing but the section."""
     data = ModelCardData(library_name="transformers", tags=["kprune"])
-    return with_section(f"---\n{data.to_yaml()}\n---\n\n# Pruned model", section)
+    return with_section(f"---\n{data.to_yaml()}\n---\n\n# Pruned model", section, _OWNER)
 
 
 def remote_card(repo_id: str, section: str, token: str | bool | None) -> str:
@@ -82,4 +73,4 @@ def remote_card(repo_id: str, section: str, token: str | bool | None) -> str:
         card = ModelCard.load(repo_id, token=token)  # type: ignore[arg-type]
     except EntryNotFoundError:
         return new_card(section)
-    return with_section(str(card), section)
+    return with_section(str(card), section, _OWNER)

@@ -14,13 +14,13 @@ from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from kprune_ext.architectures import Architecture
-from kprune_ext.card import CARD_NAME, card_text, pruning_section, remote_card
-from kprune_ext.kept import kept_units
-from kprune_ext.loading import check_weights, refuse_pickle, stored_report
-from kprune_ext.report import REPORT_FILE, KPruneReport
-from kprune_ext.saving import replacing_files
-from kprune_ext.self_contained import MODELING_FILE, auto_map, modeling_source
+from .architectures import Architecture
+from .card import CARD_NAME, card_text, pruning_section, remote_card
+from .kept import kept_units
+from .loading import check_weights, refuse_pickle, stored_report
+from .report import REPORT_FILE, KPruneReport
+from .saving import replacing_files
+from .self_contained import MODELING_FILE, auto_map, modeling_source
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ class Checkpoints(_Base):
             )
 
     def _section(self, self_contained: bool) -> str:
-        from kprune_ext.saved_report import load_report
+        from .saved_report import load_report
 
         file = MODELING_FILE if self_contained else None
         return pruning_section(load_report(self), self.kprune_auto.__name__, file)

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 from safetensors import SafetensorError
+
+from .common import command_line
 
 Task = Literal[
     "auto",
@@ -111,23 +113,13 @@ FLAGS = {"paper": "Use the publication's options in place of the defaults."}
 
 def build_parser() -> ArgumentParser:
     """The parser of the command line and of YAML files."""
-    parser = ArgumentParser(
-        prog="kprune",
-        description="K-prune: structured pruning of transformers encoders without retraining.",
+    return command_line.build_parser(
+        "kprune",
+        "K-prune: structured pruning of transformers encoders without retraining.",
+        COMMANDS,
+        flags=FLAGS,
+        positional=("report",),
     )
-    commands = parser.add_subcommands(dest="command", required=True)
-    for name, options in COMMANDS.items():
-        about = (options.__doc__ or "").partition("\n")[0]
-        command = ArgumentParser(description=about)
-        command.add_argument("--config", action="config", help="YAML file with options.")
-        own = {field.name for field in fields(options)}
-        command.add_class_arguments(
-            options, as_positional=name == "report", as_group=False, skip=own & FLAGS.keys()
-        )
-        for flag in FLAGS.keys() & own:
-            command.add_argument(f"--{flag}", action="store_true", help=FLAGS[flag])
-        commands.add_subcommand(name, command, help=about)
-    return parser
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -142,9 +134,9 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     parsed = build_parser().parse_args(args)
     name = parsed.command
-    options = COMMANDS[name](**_given(parsed[name]))
+    options = COMMANDS[name](**command_line.given_options(parsed[name]))
     # PyTorch and transformers take their time: not for --help or a mistyped option.
-    from kprune_ext import commands
+    from . import commands
 
     try:
         if isinstance(options, PruneOptions):
@@ -153,10 +145,6 @@ def main(args: Sequence[str] | None = None) -> None:
             commands.run_report(options)
     except (ValueError, TypeError, OSError, ImportError, SafetensorError) as error:
         sys.exit(f"kprune {name}: error: {error}")
-
-
-def _given(parsed: Namespace) -> dict[str, object]:
-    return {key: value for key, value in vars(parsed).items() if key != "config"}
 
 
 if __name__ == "__main__":

@@ -14,22 +14,18 @@ import transformers
 from rich.console import Console
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
-from kprune_ext import modeling
-from kprune_ext.budget import measure_latency
-from kprune_ext.config import KPruneConfig
-from kprune_ext.cost import LatencyTable
-from kprune_ext.files import (
-    check_distinct,
-    check_output_files,
-    check_output_folder,
-    resolved,
-)
-from kprune_ext.pruning import kprune
-from kprune_ext.report import REPORT_FILE, KPruneReport
-from kprune_ext.saved_report import load_report
+from . import modeling
+from .budget import measure_latency
+from .common.files import check_distinct, check_output_files, check_output_folder, resolved
+from .common.text_data import load_rows
+from .config import KPruneConfig
+from .cost import LatencyTable
+from .pruning import kprune
+from .report import REPORT_FILE, KPruneReport
+from .saved_report import load_report
 
 if TYPE_CHECKING:
-    from kprune_ext.cli import PruneOptions, ReportOptions
+    from .cli import PruneOptions, ReportOptions
 
 AUTO_CLASSES = {
     "sequence-classification": "AutoModelForSequenceClassification",
@@ -38,14 +34,6 @@ AUTO_CLASSES = {
     "masked-lm": "AutoModelForMaskedLM",
     "embeddings": "AutoModel",
     "image-classification": "AutoModelForImageClassification",
-}
-_LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".txt": ("text", {}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
-    ".parquet": ("parquet", {}),
 }
 
 
@@ -62,7 +50,8 @@ def run_prune(options: PruneOptions) -> PreTrainedModel:
     if min(options.max_length, options.batch_size) < 1:
         raise ValueError("max_length and batch_size must be at least 1.")
     about = AutoConfig.from_pretrained(options.model, revision=options.revision)
-    rows = load_rows(options)
+    rows = load_rows(options.data, name=options.data_name, split=options.split)
+    rows = rows.shuffle(seed=options.seed)
     model = load_model(options, about)
     if model.main_input_name == "pixel_values":
         processor: Any = AutoImageProcessor.from_pretrained(
@@ -123,35 +112,6 @@ def prune_config(options: PruneOptions) -> KPruneConfig:
         if getattr(options, name) is not None
     }
     return KPruneConfig(reduction=options.reduction, **common, **chosen)
-
-
-def load_rows(options: PruneOptions) -> Any:
-    """The data set, in an order that the seed gives.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: its kind or a field is unknown.
-    """
-    from datasets import load_dataset
-
-    path = Path(options.data).expanduser()
-    loader = _LOADERS.get(path.suffix.lower())
-    if loader is not None and not path.is_file():
-        raise FileNotFoundError(
-            f"No data file at {options.data!r}. Give the path of a {', '.join(_LOADERS)} file, or "
-            "the id of a data set on the Hugging Face hub."
-        )
-    if path.is_file() and loader is None:
-        raise ValueError(
-            f"The data file {options.data!r} is of an unknown kind. Known are: "
-            f"{', '.join(_LOADERS)}."
-        )
-    if loader is None:
-        rows = load_dataset(options.data, options.data_name, split=options.split)
-    else:
-        kind, settings = loader
-        rows = load_dataset(kind, data_files=str(path), split="train", **settings)
-    return rows.shuffle(seed=options.seed)
 
 
 def load_model(options: PruneOptions, about: Any) -> PreTrainedModel:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kprune_ext.files import replacing
+from .common.files import replacing
 
 LATENCY_FORMAT = 1
 

@@ -15,11 +15,11 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kprune_ext.architectures import Architecture, Context
-from kprune_ext.masking import stopping_before
-from kprune_ext.sublayers import layers_path
-from kprune_ext.tasks import Predict
-from peft_corda.placement import execution_device
+from .architectures import Architecture, Context
+from .common.placement import execution_device
+from .masking import stopping_before
+from .sublayers import layers_path
+from .tasks import Predict
 
 Inputs = Mapping[str, Tensor]
 

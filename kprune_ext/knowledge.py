@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kprune_ext.calibration import require_finite
-from kprune_ext.encoder import Encoder
-from kprune_ext.fisher import directions, divergence_gradient
-from kprune_ext.masking import MaskedUnits, unit_masks
-from kprune_ext.streams import MOST_LOGITS, Stream
-from kprune_ext.sublayers import SubLayer
-from kprune_ext.tasks import Predict, ProblemType
-from peft_corda.processes import Processes
+from .calibration import require_finite
+from .common.processes import Processes
+from .encoder import Encoder
+from .fisher import directions, divergence_gradient
+from .masking import MaskedUnits, unit_masks
+from .streams import MOST_LOGITS, Stream
+from .sublayers import SubLayer
+from .tasks import Predict, ProblemType
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kprune_ext.sublayers import SubLayer
+from .sublayers import SubLayer
 
 
 @contextmanager

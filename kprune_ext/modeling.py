@@ -17,14 +17,14 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from kprune_ext import kept
-from kprune_ext.architectures import ARCHITECTURES, Architecture
-from kprune_ext.checkpoints import Checkpoints
-from kprune_ext.kept import KeptUnits, store_kept_units
-from kprune_ext.placement import Homes, copy_weights, homes_of
-from kprune_ext.sublayers import find_architecture, sublayers
-from kprune_ext.surgery import shrink
-from kprune_ext.tasks import TASKS, Task, find_task
+from . import kept
+from .architectures import ARCHITECTURES, Architecture
+from .checkpoints import Checkpoints
+from .kept import KeptUnits, store_kept_units
+from .placement import Homes, copy_weights, homes_of
+from .sublayers import find_architecture, sublayers
+from .surgery import shrink
+from .tasks import TASKS, Task, find_task
 
 _ROWS = {row.pruned_type: row for row in ARCHITECTURES} | {
     row.model_type: row for row in ARCHITECTURES

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from kprune_ext.files import replacing
-from kprune_ext.report import KPruneReport
+from .common.files import replacing
+from .report import KPruneReport
 
 
 def save_kept(report: KPruneReport, path: str | os.PathLike[str]) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kprune_ext.calibration import require_finite
-from kprune_ext.encoder import Encoder
-from kprune_ext.predictions import best_scale
-from kprune_ext.streams import MOST_LOGITS, Stream
-from kprune_ext.tasks import Predict, ProblemType
-from peft_corda.processes import Processes
+from .calibration import require_finite
+from .common.processes import Processes
+from .encoder import Encoder
+from .predictions import best_scale
+from .streams import MOST_LOGITS, Stream
+from .tasks import Predict, ProblemType
 
 
 @torch.no_grad()

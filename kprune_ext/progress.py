@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from accelerate.utils import tqdm
 
-from kprune_ext.config import Schedule
-from kprune_ext.sublayers import SubLayer
+from .config import Schedule
+from .sublayers import SubLayer
 
 _FORMAT = "{desc} {percentage:3.0f}%|{bar}| {postfix}[{elapsed}<{remaining}]"
 

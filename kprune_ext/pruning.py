@@ -13,32 +13,26 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kprune_ext.budget import budget_for, cost_tables, measure_latency, unit_flops
-from kprune_ext.config import KPruneConfig
-from kprune_ext.cost import LatencyTable
-from kprune_ext.encoder import Encoder, plain_outputs
-from kprune_ext.knowledge import Knowledge, Signal, measure_knowledge, teacher_logits
-from kprune_ext.masking import evaluating
-from kprune_ext.modeling import model_task, record_kept, uneven_copy
-from kprune_ext.placement import (
-    homes_of,
-    input_device,
-    moving_inputs,
-    require_whole_layers,
-    spread_out,
-)
-from kprune_ext.predictor import scale_logits
-from kprune_ext.progress import progress_over
-from kprune_ext.reporting import make_report
-from kprune_ext.search import search_masks
-from kprune_ext.sharing import from_main, own_model, processes_of, shared_data, summed
-from kprune_ext.streams import Stream, start_streams, state_memory
-from kprune_ext.sublayers import SubLayer, find_architecture, layers_path, sublayers
-from kprune_ext.surgery import set_output, shrink
-from kprune_ext.tasks import Predict, ProblemType, Task, problem_type
-from kprune_ext.tuning import normal_equations, tune
-from peft_corda.memory import few_kept_kernels, give_back
-from peft_corda.placement import moves_weights
+from .budget import budget_for, cost_tables, measure_latency, unit_flops
+from .common.memory import few_kept_kernels, give_back
+from .common.placement import moves_weights
+from .config import KPruneConfig
+from .cost import LatencyTable
+from .encoder import Encoder, plain_outputs
+from .knowledge import Knowledge, Signal, measure_knowledge, teacher_logits
+from .masking import evaluating
+from .modeling import model_task, record_kept, uneven_copy
+from .placement import homes_of, input_device, moving_inputs, require_whole_layers, spread_out
+from .predictor import scale_logits
+from .progress import progress_over
+from .reporting import make_report
+from .search import search_masks
+from .sharing import from_main, own_model, processes_of, shared_data, summed
+from .streams import Stream, start_streams, state_memory
+from .sublayers import SubLayer, find_architecture, layers_path, sublayers
+from .surgery import set_output, shrink
+from .tasks import Predict, ProblemType, Task, problem_type
+from .tuning import normal_equations, tune
 
 
 def kprune(

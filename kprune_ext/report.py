@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kprune_ext.files import replacing
+from .common.files import replacing
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
@@ -141,7 +141,7 @@ class KPruneReport:
             ImportError: matplotlib is not installed.
             ValueError: matplotlib does not know the format that the path's ending names.
         """
-        from kprune_ext.plots import save_kept
+        from .plots import save_kept
 
         save_kept(self, path)
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kprune_ext.config import KPruneConfig
-from kprune_ext.report import KPruneReport, SubLayerReport
-from kprune_ext.sublayers import SubLayer
+from .config import KPruneConfig
+from .report import KPruneReport, SubLayerReport
+from .sublayers import SubLayer
 
 
 def make_report(

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from kprune_ext.budget import unit_flops
-from kprune_ext.kept import store_kept_units
-from kprune_ext.modeling import KIND_OF_NAME, UnevenLayers, kept_units
-from kprune_ext.report import REPORT_FILE, KPruneReport
-from kprune_ext.reporting import sublayer_row
-from kprune_ext.sublayers import find_architecture, sublayers
+from .budget import unit_flops
+from .kept import store_kept_units
+from .modeling import KIND_OF_NAME, UnevenLayers, kept_units
+from .report import REPORT_FILE, KPruneReport
+from .reporting import sublayer_row
+from .sublayers import find_architecture, sublayers
 
 
 def load_report(

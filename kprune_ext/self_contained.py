@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from kprune_ext import attention, standalone
-from kprune_ext.architectures import Architecture, SubLayerPaths
-from kprune_ext.kept import decode_indices
+from . import attention, standalone
+from .architectures import Architecture, SubLayerPaths
+from .kept import decode_indices
 
 MODELING_FILE = "modeling_kprune_ext.py"
 
@@ -51,7 +51,7 @@ def modeling_source(
         config_class: of the pruned family.
         models: by Auto class, its pruned models.
     """
-    from kprune_ext import __version__
+    from . import __version__
 
     dense_config = config_class.__bases__[0]
     dense = {kind: kind.__bases__[1] for kind in models.values()}

@@ -13,16 +13,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from kprune_ext.calibration import (
-    CalibrationData,
-    collect_samples,
-    largest_scored,
-    sample_keys,
-)
-from kprune_ext.config import KPruneConfig
-from kprune_ext.reconstruction import NormalEquations, TunedProjection
-from peft_corda.placement import is_dtensor, is_partitioned, moves_weights
-from peft_corda.processes import Processes
+from .calibration import CalibrationData, collect_samples, largest_scored, sample_keys
+from .common.placement import is_dtensor, is_partitioned, moves_weights
+from .common.processes import Processes
+from .config import KPruneConfig
+from .reconstruction import NormalEquations, TunedProjection
 
 
 def processes_of(accelerator: Accelerator | None) -> Processes:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kprune_ext.architectures import Context
-from kprune_ext.calibration import CalibrationData, Sample, require_finite
-from kprune_ext.config import KPruneConfig
-from kprune_ext.encoder import Encoder
-from kprune_ext.placement import input_device
-from kprune_ext.tasks import Predict
+from .architectures import Context
+from .calibration import CalibrationData, Sample, require_finite
+from .config import KPruneConfig
+from .encoder import Encoder
+from .placement import input_device
+from .tasks import Predict
 
 #: Logits of so many elements go backward at a time: 64 MiB in float32.
 MOST_LOGITS = 2**24

@@ -11,8 +11,8 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kprune_ext.architectures import ARCHITECTURES, Architecture, Context, SubLayerPaths
-from peft_corda.placement import execution_device
+from .architectures import ARCHITECTURES, Architecture, Context, SubLayerPaths
+from .common.placement import execution_device
 
 Kind = Literal["attention", "ffn"]
 

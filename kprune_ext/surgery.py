@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kprune_ext.sublayers import SubLayer, unit_dimensions
+from .sublayers import SubLayer, unit_dimensions
 
 # Where attention modules note how many heads, and dimensions of all heads together, they have.
 _HEAD_COUNTS = ("num_attention_heads", "n_heads")

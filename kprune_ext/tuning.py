@@ -7,18 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kprune_ext.calibration import require_finite
-from kprune_ext.config import KPruneConfig
-from kprune_ext.encoder import Encoder
-from kprune_ext.masking import watching
-from kprune_ext.reconstruction import (
-    NormalEquations,
-    TunedProjection,
-    choose_ridge,
-    tune_projection,
-)
-from kprune_ext.streams import Stream
-from kprune_ext.sublayers import SubLayer
+from .calibration import require_finite
+from .config import KPruneConfig
+from .encoder import Encoder
+from .masking import watching
+from .reconstruction import NormalEquations, TunedProjection, choose_ridge, tune_projection
+from .streams import Stream
+from .sublayers import SubLayer
 
 
 @torch.no_grad()

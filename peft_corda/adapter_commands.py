@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 from peft import PeftModel, get_peft_model
 
+from kprune_ext.common.files import check_distinct, check_output_folder, replacing_folder
+
 from .commands import calibrated, check_options, load_model
 from .config import CordaConfig
 from .export import export_lora
 from .factors import CordaFactors
-from .files import check_distinct, check_output_folder, replacing_folder
 
 if TYPE_CHECKING:
     from .cli import ExportOptions, InitOptions

@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 from accelerate.utils import (
-    convert_file_size_to_int,
     extract_model_from_parallel,
     send_to_device,
 )
 from peft import PeftModel
 from torch import nn
+
+from kprune_ext.common.memory import bytes_of_limit, give_back
+from kprune_ext.common.placement import spreading_of
+from kprune_ext.common.processes import Processes
 
 from .checkpoint import Checkpoint, identity
 from .collect import PassOptions, collect_covariances
@@ -24,11 +27,8 @@ from .decomposition import METHODS
 from .factorise import factorise
 from .factors import CordaFactors, ModuleFactors
 from .groups import discover, with_cross
-from .memory import give_back
 from .model import CordaModel
-from .placement import spreading_of
 from .plan import Plan, make_plan
-from .processes import Processes
 from .runner import Runner, count_of, digest_of, first_example
 from .targets import find_targets
 
@@ -225,23 +225,6 @@ def _check_arguments(
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}.")
     return tuple(method for method in METHODS if method in chosen)
-
-
-def bytes_of_limit(max_memory: int | str | None) -> int | None:
-    """`max_memory` as a number of bytes, or None.
-
-    Raises:
-        ValueError: if it is neither a number nor a text that tells one.
-    """
-    if max_memory is None:
-        return None
-    try:
-        return convert_file_size_to_int("" if isinstance(max_memory, bool) else max_memory)
-    except (ValueError, OverflowError, AttributeError):
-        raise ValueError(
-            "max_memory must be a whole number of bytes or a text such as '500MB' or '4GiB', got "
-            f"{max_memory!r}."
-        ) from None
 
 
 def _spare(

@@ -13,9 +13,10 @@ from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from kprune_ext.common.files import resolved
+
 from .config import CordaConfig
 from .export import check_target, export_lora
-from .files import resolved
 
 
 class CordaExportCallback(TrainerCallback):

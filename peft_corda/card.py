@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from .files import replacing
+from kprune_ext.common.files import replacing
+from kprune_ext.common.presentation import CARD_NAME, with_section
 
 if TYPE_CHECKING:
     from .config import CordaConfig
 
-CARD_NAME = "README.md"
-# Around our section, so that saving again replaces it and leaves everything else alone.
-_START, _END = "<!-- peft_corda: start -->", "<!-- peft_corda: end -->"
-_SECTION = re.compile(rf"\n*{re.escape(_START)}.*?{re.escape(_END)}\n*", flags=re.DOTALL)
+_OWNER = "peft_corda"
 _CORDA = """\
 ## CorDA adapter
 
@@ -63,7 +60,7 @@ def update_card(folder: str | os.PathLike[str], section: str | None) -> None:
     # Line breaks as they are: the text is the user's.
     with open(path, encoding="utf-8", newline="") as file:
         before = file.read()
-    after = with_section(before, section)
+    after = with_section(before, section, _OWNER)
     if after != before:
         _write(path, after)
 
@@ -79,16 +76,7 @@ def describe(folder: str | os.PathLike[str], config: CordaConfig) -> None:
     if os.path.isfile(path):
         update_card(folder, corda_section(config))
     elif any(os.path.isfile(os.path.join(folder, name)) for name in weights):
-        _write(path, with_section(_new_card(config), corda_section(config)))
-
-
-def with_section(text: str, section: str | None) -> str:
-    """The text of a card with our section at its end, or with none."""
-    had = _SECTION.search(text) is not None
-    rest = _SECTION.sub("\n\n", text).rstrip("\n") if had else text.rstrip("\n")
-    if section is None:
-        return rest + "\n" if had else text
-    return f"{rest}\n\n{_START}\n{section}{_END}\n"
+        _write(path, with_section(_new_card(config), corda_section(config), _OWNER))
 
 
 def lora_card(src: str, dst: str, config: CordaConfig, rank: int, exact: bool) -> str:
@@ -102,7 +90,7 @@ def lora_card(src: str, dst: str, config: CordaConfig, rank: int, exact: bool) -
     how = "" if exact else ", the best approximation of that rank"
     method = f"`{config.corda_method}`" if config.corda_method else "no method"
     section = _LORA.format(method=method, rank=_ranks(config), exported=rank, how=how)
-    return with_section(str(card), section)
+    return with_section(str(card), section, _OWNER)
 
 
 def _new_card(config: CordaConfig) -> str:

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kprune_ext.common.placement import moves_weights
+
 from .passes import Group
-from .placement import moves_weights
 from .runner import Runner, evaluating, token_shape, visiting
 
 

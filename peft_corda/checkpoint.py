@@ -19,12 +19,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from kprune_ext.common.files import atomic_save, replacing, resolved
+from kprune_ext.common.placement import whole_parameters
+from kprune_ext.common.processes import Processes
+
 from .config import CordaConfig
 from .factors import CordaFactors, sample_of
-from .files import atomic_save, replacing, resolved
 from .passes import Group
-from .placement import whole_parameters
-from .processes import Processes
 from .runner import digest_of
 from .statistics import CovarianceAccumulator
 from .targets import rank_of

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 from safetensors import SafetensorError
+
+from kprune_ext.common import command_line
 
 Task = Literal[
     "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"
@@ -232,26 +234,13 @@ COMMANDS = {
 
 def build_parser() -> ArgumentParser:
     """The parser of the command line and of YAML files."""
-    parser = ArgumentParser(
-        prog="peft-corda",
-        description="CorDA: adapters cut out of a model's weights along its data.",
+    return command_line.build_parser(
+        "peft-corda",
+        "CorDA: adapters cut out of a model's weights along its data.",
+        COMMANDS,
+        flags=FLAGS,
+        positional=("report", "export"),
     )
-    commands = parser.add_subcommands(dest="command", required=True)
-    for name, options in COMMANDS.items():
-        about = (options.__doc__ or "").partition("\n")[0]
-        command = ArgumentParser(description=about)
-        command.add_argument("--config", action="config", help="YAML file with options.")
-        own = [field.name for field in fields(options)]
-        command.add_class_arguments(
-            options,
-            as_positional=name in ("report", "export"),
-            as_group=False,
-            skip=set(FLAGS).intersection(own),
-        )
-        for flag in filter(own.__contains__, FLAGS):
-            command.add_argument(f"--{flag}", action="store_true", help=FLAGS[flag])
-        commands.add_subcommand(name, command, help=about)
-    return parser
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -266,7 +255,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     parsed = build_parser().parse_args(args)
     name = parsed.command
-    options = COMMANDS[name](**_given(parsed[name]))
+    options = COMMANDS[name](**command_line.given_options(parsed[name]))
     # PyTorch and transformers take their time: not for --help or a mistyped option.
     from . import adapter_commands, commands, plan_command
 
@@ -283,10 +272,6 @@ def main(args: Sequence[str] | None = None) -> None:
             commands.run_report(options)
     except (ValueError, OSError, ImportError, SafetensorError) as error:
         sys.exit(f"peft-corda {name}: error: {error}")
-
-
-def _given(parsed: Namespace) -> dict[str, object]:
-    return {key: value for key, value in vars(parsed).items() if key != "config"}
 
 
 if __name__ == "__main__":

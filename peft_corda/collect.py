@@ -11,13 +11,14 @@ import torch
 from accelerate.utils import tqdm
 from torch import Tensor, nn
 
+from kprune_ext.common.placement import moves_weights
+from kprune_ext.common.processes import Processes
+
 from .blocks import Relay
 from .checkpoint import Snapshots
 from .groups import InputSharing
 from .masks import kept_rows
 from .passes import Group
-from .placement import moves_weights
-from .processes import Processes
 from .runner import Batch, Runner, count_of, evaluating, visiting
 from .statistics import Covariance, CovarianceAccumulator, CrossAccumulator, CrossCovariance
 from .weights import whole_bias

@@ -13,13 +13,14 @@ from rich.console import Console
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
+from kprune_ext.common.files import check_output_files, replacing
+from kprune_ext.common.text_data import Batch, load_rows, packed_batches, padded_batches, read_texts
+
 from .allocation import allocate_ranks
 from .calibration import calibrate
 from .config import CordaConfig
-from .data import Batch, load_rows, packed_batches, padded_batches, read_texts
 from .decomposition import METHODS
 from .factors import CordaFactors
-from .files import check_output_files, replacing
 from .reporting import CordaReport, report
 from .spectra import pick_method
 

@@ -18,8 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kprune_ext.common.precision import exact_products
+
 from . import iterative
-from .eigen import energy_of, exact_products, gram, is_singular, largest_eigenvectors
+from .eigen import energy_of, gram, is_singular, largest_eigenvectors
 from .reduction import thin_rows, triangle_of
 
 METHODS = ("kpm", "ipm")

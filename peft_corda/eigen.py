@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
@@ -13,31 +10,6 @@ _BLOCKS = 12
 _LEAST_BLOCK = 128
 # Beyond it a Cholesky factor of a Gram matrix loses too many digits.
 _CHOLESKY_SPREAD = 1e7
-
-
-@contextmanager
-def exact_products(device: torch.device, lossless: bool = False) -> Iterator[None]:
-    """No TensorFloat-32 in products of float32, whatever is allowed elsewhere.
-
-    Args:
-        device: that they are worked out on.
-        lossless: their factors fit into TensorFloat-32, so that it is used.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    settings = torch.backends.cuda.matmul
-    # PyTorch 2.9 has a new name for the setting, and warns of the old one.
-    if hasattr(settings, "fp32_precision"):
-        name, value = "fp32_precision", "tf32" if lossless else "ieee"
-    else:
-        name, value = "allow_tf32", lossless  # type: ignore[assignment]
-    before = getattr(settings, name)
-    setattr(settings, name, value)
-    try:
-        yield
-    finally:
-        setattr(settings, name, before)
 
 
 def largest_eigenvectors(symmetric: Tensor, count: int) -> Tensor:

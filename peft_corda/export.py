@@ -22,9 +22,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from kprune_ext.common.files import atomic_save, check_output_folder, replacing_folder, resolved
+
 from .card import CARD_NAME, lora_card, update_card
 from .config import CordaConfig
-from .files import atomic_save, check_output_folder, replacing_folder, resolved
 from .low_rank import stacked, truncated
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")

@@ -8,11 +8,12 @@ import torch
 from accelerate.utils import tqdm
 from torch import Tensor, nn
 
+from kprune_ext.common.processes import Processes
+
 from .config import CordaConfig
 from .decomposition import Directions, decompose, decompose_product, right_factor
 from .factors import SAMPLE_SIZE, ModuleFactors, sample_of
 from .passes import Group, owners_of
-from .processes import Processes
 from .statistics import Covariance, CrossCovariance, damped, damped_cross, effective_rank
 from .targets import rank_of
 from .weights import decomposable, dense_weight, weight_shape

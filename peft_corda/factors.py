@@ -12,8 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kprune_ext.common.files import atomic_save
+
 from .decomposition import METHODS, Directions
-from .files import atomic_save
 
 FORMAT = "peft_corda.factors"
 FORMAT_VERSION = 2

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from kprune_ext.common.placement import execution_device, fill, is_dtensor, is_partitioned
+
 from .difference import add_difference
-from .placement import execution_device, fill, is_dtensor, is_partitioned
 from .starts import StartBuffers
 from .weights import quantization_of, weight_shape
 

@@ -10,13 +10,14 @@ from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 from transformers.modeling_utils import is_fsdp_enabled
 
+from kprune_ext.common.processes import Processes
+
 from .combining import Combination, combined
 from .config import CordaConfig, saved_last
 from .decomposition import starting_factors
 from .export import convert_for_saving
 from .factors import CordaFactors, WeightSample, sample_of
 from .layer import CordaLayer, new_layer
-from .processes import Processes
 from .targets import find_targets, rank_of
 from .weights import decomposable, dense_weight, rounding_of, weight_shape
 

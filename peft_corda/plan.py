@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from kprune_ext.common.processes import Processes
+
 from .blocks import Relay
 from .chain import Chain, find_chain
 from .collect import Span
 from .passes import Group, passes_within, plan_passes
-from .processes import Processes
 from .runner import Batch, Runner, count_of, digest_of, first_example, token_shape
 
 # A model of which an eighth is less than this is small enough not to save.

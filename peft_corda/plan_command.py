@@ -10,12 +10,13 @@ import transformers
 from accelerate import init_empty_weights
 from transformers import AutoConfig
 
-from .calibration import bytes_of_limit
+from kprune_ext.common.files import check_output_files, replacing
+from kprune_ext.common.memory import bytes_of_limit
+
 from .commands import AUTO_CLASSES
 from .config import CordaConfig
 from .decomposition import METHODS
 from .estimates import Estimate
-from .files import check_output_files, replacing
 from .planner import estimate
 
 if TYPE_CHECKING:

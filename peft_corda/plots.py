@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .files import replacing
+from kprune_ext.common.files import replacing
+
 from .spectra import layer_number
 
 if TYPE_CHECKING:

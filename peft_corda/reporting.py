@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from kprune_ext.common.files import replacing
+
 from .config import SCALINGS, CordaConfig
 from .decomposition import Directions
 from .factors import CordaFactors
-from .files import replacing
 from .spectra import energy_shares, module_types, pick_method, rank_cost
 from .targets import rank_of
 

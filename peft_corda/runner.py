@@ -17,8 +17,9 @@ from accelerate.utils import send_to_device
 from peft import PeftModel
 from torch import Tensor, nn
 
+from kprune_ext.common.placement import execution_device, moves_weights, reshard, spreading_of
+
 from .masks import TEXT_KEYS, of_like_length, token_mask, unpadded
-from .placement import execution_device, moves_weights, reshard, spreading_of
 from .weights import quantization_of
 
 # Batch entries that only serve a loss.

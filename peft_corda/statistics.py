@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .eigen import add_lower_gram, energy_of, exact_products, mirror_lower
-from .processes import Processes
+from kprune_ext.common.precision import exact_products
+from kprune_ext.common.processes import Processes
+
+from .eigen import add_lower_gram, energy_of, mirror_lower
 
 
 @dataclass(frozen=True, eq=False)

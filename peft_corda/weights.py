@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .placement import brought_in, shape_of, whole
+from kprune_ext.common.placement import brought_in, shape_of, whole
 
 SUPPORTED = (
     "torch.nn.Linear and transformers' Conv1D with floating-point weights, bitsandbytes' Linear4bit and "

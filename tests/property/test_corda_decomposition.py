@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kprune_ext.common.precision import exact_products
 from peft_corda import iterative
 from peft_corda.decomposition import METHODS, WEIGHTINGS, decompose, right_factor
-from peft_corda.eigen import exact_products
 from peft_corda.statistics import damped
 
 both_methods = pytest.mark.parametrize("method", METHODS)

@@ -15,11 +15,11 @@ from corda_helpers import (
 )
 from torch import nn
 
+from kprune_ext.common.processes import Processes
 from peft_corda import CordaConfig, calibrate
 from peft_corda.collect import PassOptions, collect_covariances
 from peft_corda.groups import discover
 from peft_corda.plan import make_plan
-from peft_corda.processes import Processes
 from peft_corda.targets import find_targets
 
 TOKENS = 3 * 4 * 12  # of make_batches()

@@ -13,8 +13,9 @@ from safetensors import safe_open
 from text_helpers import SENTENCES, make_tokenizer
 from transformers import T5Config, T5ForConditionalGeneration
 
+from kprune_ext.common import command_line
+from kprune_ext.common.text_data import load_rows, padded_batches, read_texts
 from peft_corda import CordaFactors, apply_ranks, calibrate, cli
-from peft_corda.data import load_rows, padded_batches, read_texts
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,7 @@ def test_print_config_round_trip(folder, tmp_path, capsys):
     parser = cli.build_parser()
     by_flags = parser.parse_args([*arguments, "--pack"])
     by_file = parser.parse_args(["calibrate", f"--config={tmp_path / 'options.yaml'}"])
-    assert cli._given(by_file["calibrate"]) == cli._given(by_flags["calibrate"])
+    assert command_line.given_options(by_file["calibrate"]) == cli._given(by_flags["calibrate"])
     cli.main(["calibrate", f"--config={tmp_path / 'options.yaml'}", "--r=2"])
     found = CordaFactors.load(tmp_path / "factors.safetensors")
     assert {found.rank(name, "kpm") for name in found.modules} == {2}
@@ -207,7 +208,7 @@ def test_a_report_that_cannot_be_written_leaves_no_factors(folder, tmp_path, mon
     def failing(*args, **kwargs):
         raise OSError("no space left")
 
-    monkeypatch.setattr("peft_corda.files.save_file", failing)
+    monkeypatch.setattr("kprune_ext.common.files.save_file", failing)
     arguments = options(folder, tmp_path / "factors.safetensors", report=tmp_path / "report.json")
     with pytest.raises(SystemExit, match="calibrate: error: no space left"):
         cli.main(arguments)

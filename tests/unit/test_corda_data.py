@@ -6,7 +6,7 @@ import pytest
 import torch
 from text_helpers import SENTENCES, make_tokenizer
 
-from peft_corda.data import load_rows, packed_batches, padded_batches, read_texts
+from kprune_ext.common.text_data import load_rows, packed_batches, padded_batches, read_texts
 
 
 def test_fields_are_joined_blank_rows_left_out_and_the_order_is_seeded(tmp_path):

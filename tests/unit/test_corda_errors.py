@@ -210,7 +210,7 @@ class TestFactors:
         def failing(*args, **kwargs):
             raise OSError("no space left")
 
-        monkeypatch.setattr("peft_corda.files.save_file", failing)
+        monkeypatch.setattr("kprune_ext.common.files.save_file", failing)
         with pytest.raises(OSError, match="no space left"):
             factors.save(path)
         assert [p.name for p in tmp_path.iterdir()] == ["factors.safetensors"]

@@ -9,12 +9,12 @@ from accelerate import init_empty_weights
 from corda_helpers import make_batches, make_config, make_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from kprune_ext.common.processes import Processes
 from peft_corda import calibrate, planner
 from peft_corda.cli import main
 from peft_corda.groups import discover, with_cross
 from peft_corda.plan import make_plan
 from peft_corda.planner import estimate
-from peft_corda.processes import Processes
 from peft_corda.targets import find_targets
 
 pytestmark = pytest.mark.skipif(

@@ -15,15 +15,15 @@ from text_helpers import SENTENCES, make_tokenizer
 
 from kprune_ext import KPruneReport, LatencyTable
 from kprune_ext import cli as kprune_cli
-from kprune_ext.saving import replacing_files
-from peft_corda import CordaExportCallback, calibrate, cli, export_lora
-from peft_corda.files import (
+from kprune_ext.common.files import (
     check_distinct,
     check_output_file,
     check_output_folder,
     replacing,
     replacing_folder,
 )
+from kprune_ext.saving import replacing_files
+from peft_corda import CordaExportCallback, calibrate, cli, export_lora
 
 ROOT = Path(__file__).parents[2]
 EMPTY = ["", " ", "\t"]

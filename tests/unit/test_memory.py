@@ -8,7 +8,7 @@ from kprune_helpers import padded, sequences, tiny_bert
 from torch import nn
 
 from kprune_ext import KPruneConfig, kprune
-from peft_corda.memory import few_kept_kernels
+from kprune_ext.common.memory import few_kept_kernels
 
 onednn = torch.backends.mkldnn
 

@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import (
+    convert_file_size_to_int,
+)
 from torch import nn
 
 
@@ -50,3 +53,20 @@ def few_kept_kernels(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         backend.enabled = before
+
+
+def bytes_of_limit(max_memory: int | str | None) -> int | None:
+    """`max_memory` as a number of bytes, or None.
+
+    Raises:
+        ValueError: if it is neither a number nor a text that tells one.
+    """
+    if max_memory is None:
+        return None
+    try:
+        return convert_file_size_to_int("" if isinstance(max_memory, bool) else max_memory)
+    except (ValueError, OverflowError, AttributeError):
+        raise ValueError(
+            "max_memory must be a whole number of bytes or a text such as '500MB' or '4GiB', got "
+            f"{max_memory!r}."
+        ) from None
