@@ -20,6 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kprune_ext import KPruneConfig
+from kprune_ext.architectures.table import find_architecture
+from kprune_ext.architectures.tasks import problem_type
 from kprune_ext.budget import budget_for, cost_tables
 from kprune_ext.encoder import Encoder
 from kprune_ext.knowledge import Signal, measure_knowledge
@@ -29,9 +31,8 @@ from kprune_ext.reconstruction import NormalEquations
 from kprune_ext.search import search_masks
 from kprune_ext.sharing import shared_data
 from kprune_ext.streams import StateMemory, Stream, start_streams
-from kprune_ext.sublayers import SubLayer, find_architecture, sublayers
-from kprune_ext.surgery import set_output, shrink
-from kprune_ext.tasks import problem_type
+from kprune_ext.units.sublayers import SubLayer, sublayers
+from kprune_ext.units.surgery import set_output, shrink
 
 Baseline = Literal["magnitude", "fisher_mask"]
 

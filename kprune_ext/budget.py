@@ -13,12 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import cost
+from .architectures.table import find_architecture
 from .config import Metric
 from .cost import LatencyTable, median_seconds, sizes_to_measure
 from .encoder import Encoder, plain_outputs
 from .masking import evaluating
-from .sublayers import SubLayer, find_architecture, sublayers
-from .surgery import shrink
+from .units.sublayers import SubLayer, sublayers
+from .units.surgery import shrink
 
 
 def unit_flops(model: PreTrainedModel, sublayer: SubLayer, length: int) -> int:

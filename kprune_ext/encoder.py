@@ -15,11 +15,11 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .architectures import Architecture, Context
+from .architectures.row import Architecture, Context
+from .architectures.tasks import Predict
 from .common.placement import execution_device
 from .masking import stopping_before
-from .sublayers import layers_path
-from .tasks import Predict
+from .units.sublayers import layers_path
 
 Inputs = Mapping[str, Tensor]
 

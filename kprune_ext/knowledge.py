@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .architectures.tasks import Predict, ProblemType
 from .calibration import require_finite
 from .common.processes import Processes
 from .encoder import Encoder
 from .fisher import directions, divergence_gradient
 from .masking import MaskedUnits, unit_masks
 from .streams import MOST_LOGITS, Stream
-from .sublayers import SubLayer
-from .tasks import Predict, ProblemType
+from .units.sublayers import SubLayer
 
 
 @dataclass(frozen=True)

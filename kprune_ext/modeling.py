@@ -17,18 +17,15 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from . import kept
-from .architectures import ARCHITECTURES, Architecture
+from .architectures.row import Architecture
+from .architectures.table import ARCHITECTURES, ROWS, find_architecture
+from .architectures.tasks import TASKS, Task, find_task
 from .checkpoints import Checkpoints
-from .kept import KeptUnits, store_kept_units
 from .placement import Homes, copy_weights, homes_of
-from .sublayers import find_architecture, sublayers
-from .surgery import shrink
-from .tasks import TASKS, Task, find_task
-
-_ROWS = {row.pruned_type: row for row in ARCHITECTURES} | {
-    row.model_type: row for row in ARCHITECTURES
-}
+from .units import kept
+from .units.kept import KeptUnits, store_kept_units
+from .units.sublayers import sublayers
+from .units.surgery import shrink
 
 
 def kept_units(config: Any) -> list[KeptUnits]:
@@ -37,7 +34,7 @@ def kept_units(config: Any) -> list[KeptUnits]:
     Raises:
         ValueError: the field ``kprune`` of the config is inconsistent, in itself or with the rest.
     """
-    row = _ROWS[config.model_type]
+    row = ROWS[config.model_type]
     return kept.kept_units(config, config.num_attention_heads, row.neurons(config))
 
 
@@ -48,7 +45,7 @@ class UnevenLayers(Checkpoints):
         # A damaged config is reported before anything is built.
         sizes = kept_units(config)
         super().__init__(config, *args, **kwargs)
-        for sublayer in sublayers(self, _ROWS[config.model_type]):
+        for sublayer in sublayers(self, ROWS[config.model_type]):
             row = sizes[sublayer.layer]
             units = row.heads if sublayer.kind == "attention" else row.neurons
             if len(units) < sublayer.units:

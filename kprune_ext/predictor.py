@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .architectures.tasks import Predict, ProblemType
 from .calibration import require_finite
 from .common.processes import Processes
 from .encoder import Encoder
 from .predictions import best_scale
 from .streams import MOST_LOGITS, Stream
-from .tasks import Predict, ProblemType
 
 
 @torch.no_grad()

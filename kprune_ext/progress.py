@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from accelerate.utils import tqdm
 
 from .config import Schedule
-from .sublayers import SubLayer
+from .units.sublayers import SubLayer
 
 _FORMAT = "{desc} {percentage:3.0f}%|{bar}| {postfix}[{elapsed}<{remaining}]"
 

@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .architectures.table import find_architecture
+from .architectures.tasks import Predict, ProblemType, Task, problem_type
 from .budget import budget_for, cost_tables, measure_latency, unit_flops
 from .common.memory import few_kept_kernels, give_back
 from .common.placement import moves_weights
@@ -29,10 +31,9 @@ from .reporting import make_report
 from .search import search_masks
 from .sharing import from_main, own_model, processes_of, shared_data, summed
 from .streams import Stream, start_streams, state_memory
-from .sublayers import SubLayer, find_architecture, layers_path, sublayers
-from .surgery import set_output, shrink
-from .tasks import Predict, ProblemType, Task, problem_type
 from .tuning import normal_equations, tune
+from .units.sublayers import SubLayer, layers_path, sublayers
+from .units.surgery import set_output, shrink
 
 
 def kprune(

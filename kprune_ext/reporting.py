@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from .config import KPruneConfig
 from .report import KPruneReport, SubLayerReport
-from .sublayers import SubLayer
+from .units.sublayers import SubLayer
 
 
 def make_report(

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
+from .architectures.table import find_architecture
 from .budget import unit_flops
-from .kept import store_kept_units
 from .modeling import KIND_OF_NAME, UnevenLayers, kept_units
 from .report import REPORT_FILE, KPruneReport
 from .reporting import sublayer_row
-from .sublayers import find_architecture, sublayers
+from .units.kept import store_kept_units
+from .units.sublayers import sublayers
 
 
 def load_report(

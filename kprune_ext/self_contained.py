@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from . import attention, standalone
-from .architectures import Architecture, SubLayerPaths
-from .kept import decode_indices
+from . import standalone
+from .architectures import headless
+from .architectures.row import Architecture, SubLayerPaths
+from .units.kept import decode_indices
 
 MODELING_FILE = "modeling_kprune_ext.py"
 
@@ -94,25 +95,19 @@ def modeling_source(
 
 def _attention_code(architecture: Architecture) -> tuple[list[str], list[str]]:
     """Source of the family's own attention modules, and the imports that it needs."""
-    adapters = {paths.adapt for paths in architecture.attention if paths.adapt is not None}
-    own: list[type] = []
-    imports: set[str] = set()
-    for adapt in adapters:
-        for kind in _classes_used(adapt):
-            if kind.__module__ == attention.__name__:
-                own.append(kind)
-                imports.update(map(_import, kind.__bases__))
-            else:
-                imports.add(_import(kind))
-    code = [inspect.getsource(attention._take_over)] if own else []
+    adapted = [paths for paths in architecture.attention if paths.adapt is not None]
+    classes = dict.fromkeys(kind for paths in adapted for kind in paths.adapt_classes)
+    own = [kind for kind in classes if kind.__module__ == headless.__name__]
+    imports = {_import(kind) for kind in classes if kind not in own}
+    imports.update(_import(base) for kind in own for base in kind.__bases__)
+    code = [inspect.getsource(headless.take_over)] if own else []
     code += [inspect.getsource(kind) for kind in own]
-    code += [inspect.getsource(adapt) for adapt in adapters]
+    code += [
+        inspect.getsource(adapt)
+        for adapt in dict.fromkeys(paths.adapt for paths in adapted)
+        if adapt is not None
+    ]
     return code, sorted(imports)
-
-
-def _classes_used(function: Callable[..., Any]) -> list[type]:
-    values = (getattr(attention, name, None) for name in function.__code__.co_names)
-    return [value for value in values if isinstance(value, type)]
 
 
 def _import(kind: type) -> str:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .architectures import Context
+from .architectures.row import Context
+from .architectures.tasks import Predict
 from .calibration import CalibrationData, Sample, require_finite
 from .config import KPruneConfig
 from .encoder import Encoder
 from .placement import input_device
-from .tasks import Predict
 
 #: Logits of so many elements go backward at a time: 64 MiB in float32.
 MOST_LOGITS = 2**24

@@ -13,7 +13,7 @@ from .encoder import Encoder
 from .masking import watching
 from .reconstruction import NormalEquations, TunedProjection, choose_ridge, tune_projection
 from .streams import Stream
-from .sublayers import SubLayer
+from .units.sublayers import SubLayer
 
 
 @torch.no_grad()

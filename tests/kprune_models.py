@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from kprune_ext.architectures import ARCHITECTURES
+from kprune_ext.architectures.table import ARCHITECTURES
 
 HIDDEN, HEADS, LAYERS = 24, 4, 2
 

@@ -14,12 +14,13 @@ from kprune_models import batches_for, outputs_of, tiny
 
 import kprune_ext.streams
 from kprune_ext import KPruneConfig, LatencyTable, kprune, measure_latency
+from kprune_ext.architectures.table import find_architecture
 from kprune_ext.encoder import Encoder
 from kprune_ext.knowledge import Signal, _in_parts, measure_knowledge, teacher_logits
 from kprune_ext.modeling import model_task
 from kprune_ext.sharing import shared_data
 from kprune_ext.streams import StateMemory, start_streams
-from kprune_ext.sublayers import find_architecture, sublayers
+from kprune_ext.units.sublayers import sublayers
 
 
 def run(model: Any, batches: Any, **options: Any) -> Any:

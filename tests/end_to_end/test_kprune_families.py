@@ -18,11 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, DebertaV2ForSequenceClassification
 
 from kprune_ext import KPruneConfig, kprune
-from kprune_ext.architectures import ARCHITECTURES
+from kprune_ext.architectures.table import ARCHITECTURES, find_architecture
 from kprune_ext.encoder import Encoder
 from kprune_ext.modeling import kept_units, record_kept, uneven_copy
-from kprune_ext.sublayers import find_architecture, sublayers
-from kprune_ext.surgery import shrink
+from kprune_ext.units.sublayers import sublayers
+from kprune_ext.units.surgery import shrink
 
 
 def test_every_row_of_the_table_is_tested() -> None:

@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, ViTImageProcessor, pipeline
 
 from kprune_ext import KPruneConfig, kprune, load_report
+from kprune_ext.architectures.table import find_architecture
 from kprune_ext.modeling import kept_units, record_kept, uneven_copy
 from kprune_ext.self_contained import MODELING_FILE
-from kprune_ext.sublayers import find_architecture, sublayers
-from kprune_ext.surgery import shrink
+from kprune_ext.units.sublayers import sublayers
+from kprune_ext.units.surgery import shrink
 
 TESTS = Path(__file__).parents[1]
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import BertModel, MPNetModel, ViTModel
 
 from kprune_ext import KPruneConfig, kprune
+from kprune_ext.architectures.table import find_architecture
 from kprune_ext.encoder import Encoder
 from kprune_ext.modeling import MODEL_TASKS, model_task
-from kprune_ext.sublayers import find_architecture
 
 MODELS = {"bert": BertModel, "mpnet": MPNetModel, "vit": ViTModel}
 LABELS: dict[str, Any] = {

@@ -10,6 +10,7 @@ import torch
 from kprune_helpers import padded, sequences, tiny_bert
 
 from kprune_ext import KPruneConfig, kprune
+from kprune_ext.architectures.table import find_architecture
 from kprune_ext.cost import head_flops, neuron_flops
 from kprune_ext.encoder import Encoder
 from kprune_ext.knowledge import Knowledge, Signal, measure_knowledge
@@ -18,7 +19,7 @@ from kprune_ext.reconstruction import NormalEquations, tune_projection
 from kprune_ext.search import search_masks
 from kprune_ext.sharing import shared_data
 from kprune_ext.streams import StateMemory, start_streams
-from kprune_ext.sublayers import find_architecture, sublayers
+from kprune_ext.units.sublayers import sublayers
 
 TEMPERATURE = 2.0
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kprune_ext.architectures.tasks import PROBLEM_TYPES
 from kprune_ext.fisher import components, directions, divergence_gradient, root_times
-from kprune_ext.tasks import PROBLEM_TYPES
 
 TEMPERATURE = 2.0
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from kprune_helpers import assert_same_state, padded, sequences, state_of, tiny_bert
 
+from kprune_ext.architectures.table import find_architecture
 from kprune_ext.masking import evaluating, stopping_before, unit_masks, watching
-from kprune_ext.sublayers import find_architecture, sublayers
+from kprune_ext.units.sublayers import sublayers
 
 
 def parts(model: torch.nn.Module) -> list:

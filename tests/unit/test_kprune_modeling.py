@@ -21,8 +21,10 @@ from transformers import (
 )
 
 import kprune_ext
-from kprune_ext import KPruneConfig, architectures, kept, kprune, modeling
-from kprune_ext.sublayers import find_architecture
+from kprune_ext import KPruneConfig, kprune, modeling
+from kprune_ext.architectures import table as architectures
+from kprune_ext.architectures.table import find_architecture
+from kprune_ext.units import kept
 
 
 @given(st.sets(st.integers(0, 300)))

@@ -14,8 +14,9 @@ from pretend_devices import PretendDevices
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from kprune_ext import KPruneConfig, kprune
+from kprune_ext.architectures.table import find_architecture
 from kprune_ext.placement import home, homes_of, require_whole_layers
-from kprune_ext.sublayers import find_architecture, layers_path
+from kprune_ext.units.sublayers import layers_path
 
 CONFIG = KPruneConfig(reduction=0.5)
 CPU, OTHER = torch.device("cpu"), torch.device("cuda", 1)

@@ -11,8 +11,9 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .architectures import ARCHITECTURES, Architecture, Context, SubLayerPaths
-from .common.placement import execution_device
+from ..architectures.row import Architecture, Context, SubLayerPaths
+from ..common.placement import execution_device
+from .projections import check_linear, linear_at
 
 Kind = Literal["attention", "ffn"]
 
@@ -40,12 +41,12 @@ class SubLayer:
     @property
     def output(self) -> nn.Linear:
         """The projection from the units to the residual stream."""
-        return _linear(self.module, self.paths.output)
+        return linear_at(self.module, self.paths.output)
 
     @property
     def inputs(self) -> list[nn.Linear]:
         """The projections from the residual stream to the units."""
-        return [_linear(self.module, path) for path in self.paths.inputs]
+        return [linear_at(self.module, path) for path in self.paths.inputs]
 
     @property
     def device(self) -> torch.device:
@@ -89,50 +90,6 @@ class SubLayer:
         return self.paths.run(self.module, hidden.to(device), moved)
 
 
-def supported() -> str:
-    """The families that can be pruned, for messages."""
-    return ", ".join(row.model_type for row in ARCHITECTURES)
-
-
-def find_architecture(model: nn.Module) -> Architecture:
-    """The table row of a model, dense or pruned before.
-
-    Raises:
-        ValueError: the family or variant is not supported; the message lists what is.
-    """
-    config = getattr(model, "config", None)
-    kind = getattr(config, "model_type", None)
-    if isinstance(model, PreTrainedModel):
-        for row in ARCHITECTURES:
-            if kind in (row.model_type, row.pruned_type):
-                _refuse(row, config)
-                return row
-    raise ValueError(
-        f"Cannot prune a {type(model).__name__} (model type {kind!r}). Supported model types: "
-        f"{supported()}. Unwrap the model first if it is inside another "
-        "(accelerator.unwrap_model, PeftModel.merge_and_unload). To add a family, add a row with "
-        "the paths of its projections to ARCHITECTURES in kprune_ext/architectures.py."
-    )
-
-
-def _refuse(row: Architecture, config: object) -> None:
-    if not row.is_available:
-        raise ValueError(
-            f"Pruning {row.model_type} models needs transformers {row.transformers} or newer, but "
-            f"{transformers.__version__} is installed. Update it: pip install -U transformers"
-        )
-    if getattr(config, "is_decoder", False):
-        raise ValueError(
-            "Cannot prune a decoder (config.is_decoder=True). Supported are encoders: load the "
-            "model with is_decoder=False."
-        )
-    reason = row.refusal(config)
-    if reason is not None:
-        raise ValueError(
-            f"Cannot prune this {row.model_type} model: {reason}. Use a checkpoint without it."
-        )
-
-
 def layers_path(model: PreTrainedModel, architecture: Architecture) -> str:
     """Where in a model, with or without a task's head, the list of transformer layers is."""
     base = "" if model.base_model is model else model.base_model_prefix + "."
@@ -162,7 +119,7 @@ def sublayers(model: PreTrainedModel, architecture: Architecture) -> list[SubLay
         for kind, variants, size in kinds:
             paths = _variant(layer, variants, prefix)
             for projection in (*paths.inputs, paths.output):
-                _check_named(layer, projection, prefix)
+                check_linear(layer, projection, prefix)
             found.append(SubLayer(number, kind, prefix + paths.output, layer, paths, size))
     return found
 
@@ -188,35 +145,3 @@ def _other_build(path: str, where: nn.Module) -> str:
         f"{transformers.__version__}. The row in kprune_ext/architectures.py describes another "
         "version: update transformers, or this package."
     )
-
-
-def _linear(module: nn.Module, path: str) -> nn.Linear:
-    linear = module.get_submodule(path)
-    if type(linear) is not nn.Linear:
-        raise TypeError(
-            f"{path} is a {type(linear).__module__}.{type(linear).__qualname__}, but pruning "
-            "needs plain torch.nn.Linear projections. Merge or unload adapters and load the model "
-            "without quantisation first."
-        )
-    return linear
-
-
-def _check_named(layer: nn.Module, path: str, prefix: str) -> None:
-    try:
-        _linear(layer, path)
-    except TypeError as error:
-        raise TypeError(prefix + str(error)) from None
-
-
-def unit_dimensions(units: Tensor, unit_size: int, stacked: int = 1, total: int = 0) -> Tensor:
-    """The dimensions that belong to units, ``(stacked * units * unit_size,)``.
-
-    Args:
-        units: numbers of units.
-        unit_size: dimensions of a unit.
-        stacked: how many matrices stand one behind the other, each with all units.
-        total: dimensions of one of them; needed if ``stacked`` is above 1.
-    """
-    offsets = torch.arange(unit_size, device=units.device)
-    dims = (units.unsqueeze(1) * unit_size + offsets).flatten()
-    return torch.cat([dims + part * total for part in range(stacked)])

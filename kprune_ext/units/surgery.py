@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .sublayers import SubLayer, unit_dimensions
+from .projections import replace_module, set_linear, unit_dimensions
+from .sublayers import SubLayer
 
 # Where attention modules note how many heads, and dimensions of all heads together, they have.
 _HEAD_COUNTS = ("num_attention_heads", "n_heads")
@@ -27,10 +28,10 @@ def shrink(sublayer: SubLayer, units: Sequence[int]) -> None:
     rows = unit_dimensions(numbers, size, paths.stacked, output.in_features)
     for path, linear in zip(paths.inputs, sublayer.inputs, strict=True):
         bias = None if linear.bias is None else linear.bias.detach()[rows]
-        _set_linear(sublayer.module, path, linear.weight.detach()[rows], bias)
+        set_linear(sublayer.module, path, linear.weight.detach()[rows], bias)
     columns = output.weight.detach()[:, unit_dimensions(numbers, size)]
     bias = None if output.bias is None else output.bias.detach().clone()
-    _set_linear(sublayer.module, paths.output, columns.contiguous(), bias)
+    set_linear(sublayer.module, paths.output, columns.contiguous(), bias)
     if paths.counter is not None:
         _count_heads(sublayer, paths.counter, tuple(units))
 
@@ -51,7 +52,7 @@ def _count_heads(sublayer: SubLayer, path: str, kept: tuple[int, ...]) -> None:
     if sublayer.paths.adapt is not None:
         adapted = sublayer.paths.adapt(counter, kept)
         if adapted is not counter:
-            _replace(sublayer.module, path, adapted)
+            replace_module(sublayer.module, path, adapted)
             counter = adapted
     for names, count in (
         (_HEAD_COUNTS, len(kept)),
@@ -60,21 +61,3 @@ def _count_heads(sublayer: SubLayer, path: str, kept: tuple[int, ...]) -> None:
         for name in names:
             if isinstance(getattr(counter, name, None), int):
                 setattr(counter, name, count)
-
-
-def _set_linear(layer: nn.Module, path: str, weight: Tensor, bias: Tensor | None) -> None:
-    """Put a linear module with this weight and bias in the place of another."""
-    old: Any = layer.get_submodule(path)
-    # Made on the meta device, as nn.Linear would draw values only for us to replace them.
-    new = nn.Linear(1, 1, bias=bias is not None, device="meta")
-    new.out_features, new.in_features = weight.shape
-    new.weight = nn.Parameter(weight, requires_grad=old.weight.requires_grad)
-    if bias is not None:
-        new.bias = nn.Parameter(bias, requires_grad=old.bias.requires_grad)
-    new.train(old.training)
-    _replace(layer, path, new)
-
-
-def _replace(layer: nn.Module, path: str, new: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(layer.get_submodule(parent), name, new)

@@ -14,7 +14,7 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfA
 from transformers.models.mpnet.modeling_mpnet import MPNetSelfAttention
 
 
-def _take_over(new: nn.Module, old: nn.Module) -> None:
+def take_over(new: nn.Module, old: nn.Module) -> None:
     # In place of the parent's constructor, which would draw projections only for us to drop them.
     nn.Module.__init__(new)
     new.__dict__.update(old.__dict__)
@@ -27,7 +27,7 @@ class HeadlessBertSelfAttention(BertSelfAttention):
     """
 
     def __init__(self, attention: nn.Module) -> None:
-        _take_over(self, attention)
+        take_over(self, attention)
 
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, *args: Any, **kwargs: Any
@@ -41,7 +41,7 @@ class HeadlessDisentangledSelfAttention(DisentangledSelfAttention):
     """DeBERTa's self-attention with no head left: it gives an output of no dimensions."""
 
     def __init__(self, attention: nn.Module) -> None:
-        _take_over(self, attention)
+        take_over(self, attention)
 
     def forward(  # type: ignore[override]
         self,
@@ -63,7 +63,7 @@ class HeadlessAttention(nn.Module):
     """
 
     def __init__(self, attention: nn.Module) -> None:
-        _take_over(self, attention)
+        take_over(self, attention)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Outputs ``(batch, tokens, hidden)``; attention weights ``(batch, 0, tokens, tokens)``."""
@@ -82,7 +82,7 @@ class KeptMPNetSelfAttention(MPNetSelfAttention):
     """
 
     def __init__(self, attention: nn.Module, kept_heads: tuple[int, ...]) -> None:
-        _take_over(self, attention)
+        take_over(self, attention)
         self.kept_heads = kept_heads
 
     def forward(  # type: ignore[override]

@@ -1,0 +1,66 @@
+"""The table of model families that can be pruned, and the row that a model belongs to.
+
+To add a family, add a row to `text_encoders` or `image_encoders`: the paths of its projections, and how
+to run one sub-layer (`blocks` has the common ways). Its model classes for all tasks follow from
+transformers' own tables. Nothing outside of this wing names a family.
+"""
+
+from __future__ import annotations
+
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from .image_encoders import IMAGE_ENCODERS
+from .row import Architecture
+from .text_encoders import TEXT_ENCODERS
+
+ARCHITECTURES: tuple[Architecture, ...] = (*TEXT_ENCODERS, *IMAGE_ENCODERS)
+#: By model type, of the dense and of the pruned form.
+ROWS = {row.pruned_type: row for row in ARCHITECTURES} | {
+    row.model_type: row for row in ARCHITECTURES
+}
+
+
+def supported() -> str:
+    """The families that can be pruned, for messages."""
+    return ", ".join(row.model_type for row in ARCHITECTURES)
+
+
+def find_architecture(model: nn.Module) -> Architecture:
+    """The table row of a model, dense or pruned before.
+
+    Raises:
+        ValueError: the family or variant is not supported; the message lists what is.
+    """
+    config = getattr(model, "config", None)
+    kind = getattr(config, "model_type", None)
+    if isinstance(model, PreTrainedModel):
+        for row in ARCHITECTURES:
+            if kind in (row.model_type, row.pruned_type):
+                _refuse(row, config)
+                return row
+    raise ValueError(
+        f"Cannot prune a {type(model).__name__} (model type {kind!r}). Supported model types: "
+        f"{supported()}. Unwrap the model first if it is inside another "
+        "(accelerator.unwrap_model, PeftModel.merge_and_unload). To add a family, add a row with "
+        "the paths of its projections to ARCHITECTURES in kprune_ext/architectures/."
+    )
+
+
+def _refuse(row: Architecture, config: object) -> None:
+    if not row.is_available:
+        raise ValueError(
+            f"Pruning {row.model_type} models needs transformers {row.transformers} or newer, but "
+            f"{transformers.__version__} is installed. Update it: pip install -U transformers"
+        )
+    if getattr(config, "is_decoder", False):
+        raise ValueError(
+            "Cannot prune a decoder (config.is_decoder=True). Supported are encoders: load the "
+            "model with is_decoder=False."
+        )
+    reason = row.refusal(config)
+    if reason is not None:
+        raise ValueError(
+            f"Cannot prune this {row.model_type} model: {reason}. Use a checkpoint without it."
+        )
