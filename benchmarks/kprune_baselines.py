@@ -23,14 +23,15 @@ from kprune_ext import KPruneConfig
 from kprune_ext.architectures.table import find_architecture
 from kprune_ext.architectures.tasks import problem_type
 from kprune_ext.budget import budget_for, cost_tables
-from kprune_ext.encoder import Encoder
+from kprune_ext.calibration.hooks import watching
+from kprune_ext.calibration.layer_stack import Encoder
+from kprune_ext.calibration.sharing import shared_data
+from kprune_ext.calibration.state_memory import StateMemory
+from kprune_ext.calibration.streams import Stream, start_streams
 from kprune_ext.knowledge import Signal, measure_knowledge
-from kprune_ext.masking import watching
 from kprune_ext.modeling import model_task, record_kept, uneven_copy
 from kprune_ext.reconstruction import NormalEquations
 from kprune_ext.search import search_masks
-from kprune_ext.sharing import shared_data
-from kprune_ext.streams import StateMemory, Stream, start_streams
 from kprune_ext.units.sublayers import SubLayer, sublayers
 from kprune_ext.units.surgery import set_output, shrink
 

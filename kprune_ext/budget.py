@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from . import cost
 from .architectures.table import find_architecture
+from .calibration.hooks import evaluating
+from .calibration.layer_stack import Encoder, plain_outputs
 from .config import Metric
 from .cost import LatencyTable, median_seconds, sizes_to_measure
-from .encoder import Encoder, plain_outputs
-from .masking import evaluating
 from .units.sublayers import SubLayer, sublayers
 from .units.surgery import shrink
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from .architectures.tasks import Predict, ProblemType
-from .calibration import require_finite
+from .calibration.layer_stack import Encoder
+from .calibration.samples import require_finite
+from .calibration.streams import MOST_LOGITS, Stream
 from .common.processes import Processes
-from .encoder import Encoder
 from .fisher import directions, divergence_gradient
 from .masking import MaskedUnits, unit_masks
-from .streams import MOST_LOGITS, Stream
 from .units.sublayers import SubLayer
 
 

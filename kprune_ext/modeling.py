@@ -20,8 +20,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .architectures.row import Architecture
 from .architectures.table import ARCHITECTURES, ROWS, find_architecture
 from .architectures.tasks import TASKS, Task, find_task
+from .calibration.device_map import Homes, copy_weights, homes_of
 from .checkpoints import Checkpoints
-from .placement import Homes, copy_weights, homes_of
 from .units import kept
 from .units.kept import KeptUnits, store_kept_units
 from .units.sublayers import sublayers

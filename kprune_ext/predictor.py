@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from .architectures.tasks import Predict, ProblemType
-from .calibration import require_finite
+from .calibration.layer_stack import Encoder
+from .calibration.samples import require_finite
+from .calibration.streams import MOST_LOGITS, Stream
 from .common.processes import Processes
-from .encoder import Encoder
 from .predictions import best_scale
-from .streams import MOST_LOGITS, Stream
 
 
 @torch.no_grad()

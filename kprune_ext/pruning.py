@@ -16,21 +16,28 @@ from transformers import PreTrainedModel
 from .architectures.table import find_architecture
 from .architectures.tasks import Predict, ProblemType, Task, problem_type
 from .budget import budget_for, cost_tables, measure_latency, unit_flops
+from .calibration.device_map import (
+    homes_of,
+    input_device,
+    moving_inputs,
+    require_whole_layers,
+    spread_out,
+)
+from .calibration.hooks import evaluating
+from .calibration.layer_stack import Encoder, plain_outputs
+from .calibration.sharing import from_main, own_model, processes_of, shared_data, summed
+from .calibration.state_memory import state_memory
+from .calibration.streams import Stream, start_streams
 from .common.memory import few_kept_kernels, give_back
 from .common.placement import moves_weights
 from .config import KPruneConfig
 from .cost import LatencyTable
-from .encoder import Encoder, plain_outputs
 from .knowledge import Knowledge, Signal, measure_knowledge, teacher_logits
-from .masking import evaluating
 from .modeling import model_task, record_kept, uneven_copy
-from .placement import homes_of, input_device, moving_inputs, require_whole_layers, spread_out
 from .predictor import scale_logits
 from .progress import progress_over
 from .reporting import make_report
 from .search import search_masks
-from .sharing import from_main, own_model, processes_of, shared_data, summed
-from .streams import Stream, start_streams, state_memory
 from .tuning import normal_equations, tune
 from .units.sublayers import SubLayer, layers_path, sublayers
 from .units.surgery import set_output, shrink

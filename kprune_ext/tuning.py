@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .calibration import require_finite
+from .calibration.hooks import watching
+from .calibration.layer_stack import Encoder
+from .calibration.samples import require_finite
+from .calibration.streams import Stream
 from .config import KPruneConfig
-from .encoder import Encoder
-from .masking import watching
 from .reconstruction import NormalEquations, TunedProjection, choose_ridge, tune_projection
-from .streams import Stream
 from .units.sublayers import SubLayer
 
 

@@ -6,20 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import kprune_ext.streams
 import kprune_oracle as oracle
 import pytest
 import torch
 from kprune_helpers import padded, sequences, tiny_bert
 from kprune_models import batches_for, outputs_of, tiny
 
-import kprune_ext.streams
 from kprune_ext import KPruneConfig, LatencyTable, kprune, measure_latency
 from kprune_ext.architectures.table import find_architecture
-from kprune_ext.encoder import Encoder
+from kprune_ext.calibration.layer_stack import Encoder
+from kprune_ext.calibration.sharing import shared_data
+from kprune_ext.calibration.state_memory import StateMemory
+from kprune_ext.calibration.streams import start_streams
 from kprune_ext.knowledge import Signal, _in_parts, measure_knowledge, teacher_logits
 from kprune_ext.modeling import model_task
-from kprune_ext.sharing import shared_data
-from kprune_ext.streams import StateMemory, start_streams
 from kprune_ext.units.sublayers import sublayers
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from kprune_ext import KPruneConfig, kprune
 from kprune_ext.architectures.table import find_architecture
-from kprune_ext.placement import home, homes_of, require_whole_layers
+from kprune_ext.calibration.device_map import home, homes_of, require_whole_layers
 from kprune_ext.units.sublayers import layers_path
 
 CONFIG = KPruneConfig(reduction=0.5)

@@ -8,7 +8,7 @@ from kprune_helpers import padded, sequences, tiny_bert
 
 from kprune_ext import KPruneConfig
 from kprune_ext.architectures.table import find_architecture
-from kprune_ext.calibration import collect_samples, largest_scored, sample_keys
+from kprune_ext.calibration.samples import collect_samples, largest_scored, sample_keys
 from kprune_ext.knowledge import Knowledge
 from kprune_ext.pruning import least_units, unit_scores
 from kprune_ext.search import search_masks

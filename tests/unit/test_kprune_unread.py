@@ -11,11 +11,12 @@ from kprune_models import FAMILIES, batches_for, tiny
 
 from kprune_ext import KPruneConfig, kprune
 from kprune_ext.architectures.table import find_architecture
-from kprune_ext.calibration import CalibrationData, collect_samples, sample_keys
-from kprune_ext.encoder import Encoder
+from kprune_ext.calibration.layer_stack import Encoder
+from kprune_ext.calibration.samples import CalibrationData, collect_samples, sample_keys
+from kprune_ext.calibration.state_memory import StateMemory
+from kprune_ext.calibration.streams import start_streams
 from kprune_ext.modeling import model_task
 from kprune_ext.reconstruction import NormalEquations
-from kprune_ext.streams import StateMemory, start_streams
 
 
 def streams_of(family: str, task: str):

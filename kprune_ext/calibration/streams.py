@@ -2,59 +2,24 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .architectures.row import Context
-from .architectures.tasks import Predict
-from .calibration import CalibrationData, Sample, require_finite
-from .config import KPruneConfig
-from .encoder import Encoder
-from .placement import input_device
+from ..architectures.row import Context
+from ..architectures.tasks import Predict
+from ..config import KPruneConfig
+from .device_map import input_device
+from .layer_stack import Encoder
+from .samples import CalibrationData, Sample, require_finite
+from .state_memory import StateMemory
 
 #: Logits of so many elements go backward at a time: 64 MiB in float32.
 MOST_LOGITS = 2**24
-
-
-class StateMemory:
-    """Memory for hidden states: up to a limit where they are computed, beyond it in a file.
-
-    Args:
-        limit: bytes.
-        folder: for the file, an existing folder.
-    """
-
-    def __init__(self, limit: int, folder: Path) -> None:
-        self.limit = limit
-        self.used = 0
-        self.spilled = 0
-        self._folder = folder
-
-    def hold(self, values: Tensor) -> Tensor:
-        """A copy of the values that is counted, in memory or mapped from a file."""
-        size = values.numel() * values.element_size()
-        if self.used + size <= self.limit:
-            self.used += size
-            return values.clone()
-        path = self._folder / str(self.spilled)
-        self.spilled += size
-        held = torch.from_file(str(path), shared=True, size=values.numel(), dtype=values.dtype)
-        return held.view(values.shape).copy_(values)
-
-
-@contextmanager
-def state_memory(limit: int) -> Iterator[StateMemory]:
-    """Memory whose file goes away when the block ends."""
-    with tempfile.TemporaryDirectory(prefix="kprune-") as folder:
-        yield StateMemory(limit, Path(folder))
 
 
 @dataclass(frozen=True)

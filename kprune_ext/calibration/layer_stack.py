@@ -15,11 +15,11 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .architectures.row import Architecture, Context
-from .architectures.tasks import Predict
-from .common.placement import execution_device
-from .masking import stopping_before
-from .units.sublayers import layers_path
+from ..architectures.row import Architecture, Context
+from ..architectures.tasks import Predict
+from ..common.placement import execution_device
+from ..units.sublayers import layers_path
+from .hooks import stopping_before
 
 Inputs = Mapping[str, Tensor]
 

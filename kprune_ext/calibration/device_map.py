@@ -12,7 +12,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .common.placement import brought_in
+from ..common.placement import brought_in
 
 CPU = torch.device("cpu")
 #: By path of a module, the device of it and of all inside that no longer path is given for.

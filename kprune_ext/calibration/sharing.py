@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from .calibration import CalibrationData, collect_samples, largest_scored, sample_keys
-from .common.placement import is_dtensor, is_partitioned, moves_weights
-from .common.processes import Processes
-from .config import KPruneConfig
-from .reconstruction import NormalEquations, TunedProjection
+from ..common.placement import is_dtensor, is_partitioned, moves_weights
+from ..common.processes import Processes
+from ..config import KPruneConfig
+from ..reconstruction import NormalEquations, TunedProjection
+from .samples import CalibrationData, collect_samples, largest_scored, sample_keys
 
 
 def processes_of(accelerator: Accelerator | None) -> Processes:

@@ -1,0 +1,1 @@
+"""Calibration data on their way up through teacher and student."""
