@@ -28,7 +28,7 @@ from kprune_ext.calibration.layer_stack import Encoder
 from kprune_ext.calibration.sharing import shared_data
 from kprune_ext.calibration.state_memory import StateMemory
 from kprune_ext.calibration.streams import Stream, start_streams
-from kprune_ext.knowledge import Signal, measure_knowledge
+from kprune_ext.knowledge.measure import Signal, measure_knowledge
 from kprune_ext.modeling import model_task, record_kept, uneven_copy
 from kprune_ext.reconstruction import NormalEquations
 from kprune_ext.search import search_masks

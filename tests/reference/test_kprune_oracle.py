@@ -16,7 +16,7 @@ from kprune_ext.calibration.sharing import shared_data
 from kprune_ext.calibration.state_memory import StateMemory
 from kprune_ext.calibration.streams import start_streams
 from kprune_ext.cost import head_flops, neuron_flops
-from kprune_ext.knowledge import Knowledge, Signal, measure_knowledge
+from kprune_ext.knowledge.measure import Knowledge, Signal, measure_knowledge
 from kprune_ext.modeling import model_task
 from kprune_ext.reconstruction import NormalEquations, tune_projection
 from kprune_ext.search import search_masks

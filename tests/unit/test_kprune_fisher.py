@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kprune_ext.architectures.tasks import PROBLEM_TYPES
-from kprune_ext.fisher import components, directions, divergence_gradient, root_times
+from kprune_ext.knowledge.fisher import components, directions, divergence_gradient, root_times
 
 TEMPERATURE = 2.0
 

@@ -8,7 +8,7 @@ from kprune_helpers import assert_same_state, padded, sequences, state_of, tiny_
 
 from kprune_ext.architectures.table import find_architecture
 from kprune_ext.calibration.hooks import evaluating, stopping_before, watching
-from kprune_ext.masking import unit_masks
+from kprune_ext.knowledge.unit_masks import unit_masks
 from kprune_ext.units.sublayers import sublayers
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .units.sublayers import SubLayer
+from ..units.sublayers import SubLayer
 
 
 @dataclass

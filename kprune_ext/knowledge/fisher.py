@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .architectures.tasks import ProblemType
+from ..architectures.tasks import ProblemType
 
 
 def components(problem: ProblemType, classes: int) -> int:

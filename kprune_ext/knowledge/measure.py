@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .architectures.tasks import Predict, ProblemType
-from .calibration.layer_stack import Encoder
-from .calibration.samples import require_finite
-from .calibration.streams import MOST_LOGITS, Stream
-from .common.processes import Processes
+from ..architectures.tasks import Predict, ProblemType
+from ..calibration.layer_stack import Encoder
+from ..calibration.samples import require_finite
+from ..calibration.streams import MOST_LOGITS, Stream
+from ..common.processes import Processes
+from ..units.sublayers import SubLayer
 from .fisher import directions, divergence_gradient
-from .masking import MaskedUnits, unit_masks
-from .units.sublayers import SubLayer
+from .unit_masks import MaskedUnits, unit_masks
 
 
 @dataclass(frozen=True)

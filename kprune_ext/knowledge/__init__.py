@@ -1,0 +1,1 @@
+"""Step 1: how much each unit knows."""
