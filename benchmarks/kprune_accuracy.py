@@ -33,7 +33,7 @@ from study import as_code, in_child, table, with_provenance, write_report
 from transformers import AutoTokenizer
 
 from kprune_ext import KPruneConfig, kprune
-from kprune_ext.cost import median_seconds
+from kprune_ext.budget.latency import median_seconds
 
 NAME = "kprune_accuracy"
 METHODS = ("ours", "paper", "fisher_mask", "magnitude")

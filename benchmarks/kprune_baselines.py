@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from kprune_ext import KPruneConfig
 from kprune_ext.architectures.table import find_architecture
 from kprune_ext.architectures.tasks import problem_type
-from kprune_ext.budget import budget_for, cost_tables
+from kprune_ext.budget.costs import budget_for, cost_tables
+from kprune_ext.budget.search import search_masks
 from kprune_ext.calibration.hooks import watching
 from kprune_ext.calibration.layer_stack import Encoder
 from kprune_ext.calibration.sharing import shared_data
@@ -31,7 +32,6 @@ from kprune_ext.calibration.streams import Stream, start_streams
 from kprune_ext.knowledge.measure import Signal, measure_knowledge
 from kprune_ext.modeling import model_task, record_kept, uneven_copy
 from kprune_ext.reconstruction import NormalEquations
-from kprune_ext.search import search_masks
 from kprune_ext.units.sublayers import SubLayer, sublayers
 from kprune_ext.units.surgery import set_output, shrink
 

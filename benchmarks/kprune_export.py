@@ -24,7 +24,7 @@ from kprune_recovery import pruned_model
 from kprune_tasks import common_parser
 from study import provenance, table, write_report
 
-from kprune_ext.cost import median_seconds
+from kprune_ext.budget.latency import median_seconds
 
 NAME = "kprune_export"
 NAMES = ["input_ids", "attention_mask"]

@@ -3,10 +3,10 @@
 Importing the package registers the pruned model classes with transformers' Auto classes.
 """
 
-from .budget import measure_latency
+from .budget.latency import LatencyTable
+from .budget.latency_measurement import measure_latency
 from .callback import KPruneCallback
 from .config import KPruneConfig
-from .cost import LatencyTable
 from .modeling import register as _register
 from .pruning import kprune
 from .report import KPruneReport, SubLayerReport

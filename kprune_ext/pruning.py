@@ -15,7 +15,10 @@ from transformers import PreTrainedModel
 
 from .architectures.table import find_architecture
 from .architectures.tasks import Predict, ProblemType, Task, problem_type
-from .budget import budget_for, cost_tables, measure_latency, unit_flops
+from .budget.costs import budget_for, cost_tables, least_units, unit_flops
+from .budget.latency import LatencyTable
+from .budget.latency_measurement import measure_latency
+from .budget.search import search_masks
 from .calibration.device_map import (
     homes_of,
     input_device,
@@ -31,14 +34,12 @@ from .calibration.streams import Stream, start_streams
 from .common.memory import few_kept_kernels, give_back
 from .common.placement import moves_weights
 from .config import KPruneConfig
-from .cost import LatencyTable
 from .knowledge.measure import Signal, measure_knowledge, teacher_logits
 from .knowledge.scores import unit_scores
 from .modeling import model_task, record_kept, uneven_copy
 from .predictor import scale_logits
 from .progress import progress_over
 from .reporting import make_report
-from .search import search_masks
 from .tuning import normal_equations, tune
 from .units.sublayers import SubLayer, layers_path, sublayers
 from .units.surgery import set_output, shrink
@@ -208,18 +209,6 @@ def kprune(
 
 def _meaning(model: PreTrainedModel, task: Task, predict: Predict | None) -> ProblemType:
     return problem_type(model, task) if predict is None else "single_label_classification"
-
-
-def least_units(costs: Sequence[Tensor], budget: float, min_share: float) -> list[int]:
-    """Per sub-layer, ``min_share`` of the units that would stay if all were pruned alike.
-
-    Scores can be all but empty for whole sub-layers, where a model is sure of its predictions or has
-    redundant layers; what they gave cannot be made up for by tuning once nothing is left of them.
-    """
-    fixed = sum(float(table[0]) for table in costs)
-    removable = sum(float(table[-1]) for table in costs) - fixed
-    part = min_share * max(budget - fixed, 0.0) / max(removable, 1e-300)
-    return [int(part * (len(table) - 1)) for table in costs]
 
 
 def _at_hand(dense: SubLayer, target: SubLayer) -> nn.Module:

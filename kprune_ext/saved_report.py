@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from .architectures.table import find_architecture
-from .budget import unit_flops
+from .budget.costs import unit_flops
 from .modeling import KIND_OF_NAME, UnevenLayers, kept_units
 from .report import REPORT_FILE, KPruneReport
 from .reporting import sublayer_row

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kprune_ext.search import search_masks
+from kprune_ext.budget.search import search_masks
 
 groups = st.lists(
     st.tuples(

@@ -11,15 +11,15 @@ from kprune_helpers import padded, sequences, tiny_bert
 
 from kprune_ext import KPruneConfig, kprune
 from kprune_ext.architectures.table import find_architecture
+from kprune_ext.budget.flops import head_flops, neuron_flops
+from kprune_ext.budget.search import search_masks
 from kprune_ext.calibration.layer_stack import Encoder
 from kprune_ext.calibration.sharing import shared_data
 from kprune_ext.calibration.state_memory import StateMemory
 from kprune_ext.calibration.streams import start_streams
-from kprune_ext.cost import head_flops, neuron_flops
 from kprune_ext.knowledge.measure import Knowledge, Signal, measure_knowledge
 from kprune_ext.modeling import model_task
 from kprune_ext.reconstruction import NormalEquations, tune_projection
-from kprune_ext.search import search_masks
 from kprune_ext.units.sublayers import sublayers
 
 TEMPERATURE = 2.0

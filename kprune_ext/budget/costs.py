@@ -1,0 +1,98 @@
+"""What the units of a model's sub-layers cost, and how much may be kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..architectures.table import find_architecture
+from ..config import Metric
+from ..units.sublayers import SubLayer
+from . import flops as cost
+from .latency import LatencyTable
+
+
+def unit_flops(model: PreTrainedModel, sublayer: SubLayer, length: int) -> int:
+    """FLOPs of one unit of a sub-layer on one sequence."""
+    hidden = sublayer.output.out_features
+    if sublayer.kind == "attention":
+        extra = find_architecture(model).extra_head_flops(model.config, length)
+        return cost.head_flops(hidden, sublayer.unit_size, length) + extra
+    return cost.neuron_flops(hidden, length, sublayer.projections)
+
+
+def unit_parameters(sublayer: SubLayer) -> int:
+    """Weights and biases that go when one unit of a sub-layer goes."""
+    if not sublayer.units:
+        return 0
+    inputs = sum(p.numel() for linear in sublayer.inputs for p in linear.parameters())
+    return (inputs + sublayer.output.weight.numel()) // sublayer.units
+
+
+def cost_tables(
+    model: PreTrainedModel,
+    targets: Sequence[SubLayer],
+    metric: Metric,
+    length: int,
+    latency: LatencyTable | None,
+) -> list[Tensor]:
+    """Per sub-layer, what keeping 0, 1, … of its units costs, each ``(units + 1,)`` in float64.
+
+    Args:
+        model: that the sub-layers belong to.
+        targets: its sub-layers.
+        metric: FLOPs, parameters, or nanoseconds.
+        length: tokens per sequence, for FLOPs.
+        latency: for latency.
+    """
+    tables = []
+    for sublayer in targets:
+        counts = torch.arange(sublayer.units + 1, dtype=torch.float64)
+        if metric == "flops":
+            tables.append(counts * unit_flops(model, sublayer, length))
+        elif metric == "params":
+            tables.append(counts * unit_parameters(sublayer))
+        elif latency is not None:
+            tables.append(1e9 * latency.costs(sublayer.kind, sublayer.units))
+        else:
+            raise ValueError("metric='latency' needs a LatencyTable.")
+    return tables
+
+
+def budget_for(tables: Sequence[Tensor], reduction: float) -> float:
+    """What may be kept.
+
+    Raises:
+        ValueError: that is less than the cheapest unit; the message names the largest reduction.
+    """
+    total = sum(float(table[-1]) for table in tables)
+    fixed = sum(float(table[0]) for table in tables)
+    steps = [float(table[1] - table[0]) for table in tables if len(table) > 1]
+    if not steps or total <= 0:
+        raise ValueError(
+            "The model has no heads and neurons left to prune. Pass the original model."
+        )
+    budget = float(math.floor((1 - reduction) * total))
+    if budget < fixed + min(steps):
+        raise ValueError(
+            f"reduction={reduction} cannot be reached: it leaves {budget:,.0f} of {total:,.0f}, "
+            f"and what cannot be removed with the smallest unit takes {fixed + min(steps):,.0f}. "
+            f"The largest reduction for this model is {1 - (fixed + min(steps)) / total:.6f}."
+        )
+    return budget
+
+
+def least_units(costs: Sequence[Tensor], budget: float, min_share: float) -> list[int]:
+    """Per sub-layer, ``min_share`` of the units that would stay if all were pruned alike.
+
+    Scores can be all but empty for whole sub-layers, where a model is sure of its predictions or has
+    redundant layers; what they gave cannot be made up for by tuning once nothing is left of them.
+    """
+    fixed = sum(float(table[0]) for table in costs)
+    removable = sum(float(table[-1]) for table in costs) - fixed
+    part = min_share * max(budget - fixed, 0.0) / max(removable, 1e-300)
+    return [int(part * (len(table) - 1)) for table in costs]
