@@ -23,7 +23,7 @@ from study import as_code, table, with_provenance, write_report
 from torch import Tensor
 
 from kprune_ext import KPruneConfig, kprune
-from kprune_ext.predictions import divergence
+from kprune_ext.tuning.divergence import divergence
 
 NAME = "kprune_logits"
 KEY = ("task", "reduction", "tokens", "seed")

@@ -28,7 +28,7 @@ from .calibration.device_map import (
 )
 from .calibration.hooks import evaluating
 from .calibration.layer_stack import Encoder, plain_outputs
-from .calibration.sharing import from_main, own_model, processes_of, shared_data, summed
+from .calibration.sharing import own_model, processes_of, shared_data
 from .calibration.state_memory import state_memory
 from .calibration.streams import Stream, start_streams
 from .common.memory import few_kept_kernels, give_back
@@ -37,10 +37,10 @@ from .config import KPruneConfig
 from .knowledge.measure import Signal, measure_knowledge, teacher_logits
 from .knowledge.scores import unit_scores
 from .modeling import model_task, record_kept, uneven_copy
-from .predictor import scale_logits
 from .progress import progress_over
 from .reporting import make_report
-from .tuning import normal_equations, tune
+from .tuning.logit_scale import scale_logits
+from .tuning.projection import from_main, normal_equations, summed, tune
 from .units.sublayers import SubLayer, layers_path, sublayers
 from .units.surgery import set_output, shrink
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard, prepare_data_loader
 from torch import Tensor
@@ -16,7 +14,6 @@ from transformers import PreTrainedModel
 from ..common.placement import is_dtensor, is_partitioned, moves_weights
 from ..common.processes import Processes
 from ..config import KPruneConfig
-from ..reconstruction import NormalEquations, TunedProjection
 from .samples import CalibrationData, collect_samples, largest_scored, sample_keys
 
 
@@ -108,23 +105,3 @@ def shared_data(
         )
     bound = largest_scored(every_key, config.score_fraction, config.min_score_samples)
     return CalibrationData(samples, keys, bound, len(every_key), sum(tokens for _, tokens in parts))
-
-
-def summed(equations: NormalEquations, processes: Processes) -> NormalEquations:
-    """The normal equations of all processes' tokens."""
-    if processes.count == 1:
-        return equations
-    numbers = torch.tensor([equations.target_square, equations.tokens], dtype=torch.float64)
-    square, tokens = processes.add(numbers).tolist()
-    sums = {name: processes.add(getattr(equations, name)) for name in _SUMS}
-    epsilon = max(processes.gather(equations.epsilon))  # one without tokens knows of no rounding
-    return replace(equations, **sums, target_square=square, tokens=tokens, epsilon=epsilon)
-
-
-_SUMS = ("gram", "cross", "feature_sum", "target_sum")
-
-
-def from_main(fit: TunedProjection, processes: Processes) -> TunedProjection:
-    """The main process's fit: equal to the bit in all, whatever their processors."""
-    weight, bias = (processes.from_owner(values, 0) for values in (fit.weight, fit.bias))
-    return TunedProjection(weight, bias, fit.error)

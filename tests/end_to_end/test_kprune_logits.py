@@ -10,7 +10,7 @@ from kprune_helpers import padded, sequences, tiny_bert
 from kprune_models import CASES, batches_for, tiny
 
 from kprune_ext import KPruneConfig, KPruneReport, kprune
-from kprune_ext.predictions import divergence
+from kprune_ext.tuning.divergence import divergence
 
 
 def pruned_by(model: Any, batches: Any, **options: Any) -> Any:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kprune_ext.reconstruction import RIDGES, NormalEquations, choose_ridge, tune_projection
+from kprune_ext.tuning.least_squares import RIDGES, NormalEquations, choose_ridge, tune_projection
 
 sizes = st.integers(min_value=1, max_value=8)
 seeds = st.integers(min_value=0, max_value=10_000)

@@ -20,7 +20,7 @@ from kprune_baselines import unit_factors
 from kprune_helpers import VOCABULARY, word_tokenizer
 from transformers import BertConfig, BertForMaskedLM
 
-from kprune_ext.reconstruction import NormalEquations
+from kprune_ext.tuning.least_squares import NormalEquations
 
 
 def sentence(generator: torch.Generator) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy, kl_div
 
-from kprune_ext.predictions import BOUNDS, best_scale, divergence
+from kprune_ext.tuning.divergence import BOUNDS, best_scale, divergence
 
 SINGLE, MULTI = "single_label_classification", "multi_label_classification"
 

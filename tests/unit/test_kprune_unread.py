@@ -16,7 +16,7 @@ from kprune_ext.calibration.samples import CalibrationData, collect_samples, sam
 from kprune_ext.calibration.state_memory import StateMemory
 from kprune_ext.calibration.streams import start_streams
 from kprune_ext.modeling import model_task
-from kprune_ext.reconstruction import NormalEquations
+from kprune_ext.tuning.least_squares import NormalEquations
 
 
 def streams_of(family: str, task: str):

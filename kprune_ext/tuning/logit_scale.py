@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architectures.tasks import Predict, ProblemType
-from .calibration.layer_stack import Encoder
-from .calibration.samples import require_finite
-from .calibration.streams import MOST_LOGITS, Stream
-from .common.processes import Processes
-from .predictions import best_scale
+from ..architectures.tasks import Predict, ProblemType
+from ..calibration.layer_stack import Encoder
+from ..calibration.samples import require_finite
+from ..calibration.streams import MOST_LOGITS, Stream
+from ..common.processes import Processes
+from .divergence import best_scale
 
 
 @torch.no_grad()

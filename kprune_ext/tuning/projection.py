@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .calibration.hooks import watching
-from .calibration.layer_stack import Encoder
-from .calibration.samples import require_finite
-from .calibration.streams import Stream
-from .config import KPruneConfig
-from .reconstruction import NormalEquations, TunedProjection, choose_ridge, tune_projection
-from .units.sublayers import SubLayer
+from ..calibration.hooks import watching
+from ..calibration.layer_stack import Encoder
+from ..calibration.samples import (
+    require_finite,
+)
+from ..calibration.streams import Stream
+from ..common.processes import Processes
+from ..config import KPruneConfig
+from ..units.sublayers import SubLayer
+from .least_squares import NormalEquations, TunedProjection, choose_ridge, tune_projection
 
 
 @torch.no_grad()
@@ -90,3 +94,23 @@ def _unscaled(difference: Tensor, scale: Tensor | None) -> Tensor:
     # An output dimension that is scaled to nothing can make up for nothing.
     usable = scale.abs() > 1e-12
     return torch.where(usable, difference / torch.where(usable, scale, 1), 0)
+
+
+def summed(equations: NormalEquations, processes: Processes) -> NormalEquations:
+    """The normal equations of all processes' tokens."""
+    if processes.count == 1:
+        return equations
+    numbers = torch.tensor([equations.target_square, equations.tokens], dtype=torch.float64)
+    square, tokens = processes.add(numbers).tolist()
+    sums = {name: processes.add(getattr(equations, name)) for name in _SUMS}
+    epsilon = max(processes.gather(equations.epsilon))  # one without tokens knows of no rounding
+    return replace(equations, **sums, target_square=square, tokens=tokens, epsilon=epsilon)
+
+
+_SUMS = ("gram", "cross", "feature_sum", "target_sum")
+
+
+def from_main(fit: TunedProjection, processes: Processes) -> TunedProjection:
+    """The main process's fit: equal to the bit in all, whatever their processors."""
+    weight, bias = (processes.from_owner(values, 0) for values in (fit.weight, fit.bias))
+    return TunedProjection(weight, bias, fit.error)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .architectures.tasks import ProblemType
+from ..architectures.tasks import ProblemType
 
 #: The least and the largest factor.
 BOUNDS = (0.125, 8.0)
