@@ -9,7 +9,8 @@ from .callback import KPruneCallback
 from .config import KPruneConfig
 from .modeling import register as _register
 from .pruning import kprune
-from .report import KPruneReport, SubLayerReport
+from .report.report import KPruneReport
+from .report.rows import SubLayerReport
 from .saved_report import load_report
 
 __version__ = "0.1.0"

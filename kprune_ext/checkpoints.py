@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from .architectures.row import Architecture
 from .card import CARD_NAME, card_text, pruning_section, remote_card
 from .loading import check_weights, refuse_pickle, stored_report
-from .report import REPORT_FILE, KPruneReport
+from .report.report import REPORT_FILE, KPruneReport
 from .saving import replacing_files
 from .self_contained import MODELING_FILE, auto_map, modeling_source
 from .units.kept import kept_units

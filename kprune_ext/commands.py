@@ -21,7 +21,7 @@ from .common.files import check_distinct, check_output_files, check_output_folde
 from .common.text_data import load_rows
 from .config import KPruneConfig
 from .pruning import kprune
-from .report import REPORT_FILE, KPruneReport
+from .report.report import REPORT_FILE, KPruneReport
 from .saved_report import load_report
 
 if TYPE_CHECKING:

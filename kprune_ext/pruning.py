@@ -38,7 +38,7 @@ from .knowledge.measure import Signal, measure_knowledge, teacher_logits
 from .knowledge.scores import unit_scores
 from .modeling import model_task, record_kept, uneven_copy
 from .progress import progress_over
-from .reporting import make_report
+from .report.making import make_report
 from .tuning.logit_scale import scale_logits
 from .tuning.projection import from_main, normal_equations, summed, tune
 from .units.sublayers import SubLayer, layers_path, sublayers

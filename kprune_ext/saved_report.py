@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from pathlib import Path
-from typing import Any
 
-import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from .architectures.table import find_architecture
-from .budget.costs import unit_flops
-from .modeling import KIND_OF_NAME, UnevenLayers, kept_units
-from .report import REPORT_FILE, KPruneReport
-from .reporting import sublayer_row
-from .units.kept import store_kept_units
-from .units.sublayers import sublayers
+from .modeling import KIND_OF_NAME
+from .report.from_sizes import _from_config
+from .report.report import REPORT_FILE, KPruneReport
 
 
 def load_report(
@@ -49,34 +42,3 @@ def load_report(
     config = AutoConfig.from_pretrained(source)
     names = [name for name in config.architectures or [] if name in KIND_OF_NAME]
     return _from_config(config, KIND_OF_NAME[names[0]] if names else None, sequence_length)
-
-
-def _from_config(config: Any, kind: Any, length: int) -> KPruneReport:
-    if kind is None or not issubclass(kind, UnevenLayers):
-        raise ValueError(
-            f"There is nothing to report on: this {config.model_type!r} model was not pruned by "
-            "kprune_ext. Pass the folder of a pruned model, or its kprune_report.json."
-        )
-    whole = copy.deepcopy(config)
-    whole.kprune = None
-    store_kept_units(whole, kept_units(whole))
-    with torch.device("meta"):
-        after, before = kind(config), kind(whole)
-    pairs = zip(*(sublayers(m, find_architecture(m)) for m in (before, after)), strict=True)
-    rows = tuple(
-        sublayer_row(one, other, unit_flops(before, one, length), None) for one, other in pairs
-    )
-    flops, flops_before = (sum(getattr(r, n) for r in rows) for n in ("flops", "flops_before"))
-    return KPruneReport(
-        sublayers=rows,
-        metric="flops",
-        reduction=1 - flops / flops_before,
-        budget=float(flops),
-        cost=float(flops),
-        cost_before=float(flops_before),
-        sequence_length=length,
-        samples=0,
-        tokens=0,
-        parameters=after.num_parameters(),
-        parameters_before=before.num_parameters(),
-    )

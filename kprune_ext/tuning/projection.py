@@ -10,9 +10,7 @@ from torch import Tensor
 
 from ..calibration.hooks import watching
 from ..calibration.layer_stack import Encoder
-from ..calibration.samples import (
-    require_finite,
-)
+from ..calibration.samples import require_finite
 from ..calibration.streams import Stream
 from ..common.processes import Processes
 from ..config import KPruneConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from .common.files import replacing
+from ..common.files import replacing
 from .report import KPruneReport
 
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common.files import replacing
+from ..common.files import replacing
+from .rows import SubLayerReport
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
@@ -23,33 +24,6 @@ _METRIC_NAMES = {
     "params": "parameters of heads and neurons",
     "latency": "measured latency of the encoder",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class SubLayerReport:
-    """One attention or feed-forward sub-layer.
-
-    Attributes:
-        name: path of the sub-layer's output projection in the model.
-        layer: number of the transformer layer, from 0.
-        kind: ``"attention"`` (units are heads) or ``"ffn"`` (units are neurons).
-        units, units_before: how many units it has, and had.
-        flops, flops_before: per sequence of the report's length, multiply-adds times 2.
-        parameters, parameters_before: of its units, and the output bias.
-        error: relative reconstruction error: 0 is perfect, 1 no better than a constant output; None
-            where it is not known, in a report made from a saved model's sizes.
-    """
-
-    name: str
-    layer: int
-    kind: str
-    units: int
-    units_before: int
-    flops: int
-    flops_before: int
-    parameters: int
-    parameters_before: int
-    error: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +115,7 @@ class KPruneReport:
             ImportError: matplotlib is not installed.
             ValueError: matplotlib does not know the format that the path's ending names.
         """
-        from .plots import save_kept
+        from .figure import save_kept
 
         save_kept(self, path)
 

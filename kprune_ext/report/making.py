@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .config import KPruneConfig
-from .report import KPruneReport, SubLayerReport
-from .units.sublayers import SubLayer
+from ..config import KPruneConfig
+from ..units.sublayers import SubLayer
+from .report import KPruneReport
+from .rows import SubLayerReport
 
 
 def make_report(
