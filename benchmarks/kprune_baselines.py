@@ -30,7 +30,8 @@ from kprune_ext.calibration.sharing import shared_data
 from kprune_ext.calibration.state_memory import StateMemory
 from kprune_ext.calibration.streams import Stream, start_streams
 from kprune_ext.knowledge.measure import Signal, measure_knowledge
-from kprune_ext.modeling import model_task, record_kept, uneven_copy
+from kprune_ext.modeling.classes import model_task
+from kprune_ext.modeling.copying import record_kept, uneven_copy
 from kprune_ext.tuning.least_squares import NormalEquations
 from kprune_ext.units.sublayers import SubLayer, sublayers
 from kprune_ext.units.surgery import set_output, shrink

@@ -7,11 +7,11 @@ from .budget.latency import LatencyTable
 from .budget.latency_measurement import measure_latency
 from .callback import KPruneCallback
 from .config import KPruneConfig
-from .modeling import register as _register
+from .modeling.classes import register as _register
+from .modeling.saved_report import load_report
 from .pruning import kprune
 from .report.report import KPruneReport
 from .report.rows import SubLayerReport
-from .saved_report import load_report
 
 __version__ = "0.1.0"
 

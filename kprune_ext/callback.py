@@ -12,7 +12,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import ParallelMode, TrainingArguments
 
 from .config import KPruneConfig
-from .modeling import model_task
+from .modeling.classes import model_task
 from .pruning import kprune
 
 

@@ -14,15 +14,15 @@ import transformers
 from rich.console import Console
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
-from . import modeling
 from .budget.latency import LatencyTable
 from .budget.latency_measurement import measure_latency
 from .common.files import check_distinct, check_output_files, check_output_folder, resolved
 from .common.text_data import load_rows
 from .config import KPruneConfig
+from .modeling import classes as modeling
+from .modeling.saved_report import load_report
 from .pruning import kprune
 from .report.report import REPORT_FILE, KPruneReport
-from .saved_report import load_report
 
 if TYPE_CHECKING:
     from .cli import PruneOptions, ReportOptions

@@ -36,7 +36,8 @@ from .common.placement import moves_weights
 from .config import KPruneConfig
 from .knowledge.measure import Signal, measure_knowledge, teacher_logits
 from .knowledge.scores import unit_scores
-from .modeling import model_task, record_kept, uneven_copy
+from .modeling.classes import model_task
+from .modeling.copying import record_kept, uneven_copy
 from .progress import progress_over
 from .report.making import make_report
 from .tuning.logit_scale import scale_logits

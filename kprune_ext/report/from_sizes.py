@@ -9,7 +9,7 @@ import torch
 
 from ..architectures.table import find_architecture
 from ..budget.costs import unit_flops
-from ..modeling import UnevenLayers, kept_units
+from ..modeling.classes import UnevenLayers, kept_units
 from ..units.kept import store_kept_units
 from ..units.sublayers import sublayers
 from .making import sublayer_row

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, BertForMaskedLM
 
 from kprune_ext import KPruneCallback, KPruneConfig, kprune
 from kprune_ext.callback import become_
-from kprune_ext.modeling import KPruneBertForSequenceClassification
+from kprune_ext.modeling.classes import KPruneBertForSequenceClassification
 
 
 def callback(at_step: int = 0, reduction: float = 0.5) -> KPruneCallback:

@@ -20,7 +20,7 @@ from kprune_ext.calibration.sharing import shared_data
 from kprune_ext.calibration.state_memory import StateMemory
 from kprune_ext.calibration.streams import start_streams
 from kprune_ext.knowledge.measure import Signal, _in_parts, measure_knowledge, teacher_logits
-from kprune_ext.modeling import model_task
+from kprune_ext.modeling.classes import model_task
 from kprune_ext.units.sublayers import sublayers
 
 

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from kprune_ext import KPruneConfig, kprune
-from kprune_ext.modeling import kept_units
+from kprune_ext.modeling.classes import kept_units
 from peft_corda import CordaConfig, calibrate
 
 # These have no sdpa of their own in transformers.

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from kprune_ext import KPruneConfig, kprune
-from kprune_ext.modeling import KPruneBertForSequenceClassification
+from kprune_ext.modeling.classes import KPruneBertForSequenceClassification
 
 
 @pytest.fixture(params=[0.5, 0.9])

@@ -13,7 +13,7 @@ from transformers import BertModel, MPNetModel, ViTModel
 from kprune_ext import KPruneConfig, kprune
 from kprune_ext.architectures.table import find_architecture
 from kprune_ext.calibration.layer_stack import Encoder
-from kprune_ext.modeling import MODEL_TASKS, model_task
+from kprune_ext.modeling.classes import MODEL_TASKS, model_task
 
 MODELS = {"bert": BertModel, "mpnet": MPNetModel, "vit": ViTModel}
 LABELS: dict[str, Any] = {

@@ -22,7 +22,7 @@ from kprune_ext.common.files import (
     replacing,
     replacing_folder,
 )
-from kprune_ext.saving import replacing_files
+from kprune_ext.modeling.replacing_files import replacing_files
 from peft_corda import CordaExportCallback, calibrate, cli, export_lora
 
 ROOT = Path(__file__).parents[2]

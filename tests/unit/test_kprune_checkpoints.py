@@ -25,7 +25,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from kprune_ext import KPruneConfig, checkpoints, kprune, load_report, saving
+from kprune_ext import KPruneConfig, kprune, load_report
+from kprune_ext.modeling import checkpoints
+from kprune_ext.modeling import replacing_files as saving
 
 
 @pytest.fixture(scope="module")

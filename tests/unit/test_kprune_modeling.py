@@ -21,9 +21,10 @@ from transformers import (
 )
 
 import kprune_ext
-from kprune_ext import KPruneConfig, kprune, modeling
+from kprune_ext import KPruneConfig, kprune
 from kprune_ext.architectures import table as architectures
 from kprune_ext.architectures.table import find_architecture
+from kprune_ext.modeling import classes as modeling
 from kprune_ext.units import kept
 
 

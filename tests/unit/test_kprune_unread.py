@@ -15,7 +15,7 @@ from kprune_ext.calibration.layer_stack import Encoder
 from kprune_ext.calibration.samples import CalibrationData, collect_samples, sample_keys
 from kprune_ext.calibration.state_memory import StateMemory
 from kprune_ext.calibration.streams import start_streams
-from kprune_ext.modeling import model_task
+from kprune_ext.modeling.classes import model_task
 from kprune_ext.tuning.least_squares import NormalEquations
 
 

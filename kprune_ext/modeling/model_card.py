@@ -6,8 +6,8 @@ import os
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .common.presentation import CARD_NAME, with_section
-from .report.report import KPruneReport
+from ..common.presentation import CARD_NAME, with_section
+from ..report.report import KPruneReport
 
 _OWNER = "kprune_ext"
 _TEXT = """\

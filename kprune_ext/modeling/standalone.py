@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from .units.kept import decode_indices
+from ..units.kept import decode_indices
 
 LAYERS = ""
 SUBLAYERS: dict[str, Any] = {}

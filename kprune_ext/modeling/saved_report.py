@@ -7,9 +7,9 @@ from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedModel
 
-from .modeling import KIND_OF_NAME
-from .report.from_sizes import _from_config
-from .report.report import REPORT_FILE, KPruneReport
+from ..report.from_sizes import _from_config
+from ..report.report import REPORT_FILE, KPruneReport
+from .classes import KIND_OF_NAME
 
 
 def load_report(

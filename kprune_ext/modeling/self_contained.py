@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..architectures import headless
+from ..architectures.row import Architecture, SubLayerPaths
+from ..units.kept import decode_indices
 from . import standalone
-from .architectures import headless
-from .architectures.row import Architecture, SubLayerPaths
-from .units.kept import decode_indices
 
 MODELING_FILE = "modeling_kprune_ext.py"
 
@@ -52,7 +52,7 @@ def modeling_source(
         config_class: of the pruned family.
         models: by Auto class, its pruned models.
     """
-    from . import __version__
+    from .. import __version__
 
     dense_config = config_class.__bases__[0]
     dense = {kind: kind.__bases__[1] for kind in models.values()}

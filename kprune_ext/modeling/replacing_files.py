@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .common.files import resolved
+from ..common.files import resolved
 
 _UNFINISHED = ".kprune-unfinished-"
 _WEIGHTS = re.compile(

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from .report.report import REPORT_FILE, KPruneReport
+from ..report.report import REPORT_FILE, KPruneReport
 
 
 def refuse_pickle(source: Any, options: Mapping[str, Any]) -> None:

@@ -14,13 +14,13 @@ from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from .architectures.row import Architecture
-from .card import CARD_NAME, card_text, pruning_section, remote_card
+from ..architectures.row import Architecture
+from ..report.report import REPORT_FILE, KPruneReport
+from ..units.kept import kept_units
 from .loading import check_weights, refuse_pickle, stored_report
-from .report.report import REPORT_FILE, KPruneReport
-from .saving import replacing_files
+from .model_card import CARD_NAME, card_text, pruning_section, remote_card
+from .replacing_files import replacing_files
 from .self_contained import MODELING_FILE, auto_map, modeling_source
-from .units.kept import kept_units
 
 logger = logging.getLogger(__name__)
 

@@ -9,23 +9,20 @@ replaced.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .architectures.row import Architecture
-from .architectures.table import ARCHITECTURES, ROWS, find_architecture
-from .architectures.tasks import TASKS, Task, find_task
-from .calibration.device_map import Homes, copy_weights, homes_of
+from ..architectures.row import Architecture
+from ..architectures.table import ARCHITECTURES, ROWS, find_architecture
+from ..architectures.tasks import TASKS, Task, find_task
+from ..units import kept
+from ..units.kept import KeptUnits
+from ..units.sublayers import sublayers
+from ..units.surgery import shrink
 from .checkpoints import Checkpoints
-from .units import kept
-from .units.kept import KeptUnits, store_kept_units
-from .units.sublayers import sublayers
-from .units.surgery import shrink
 
 
 def kept_units(config: Any) -> list[KeptUnits]:
@@ -119,56 +116,6 @@ def model_task(model: nn.Module) -> Task:
     """
     find_architecture(model)
     return find_task(model, MODEL_TASKS)
-
-
-def uneven_copy(model: PreTrainedModel, homes: Homes | None = None) -> PreTrainedModel:
-    """A copy of a supported model, in the class that can be pruned; nothing removed yet.
-
-    It has the model's weights and dtype in memory of its own, and is in evaluation mode. The global
-    random state is left as it was.
-
-    Args:
-        model: its weights may be on several devices, or offloaded by accelerate.
-        homes: on which devices the copy's parts are to be; by default the model's own.
-    """
-    is_pruned = isinstance(model, UnevenLayers)
-    pruned_class: Any = type(model) if is_pruned else PRUNED_CLASSES[type(model)]
-    settings = model.config.to_dict()
-    for name in ("model_type", "architectures", "transformers_version", "_name_or_path"):
-        settings.pop(name, None)
-    config = pruned_class.config_class(**settings)
-    store_kept_units(config, kept_units(config))
-    with torch.random.fork_rng(devices=[]):
-        copy: Any = pruned_class._from_config(
-            config,
-            attn_implementation=model.config._attn_implementation,
-            **_head_options(model),
-        )
-    copy_weights(model, copy, homes_of(model) if homes is None else homes)
-    return copy.eval()
-
-
-def _head_options(model: Any) -> dict[str, Any]:
-    """The constructor's option for a base model that was made without its pooling layer."""
-    bare = model.base_model is model and getattr(model, "pooler", model) is None
-    return {"add_pooling_layer": False} if bare else {}
-
-
-def record_kept(model: PreTrainedModel, units: Iterable[tuple[list[int], list[int]]]) -> None:
-    """Note in a model's config which heads and neurons of each layer are left.
-
-    Args:
-        model: just pruned.
-        units: per layer the heads and the neurons, as numbered before this pruning.
-    """
-    rows = [
-        KeptUnits(
-            tuple(before.heads[index] for index in heads),
-            tuple(before.neurons[index] for index in neurons),
-        )
-        for before, (heads, neurons) in zip(kept_units(model.config), units, strict=True)
-    ]
-    store_kept_units(model.config, rows)
 
 
 def register() -> None:
