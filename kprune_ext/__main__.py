@@ -1,5 +1,5 @@
 """`python -m kprune_ext` is the command `kprune`."""
 
-from .cli import main
+from .cli.main import main
 
 main()

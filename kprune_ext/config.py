@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from accelerate.utils import convert_file_size_to_int
 
 from .architectures.tasks import PROBLEM_TYPES, ProblemType
-from .options import check_choice, check_ranges, check_types
+from .config_checks import check_choice, check_ranges, check_types
 
 Schedule = Literal["per_layer", "per_sublayer"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)

@@ -17,8 +17,9 @@ from transformers import (
 )
 
 from kprune_ext import KPruneReport, LatencyTable
-from kprune_ext.cli import PruneOptions, main
-from kprune_ext.commands import prune_config
+from kprune_ext.cli.main import main
+from kprune_ext.cli.options import PruneOptions
+from kprune_ext.cli.prune import prune_config
 
 
 @pytest.fixture

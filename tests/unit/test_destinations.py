@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from text_helpers import SENTENCES, make_tokenizer
 
 from kprune_ext import KPruneReport, LatencyTable
-from kprune_ext import cli as kprune_cli
+from kprune_ext.cli import main as kprune_cli
 from kprune_ext.common.files import (
     check_distinct,
     check_output_file,

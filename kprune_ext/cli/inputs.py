@@ -1,0 +1,96 @@
+"""Model and data of `kprune prune`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from ..modeling import classes as modeling
+
+if TYPE_CHECKING:
+    from .options import PruneOptions
+
+AUTO_CLASSES = {
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "masked-lm": "AutoModelForMaskedLM",
+    "embeddings": "AutoModel",
+    "image-classification": "AutoModelForImageClassification",
+}
+
+
+def load_model(options: PruneOptions, about: Any) -> PreTrainedModel:
+    """The model to prune, on its device.
+
+    Raises:
+        ValueError: the task cannot be told.
+    """
+    if options.task in AUTO_CLASSES:
+        kind: Any = getattr(transformers, AUTO_CLASSES[options.task])
+    else:
+        known = (transformers, modeling)  # the latter for models that were pruned before
+        written = [
+            getattr(module, name)
+            for name in about.architectures or []
+            for module in known
+            if hasattr(module, name)
+        ]
+        if not written:
+            raise ValueError(
+                f"The config of {options.model!r} does not tell what the model is for. Pass task: "
+                f"one of {', '.join(AUTO_CLASSES)}."
+            )
+        kind = written[0]
+    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    spread = {"device_map": "auto"} if device == "auto" else {}
+    model = kind.from_pretrained(options.model, dtype=dtype, revision=options.revision, **spread)
+    loaded: PreTrainedModel = (model if spread else model.to(device)).eval()
+    return loaded
+
+
+def _check_fields(rows: Any, names: list[str], option: str) -> None:
+    missing = [name for name in names if name not in rows.column_names]
+    if missing:
+        raise ValueError(
+            f"The data have no field {missing[0]!r}; their fields are "
+            f"{', '.join(rows.column_names)}. Name the right one as {option}."
+        )
+
+
+def _text_batches(
+    rows: Any, tokenizer: Any, options: PruneOptions, about: Any
+) -> Iterator[dict[str, Any]]:
+    names = [options.text_field] if isinstance(options.text_field, str) else options.text_field
+    if not 1 <= len(names) <= 2:
+        raise ValueError("text_field takes one field, or two for pairs.")
+    _check_fields(rows, names, "text_field")
+    most = getattr(about, "max_position_embeddings", None) or options.max_length
+    length = min(options.max_length, most, tokenizer.model_max_length)
+
+    def batches() -> Iterator[dict[str, Any]]:
+        for part in rows.select_columns(names).iter(options.batch_size):
+            texts = [list(part[name]) for name in names]
+            yield dict(
+                tokenizer(
+                    *texts, truncation=True, max_length=length, padding=True, return_tensors="pt"
+                )
+            )
+
+    return batches()
+
+
+def _image_batches(rows: Any, processor: Any, options: PruneOptions) -> Iterator[dict[str, Any]]:
+    _check_fields(rows, [options.image_field], "image_field")
+
+    def batches() -> Iterator[dict[str, Any]]:
+        for part in rows.select_columns([options.image_field]).iter(options.batch_size):
+            images = [image.convert("RGB") for image in part[options.image_field]]
+            yield dict(processor(images, return_tensors="pt"))
+
+    return batches()
