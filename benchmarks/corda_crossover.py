@@ -19,9 +19,9 @@ import torch
 from corda_init_layers import make_covariance, make_weight
 from study import RESULTS, provenance, table, write_report
 
-from peft_corda import iterative
-from peft_corda.decomposition import Directions, decompose
-from peft_corda.statistics import damped
+from peft_corda.decomposition import subspace_iteration as iterative
+from peft_corda.decomposition.covariance import damped
+from peft_corda.decomposition.directions import Directions, decompose
 
 DAMPING = 0.01
 

@@ -32,8 +32,8 @@ from corda_language_model import load_model, load_tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from peft_corda.decomposition import left_singular
-from peft_corda.statistics import damped
+from peft_corda.decomposition.covariance import damped
+from peft_corda.decomposition.directions import left_singular
 from peft_corda.weights import decomposable, dense_weight
 
 CORPORA = ("wikitext", "nq")

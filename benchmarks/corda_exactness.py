@@ -34,8 +34,9 @@ from corda_language_model import load_model, load_tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from peft_corda.decomposition import left_singular, starting_factors
-from peft_corda.statistics import damped
+from peft_corda.decomposition.covariance import damped
+from peft_corda.decomposition.directions import left_singular
+from peft_corda.decomposition.starting_factors import starting_factors
 from peft_corda.weights import decomposable, dense_weight
 
 METHODS = ("ipm", "kpm")

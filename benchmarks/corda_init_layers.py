@@ -21,8 +21,8 @@ from peft.tuners.lora.corda import collect_eigens_for_layer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_corda.decomposition import left_singular
-from peft_corda.statistics import damped
+from peft_corda.decomposition.covariance import damped
+from peft_corda.decomposition.directions import left_singular
 
 METHODS = ("kpm", "ipm")
 DAMPING = 0.01  # the default of both sides

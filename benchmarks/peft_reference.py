@@ -12,7 +12,7 @@ from peft.tuners.lora.corda import CordaEigens, calib_cov_distribution, collect_
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from peft_corda.statistics import damped
+from peft_corda.decomposition.covariance import damped
 
 
 def eigens_of(weight: Tensor, covariance: Tensor) -> CordaEigens:

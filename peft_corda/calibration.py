@@ -23,7 +23,7 @@ from kprune_ext.common.processes import Processes
 from .checkpoint import Checkpoint, identity
 from .collect import PassOptions, collect_covariances
 from .config import CordaConfig
-from .decomposition import METHODS
+from .decomposition.directions import METHODS
 from .factorise import factorise
 from .factors import CordaFactors, ModuleFactors
 from .groups import discover, with_cross

@@ -23,12 +23,11 @@ from kprune_ext.common.files import atomic_save, replacing, resolved
 from kprune_ext.common.placement import whole_parameters
 from kprune_ext.common.processes import Processes
 
-from .config import CordaConfig
+from .config import CordaConfig, rank_of
+from .decomposition.covariance import CovarianceAccumulator
 from .factors import CordaFactors, sample_of
 from .passes import Group
 from .runner import digest_of
-from .statistics import CovarianceAccumulator
-from .targets import rank_of
 
 # A snapshot is put off until it has taken no more than this share of the time.
 _SHARE = 0.1

@@ -16,11 +16,16 @@ from kprune_ext.common.processes import Processes
 
 from .blocks import Relay
 from .checkpoint import Snapshots
+from .decomposition.covariance import (
+    Covariance,
+    CovarianceAccumulator,
+    CrossAccumulator,
+    CrossCovariance,
+)
 from .groups import InputSharing
 from .masks import kept_rows
 from .passes import Group
 from .runner import Batch, Runner, count_of, evaluating, visiting
-from .statistics import Covariance, CovarianceAccumulator, CrossAccumulator, CrossCovariance
 from .weights import whole_bias
 
 

@@ -19,7 +19,7 @@ from kprune_ext.common.text_data import Batch, load_rows, packed_batches, padded
 from .allocation import allocate_ranks
 from .calibration import calibrate
 from .config import CordaConfig
-from .decomposition import METHODS
+from .decomposition.directions import METHODS
 from .factors import CordaFactors
 from .reporting import CordaReport, report
 from .spectra import pick_method

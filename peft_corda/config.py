@@ -11,10 +11,11 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from peft import LoraConfig, PeftType
+from peft.utils.other import get_pattern_key
 
-from .card import describe
-from .decomposition import METHODS, WEIGHTINGS
+from .decomposition.directions import METHODS, WEIGHTINGS
 from .factors import CordaFactors
+from .model_card import describe
 
 SCALINGS = ("balanced", "paper")
 
@@ -179,3 +180,9 @@ def _check_patterns(name: str, given: Mapping[str, Any] | None) -> None:
                 f"`{name}` holds {pattern!r}, which is not a valid regular expression: {error}. Give "
                 "the names of modules, or expressions that match them."
             ) from error
+
+
+def rank_of(config: CordaConfig, name: str) -> int:
+    """Rank of the adapter on module `name`, `rank_pattern` included."""
+    pattern = config.rank_pattern or {}
+    return pattern.get(get_pattern_key(list(pattern), name), config.r)

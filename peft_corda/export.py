@@ -24,9 +24,9 @@ from torch import Tensor
 
 from kprune_ext.common.files import atomic_save, check_output_folder, replacing_folder, resolved
 
-from .card import CARD_NAME, lora_card, update_card
 from .config import CordaConfig
-from .low_rank import stacked, truncated
+from .decomposition.low_rank import stacked, truncated
+from .model_card import CARD_NAME, lora_card, update_card
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 _PREFIX = "base_model.model."

@@ -10,12 +10,17 @@ from torch import Tensor, nn
 
 from kprune_ext.common.processes import Processes
 
-from .config import CordaConfig
-from .decomposition import Directions, decompose, decompose_product, right_factor
+from .config import CordaConfig, rank_of
+from .decomposition.covariance import (
+    Covariance,
+    CrossCovariance,
+    damped,
+    damped_cross,
+    effective_rank,
+)
+from .decomposition.directions import Directions, decompose, decompose_product, right_factor
 from .factors import SAMPLE_SIZE, ModuleFactors, sample_of
 from .passes import Group, owners_of
-from .statistics import Covariance, CrossCovariance, damped, damped_cross, effective_rank
-from .targets import rank_of
 from .weights import decomposable, dense_weight, weight_shape
 
 

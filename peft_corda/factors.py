@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kprune_ext.common.files import atomic_save
 
-from .decomposition import METHODS, Directions
+from .decomposition.directions import METHODS, Directions
 
 FORMAT = "peft_corda.factors"
 FORMAT_VERSION = 2

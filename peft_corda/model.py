@@ -13,12 +13,12 @@ from transformers.modeling_utils import is_fsdp_enabled
 from kprune_ext.common.processes import Processes
 
 from .combining import Combination, combined
-from .config import CordaConfig, saved_last
-from .decomposition import starting_factors
+from .config import CordaConfig, rank_of, saved_last
+from .decomposition.starting_factors import starting_factors
 from .export import convert_for_saving
 from .factors import CordaFactors, WeightSample, sample_of
 from .layer import CordaLayer, new_layer
-from .targets import find_targets, rank_of
+from .targets import find_targets
 from .weights import decomposable, dense_weight, rounding_of, weight_shape
 
 

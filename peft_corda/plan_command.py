@@ -15,7 +15,7 @@ from kprune_ext.common.memory import bytes_of_limit
 
 from .commands import AUTO_CLASSES
 from .config import CordaConfig
-from .decomposition import METHODS
+from .decomposition.directions import METHODS
 from .estimates import Estimate
 from .planner import estimate
 

@@ -29,21 +29,19 @@ from accelerate.utils import compare_versions
 from torch import nn
 
 from .chain import find_chain
-from .config import CordaConfig
-from .decomposition import METHODS
+from .config import CordaConfig, rank_of
+from .decomposition.cost import _FLOAT32, _arithmetic, _workspace
+from .decomposition.directions import METHODS
 from .estimates import Estimate
 from .factors import SAMPLE_SIZE
 from .groups import layout_of, with_cross
-from .iterative import pays
 from .passes import Group, owners_of, passes_within
 from .plan import default_memory
-from .reduction import in_float32
-from .targets import find_targets, rank_of
+from .targets import find_targets
 from .weights import weight_shape
 
 # Tokens of the example that shows which modules share an input.
 _EXAMPLE = 8
-_FLOAT32, _FLOAT64 = 4, 8
 
 
 def estimate(
@@ -185,35 +183,6 @@ def _peak(
             done += sum(sizes[name] for name in group.members)
             most = max(most, done + held + work)
     return most
-
-
-def _workspace(rows: int, columns: int, rank: int, method: str) -> int:
-    """Bytes that decomposing a layer takes, with its covariance, which becomes the damped one."""
-    least = min(rows, columns)
-    block = _FLOAT64 * (rows + 3 * least) * (rank + max(16, rank // 4))
-    factor = _FLOAT32 * columns**2
-    if method == "ipm" and pays(least, rank, method):
-        return factor + max(factor, block)
-    # The product in float64, its triangle, the weight if that is made thin first, and a product in
-    # float32 or a copy of the factor.
-    numbers = least * columns + (5 if rows > columns else 3) * least**2
-    if rows > columns:
-        numbers += rows * least
-    if method == "kpm" and in_float32(least, columns):
-        more = _FLOAT32 * least * columns
-    else:
-        more = _FLOAT64 * columns**2
-    return factor + max(factor, _FLOAT64 * numbers + more + block)
-
-
-def _arithmetic(rows: int, columns: int, rank: int, method: str) -> float:
-    least = min(rows, columns)
-    flops = 2.0 * least * columns**2 + 2.0 * columns * least**2
-    if rows > columns:
-        flops += 2.0 * rows * least**2
-    if pays(least, rank, method):
-        return flops + 8.0 * least**2 * (rank + max(16, rank // 4))
-    return flops + 10.0 * least**3
 
 
 def _run_flops(

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from kprune_ext.common.files import replacing
 
-from .config import SCALINGS, CordaConfig
-from .decomposition import Directions
+from .config import SCALINGS, CordaConfig, rank_of
+from .decomposition.starting_factors import norm_ratio
 from .factors import CordaFactors
 from .spectra import energy_shares, module_types, pick_method, rank_cost
-from .targets import rank_of
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
@@ -237,21 +236,6 @@ def report(
             )
         )
     return CordaReport(method, scaling, factors.weighting, factors.damping, tuple(rows), spectra)
-
-
-def norm_ratio(found: Directions, rank: int, scaling: str) -> float:
-    """`‖A‖ / ‖B‖` of `decomposition.starting_factors`, from the spectrum alone.
-
-    ``"balanced"`` factors have the same singular values. With the paper's `A = S_r^-½ U_rᵀ W` and
-    `B = U_r S_r^½`, `‖A‖² = Σ ‖u_iᵀ W‖² / S_i` and `‖B‖² = Σ S_i`.
-    """
-    if scaling == "balanced":
-        return 1.0
-    values = found.S[:rank].double()
-    # As in `starting_factors`, so that a direction that W does not reach divides nothing by 0.
-    values = values.clamp(min=float(values.max()) * 1e-12 or 1.0)
-    squares = (found.weight_norms[:rank].double().square() / values).sum()
-    return float((squares / values.sum()).sqrt())
 
 
 def _meaning(method: str) -> str:

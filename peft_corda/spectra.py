@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .config import CordaConfig
-from .decomposition import METHODS
+from .decomposition.directions import METHODS
 from .factors import CordaFactors, ModuleFactors
 
 

@@ -12,10 +12,9 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import get_pattern_key
 from torch import nn
 
-from .config import CordaConfig
+from .config import CordaConfig, rank_of
 from .weights import SUPPORTED, is_supported, weight_shape
 
 
@@ -51,12 +50,6 @@ def find_targets(
     if with_start:
         _check_ranks(targets, config)
     return targets
-
-
-def rank_of(config: CordaConfig, name: str) -> int:
-    """Rank of the adapter on module `name`, `rank_pattern` included."""
-    pattern = config.rank_pattern or {}
-    return pattern.get(get_pattern_key(list(pattern), name), config.r)
 
 
 def _with_explicit_targets(model: nn.Module, config: CordaConfig) -> CordaConfig:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_corda import CordaFactors, ModuleFactors, allocate_ranks
-from peft_corda.decomposition import Directions
+from peft_corda.decomposition.directions import Directions
 
 TOLERANCE = 1e-9
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kprune_ext.common.precision import exact_products
-from peft_corda import iterative
-from peft_corda.decomposition import METHODS, WEIGHTINGS, decompose, right_factor
-from peft_corda.statistics import damped
+from peft_corda.decomposition import subspace_iteration as iterative
+from peft_corda.decomposition.covariance import damped
+from peft_corda.decomposition.directions import METHODS, WEIGHTINGS, decompose, right_factor
 
 both_methods = pytest.mark.parametrize("method", METHODS)
 both_weightings = pytest.mark.parametrize("weighting", WEIGHTINGS)

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_corda.decomposition import left_singular, starting_factors
-from peft_corda.statistics import CovarianceAccumulator, damped
+from peft_corda.decomposition.covariance import CovarianceAccumulator, damped
+from peft_corda.decomposition.directions import left_singular
+from peft_corda.decomposition.starting_factors import starting_factors
 
 
 @st.composite

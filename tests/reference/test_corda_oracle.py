@@ -7,8 +7,9 @@ from corda_helpers import covariances_of, make_batches, make_config, make_model
 from transformers.pytorch_utils import Conv1D
 
 from peft_corda import calibrate
-from peft_corda.decomposition import left_singular, starting_factors
-from peft_corda.statistics import CovarianceAccumulator, damped
+from peft_corda.decomposition.covariance import CovarianceAccumulator, damped
+from peft_corda.decomposition.directions import left_singular
+from peft_corda.decomposition.starting_factors import starting_factors
 from peft_corda.targets import find_targets
 
 SHAPES = [(48, 48), (40, 96), (96, 40)]

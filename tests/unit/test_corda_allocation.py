@@ -8,7 +8,7 @@ from corda_helpers import logits_of, make_batches, make_config, make_model
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from peft_corda import allocate_ranks, apply_ranks, calibrate
-from peft_corda.targets import rank_of
+from peft_corda.config import rank_of
 
 
 @pytest.fixture(scope="module")

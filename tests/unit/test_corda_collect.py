@@ -9,8 +9,8 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from peft_corda import calibrate
+from peft_corda.decomposition.covariance import CovarianceAccumulator, damped
 from peft_corda.masks import kept_rows
-from peft_corda.statistics import CovarianceAccumulator, damped
 from peft_corda.targets import find_targets
 
 

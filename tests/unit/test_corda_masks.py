@@ -9,9 +9,9 @@ from corda_helpers import covariances_of, make_config, make_model
 from torch import nn
 
 from peft_corda import CordaConfig, calibrate
+from peft_corda.decomposition.covariance import damped
 from peft_corda.masks import laid_over, of_like_length, token_mask, unpadded
 from peft_corda.runner import Runner
-from peft_corda.statistics import damped
 from peft_corda.targets import find_targets
 
 IDS = torch.arange(1, 13).reshape(3, 4)

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from kprune_ext.common.precision import exact_products
 
-from . import iterative
+from . import subspace_iteration as iterative
 from .eigen import energy_of, gram, is_singular, largest_eigenvectors
-from .reduction import thin_rows, triangle_of
+from .triangular import thin_rows, triangle_of
 
 METHODS = ("kpm", "ipm")
 WEIGHTINGS = ("covariance", "sqrt_covariance")
@@ -192,36 +192,3 @@ def _smallest_right(triangle: Tensor, rank: int) -> tuple[Tensor, Tensor]:
             return vectors[:, -rank:].flip(1), values[-rank:].flip(0).rsqrt()
     # As when a weight has rows of zeros.
     return iterative.smallest_of_all(triangle, rank)
-
-
-def starting_factors(
-    weight: Tensor, directions: Tensor, singular_values: Tensor, scaling: str, adapter_scale: float
-) -> tuple[Tensor, Tensor]:
-    """`A (r, in)` and `B (out, r)` with `adapter_scale · B A = U_r U_rᵀ W`.
-
-    Args:
-        weight: `W (out, in)`.
-        directions: `U_r (out, r)`.
-        singular_values: `S_r (r,)` of `W C`; used by ``"paper"`` alone.
-        scaling: ``"paper"``: `B = U_r S_r^½`, `A = S_r^-½ U_rᵀ W`. ``"balanced"``: with the thin
-            decomposition `U_rᵀ W = P Σ Qᵀ`, `B = U_r P Σ^½` and `A = Σ^½ Qᵀ`: the same product, both
-            factors with the same singular values, independent of the scale of `C`.
-        adapter_scale: the factor `lora_alpha / r` that the adapter multiplies `B A` by.
-
-    Returns:
-        `A` and `B`, float32.
-    """
-    projected = directions.double().T @ weight.double()
-    if scaling == "balanced":
-        left, values, right = torch.linalg.svd(projected, full_matrices=False)
-        root = values.sqrt()
-        factor_a, factor_b = root[:, None] * right, directions.double() @ (left * root)
-    elif scaling == "paper":
-        values = singular_values.double()
-        # A direction that W does not reach has S = 0 and a zero row in Uᵀ W: keep it zero.
-        root = values.clamp(min=float(values.max()) * 1e-12 or 1.0).sqrt()
-        factor_a, factor_b = projected / root[:, None], directions.double() * root
-    else:
-        raise ValueError(f"scaling must be 'balanced' or 'paper', got {scaling!r}")
-    share = adapter_scale**-0.5
-    return (share * factor_a).float(), (share * factor_b).float()

@@ -1,0 +1,1 @@
+"""Pure mathematics: a weight, statistics of its inputs and a rank give directions and factors."""
