@@ -32,9 +32,9 @@ from corda_language_model import load_model, load_tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from peft_corda.base_model.weights import decomposable, dense_weight
 from peft_corda.decomposition.covariance import damped
 from peft_corda.decomposition.directions import left_singular
-from peft_corda.weights import decomposable, dense_weight
 
 CORPORA = ("wikitext", "nq")
 KS = [16, 32, 64, 128, 256]

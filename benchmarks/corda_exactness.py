@@ -34,10 +34,10 @@ from corda_language_model import load_model, load_tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from peft_corda.base_model.weights import decomposable, dense_weight
 from peft_corda.decomposition.covariance import damped
 from peft_corda.decomposition.directions import left_singular
 from peft_corda.decomposition.starting_factors import starting_factors
-from peft_corda.weights import decomposable, dense_weight
 
 METHODS = ("ipm", "kpm")
 RANKS = (16, 128)

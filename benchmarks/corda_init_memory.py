@@ -16,8 +16,8 @@ from corda_init_sides import Sample, forward, load, run_ours, run_peft, time_for
 from transformers import PreTrainedModel
 
 from peft_corda import CordaConfig, CordaFactors
-from peft_corda.groups import discover
-from peft_corda.targets import find_targets
+from peft_corda.base_model.input_groups import discover
+from peft_corda.base_model.targets import find_targets
 
 # "forward" is the floor: the batches are run through the model and nothing is kept.
 SIDES = ("forward", "peft", "ours", "ours-least")

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_corda import CordaConfig, CordaFactors, calibrate
-from peft_corda.groups import discover
-from peft_corda.targets import find_targets
+from peft_corda.base_model.input_groups import discover
+from peft_corda.base_model.targets import find_targets
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import local_text

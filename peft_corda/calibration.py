@@ -20,17 +20,18 @@ from kprune_ext.common.memory import bytes_of_limit, give_back
 from kprune_ext.common.placement import spreading_of
 from kprune_ext.common.processes import Processes
 
+from .base_model.batches import count_of, digest_of, first_example
+from .base_model.forward import Runner
+from .base_model.input_groups import discover, with_cross
+from .base_model.targets import find_targets
 from .checkpoint import Checkpoint, identity
 from .collect import PassOptions, collect_covariances
 from .config import CordaConfig
 from .decomposition.directions import METHODS
 from .factorise import factorise
 from .factors import CordaFactors, ModuleFactors
-from .groups import discover, with_cross
 from .model import CordaModel
 from .plan import Plan, make_plan
-from .runner import Runner, count_of, digest_of, first_example
-from .targets import find_targets
 
 
 def calibrate(

@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from kprune_ext.common.placement import moves_weights
 from kprune_ext.common.processes import Processes
 
-from .blocks import Relay
+from .base_model.batches import Batch, count_of
+from .base_model.forward import Runner, evaluating, visiting
+from .base_model.input_groups import Group, InputSharing
+from .base_model.masks import kept_rows
+from .base_model.relay import Relay, Span
+from .base_model.weights import whole_bias
 from .checkpoint import Snapshots
 from .decomposition.covariance import (
     Covariance,
@@ -22,11 +27,6 @@ from .decomposition.covariance import (
     CrossAccumulator,
     CrossCovariance,
 )
-from .groups import InputSharing
-from .masks import kept_rows
-from .passes import Group
-from .runner import Batch, Runner, count_of, evaluating, visiting
-from .weights import whole_bias
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,6 @@ class PassOptions:
     snapshots: Snapshots | None = None
     processes: Processes = field(default_factory=Processes)
     spare: Batch | None = None
-
-
-@dataclass(frozen=True)
-class Span:
-    """Blocks of a pass: of its first and last group, and of the first group of the next pass."""
-
-    first: int
-    last: int
-    following: int | None
 
 
 def collect_covariances(

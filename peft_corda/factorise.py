@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from kprune_ext.common.processes import Processes
 
+from .base_model.input_groups import Group
+from .base_model.weights import decomposable, dense_weight, weight_shape
 from .config import CordaConfig, rank_of
 from .decomposition.covariance import (
     Covariance,
@@ -20,8 +22,7 @@ from .decomposition.covariance import (
 )
 from .decomposition.directions import Directions, decompose, decompose_product, right_factor
 from .factors import SAMPLE_SIZE, ModuleFactors, sample_of
-from .passes import Group, owners_of
-from .weights import decomposable, dense_weight, weight_shape
+from .passes import owners_of
 
 
 @torch.no_grad()

@@ -22,9 +22,10 @@ from transformers.pytorch_utils import Conv1D
 
 from kprune_ext.common.placement import execution_device, fill, is_dtensor, is_partitioned
 
+from .base_model.quantized import quantization_of
+from .base_model.weights import _innermost, weight_shape
 from .difference import add_difference
 from .starts import StartBuffers
-from .weights import quantization_of, weight_shape
 
 _START_NAMES = ("lora_A0", "lora_B0")
 
@@ -248,9 +249,3 @@ def new_layer(
 
 def _linear(layers: nn.ModuleDict, adapter_name: str) -> nn.Linear:
     return cast(nn.Linear, layers[adapter_name])
-
-
-def _innermost(module: nn.Module) -> nn.Module:
-    while hasattr(module, "base_layer"):
-        module = cast(nn.Module, module.base_layer)
-    return module

@@ -28,17 +28,17 @@ import transformers
 from accelerate.utils import compare_versions
 from torch import nn
 
-from .chain import find_chain
+from .base_model.block_chain import find_chain
+from .base_model.input_groups import Group, layout_of, with_cross
+from .base_model.targets import find_targets
+from .base_model.weights import weight_shape
 from .config import CordaConfig, rank_of
 from .decomposition.cost import _FLOAT32, _arithmetic, _workspace
 from .decomposition.directions import METHODS
 from .estimates import Estimate
 from .factors import SAMPLE_SIZE
-from .groups import layout_of, with_cross
-from .passes import Group, owners_of, passes_within
+from .passes import owners_of, passes_within
 from .plan import default_memory
-from .targets import find_targets
-from .weights import weight_shape
 
 # Tokens of the example that shows which modules share an input.
 _EXAMPLE = 8

@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from peft_corda import CordaConfig, CordaFactors
+from peft_corda.base_model.input_groups import discover
 from peft_corda.collect import collect_covariances
 from peft_corda.decomposition.covariance import Covariance
-from peft_corda.groups import discover
 
 VOCABULARY = 99
 

@@ -6,7 +6,7 @@ import torch
 from corda_helpers import make_config, make_model
 from launching import launched
 
-from peft_corda.targets import find_targets
+from peft_corda.base_model.targets import find_targets
 
 
 @pytest.fixture(scope="module")

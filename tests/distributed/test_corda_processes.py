@@ -7,7 +7,7 @@ from corda_helpers import covariances_of, deep_model, make_config
 from launching import launched
 
 from peft_corda import CordaFactors, calibrate
-from peft_corda.targets import find_targets
+from peft_corda.base_model.targets import find_targets
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from corda_helpers import bytes_of, deep_model, make_config, padded_batches
 from torch import distributed
 
 from peft_corda import calibrate
+from peft_corda.base_model.input_groups import discover
+from peft_corda.base_model.targets import find_targets
 from peft_corda.collect import PassOptions, collect_covariances
-from peft_corda.groups import discover
-from peft_corda.targets import find_targets
 
 BATCHES = padded_batches(count=5)
 # Of the two processes, in each scenario.

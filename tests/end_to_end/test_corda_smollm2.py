@@ -11,9 +11,9 @@ from corda_helpers import covariances_of, logits_of
 from peft import get_peft_model
 
 from peft_corda import CordaConfig, calibrate
+from peft_corda.base_model.targets import find_targets
 from peft_corda.decomposition.directions import decompose
 from peft_corda.decomposition.starting_factors import starting_factors
-from peft_corda.targets import find_targets
 
 RANK = 16
 

@@ -7,10 +7,10 @@ from corda_helpers import covariances_of, make_batches, make_config, make_model
 from transformers.pytorch_utils import Conv1D
 
 from peft_corda import calibrate
+from peft_corda.base_model.targets import find_targets
 from peft_corda.decomposition.covariance import CovarianceAccumulator, damped
 from peft_corda.decomposition.directions import left_singular
 from peft_corda.decomposition.starting_factors import starting_factors
-from peft_corda.targets import find_targets
 
 SHAPES = [(48, 48), (40, 96), (96, 40)]
 

@@ -9,9 +9,9 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from peft_corda import calibrate
+from peft_corda.base_model.masks import kept_rows
+from peft_corda.base_model.targets import find_targets
 from peft_corda.decomposition.covariance import CovarianceAccumulator, damped
-from peft_corda.masks import kept_rows
-from peft_corda.targets import find_targets
 
 
 def state_of(model):

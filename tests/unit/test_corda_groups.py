@@ -5,7 +5,7 @@ import torch
 from corda_helpers import covariances_of
 from torch import nn
 
-from peft_corda.groups import discover
+from peft_corda.base_model.input_groups import discover
 
 
 class Repeated(nn.Module):

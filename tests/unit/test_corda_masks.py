@@ -9,10 +9,11 @@ from corda_helpers import covariances_of, make_config, make_model
 from torch import nn
 
 from peft_corda import CordaConfig, calibrate
+from peft_corda.base_model.batches import of_like_length, unpadded
+from peft_corda.base_model.forward import Runner
+from peft_corda.base_model.masks import laid_over, token_mask
+from peft_corda.base_model.targets import find_targets
 from peft_corda.decomposition.covariance import damped
-from peft_corda.masks import laid_over, of_like_length, token_mask, unpadded
-from peft_corda.runner import Runner
-from peft_corda.targets import find_targets
 
 IDS = torch.arange(1, 13).reshape(3, 4)
 RIGHT = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0]])

@@ -7,8 +7,8 @@ from corda_helpers import bytes_of, logits_of, make_batches, make_config, make_m
 from peft import PeftModel, get_peft_model
 
 from peft_corda import calibrate, initialize_corda
-from peft_corda.targets import find_targets
-from peft_corda.weights import dense_weight
+from peft_corda.base_model.targets import find_targets
+from peft_corda.base_model.weights import dense_weight
 
 
 def dispatched(model, folder):

@@ -12,7 +12,8 @@ from torchao.quantization import Int8WeightOnlyConfig
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
 from peft_corda import CordaConfig, CordaFactors, calibrate
-from peft_corda.weights import dense_weight, is_packed, quantization_of, unpacked
+from peft_corda.base_model.quantized import is_packed, quantization_of, unpacked
+from peft_corda.base_model.weights import dense_weight
 
 KINDS = ["4bit", "8bit"]
 

@@ -1,87 +1,74 @@
-"""Which of a module's input rows are tokens that count, and not padding. Pure."""
+"""What calibration knows of a batch: its keys, shape, padding and digest."""
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sized
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .masks import token_mask
+
+# Batch entries that only serve a loss.
+_LABEL_KEYS = {"labels", "label", "label_ids", "start_positions", "end_positions"}
+
+_FEW_TOKENS = 16
+
+Batch = Mapping[str, Any]
+
+
+def first_example(batch: Batch) -> dict[str, Any] | None:
+    """The first row of a batch, and of plain text no more than a few of its tokens.
+
+    None if the batch's tensors differ in their number of rows.
+    """
+    tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+    rows = {value.shape[0] if value.ndim else 0 for value in tensors.values()}
+    if len(tensors) != len(batch) or len(rows) != 1 or rows == {0}:
+        return None
+    if len({value.shape for value in tensors.values()}) > 1 or set(tensors) - TEXT_KEYS:
+        return {key: value[:1] for key, value in tensors.items()}
+    mask = tensors.get("attention_mask", tensors["input_ids"].new_ones(tensors["input_ids"].shape))
+    kept = mask[0].nonzero().flatten()[:_FEW_TOKENS]
+    return {key: value[:1, kept] for key, value in tensors.items()} if len(kept) else None
+
+
+def count_of(batches: Iterable[Batch]) -> int | None:
+    """The number of batches, where it is known."""
+    try:
+        return len(batches) if isinstance(batches, Sized) else None
+    except TypeError:  # a DataLoader of an IterableDataset
+        return None
+
+
+def digest_of(batch: Any) -> str:
+    """What the tensors of a batch are recognised by."""
+    digest = hashlib.sha256()
+    for key in sorted(batch) if isinstance(batch, Mapping) else ():
+        value = batch[key]
+        if isinstance(value, Tensor):
+            flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(f"{key} {tuple(value.shape)}".encode() + flat.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def token_shape(inputs: Any) -> tuple[int, int] | None:
+    """`(batch, tokens)` of a batch; None if nothing in it tells."""
+    if not isinstance(inputs, Mapping):
+        return None
+    for key in ("input_ids", "inputs_embeds", "attention_mask"):
+        value = inputs.get(key)
+        if isinstance(value, Tensor) and value.ndim >= 2 and value.ndim < 4:
+            return value.shape[0], value.shape[1]
+    return None
+
+
 # Entries of a batch of text that hold a number for each token.
 TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
-# What is added to the score of a token that is not to be looked at is far below this.
-_HIDDEN = -1e3
-
-
-def token_mask(attention_mask: Any) -> Tensor | None:
-    """Which tokens count, bool `(batch, tokens)`; None if all do.
-
-    Args:
-        attention_mask: `(batch, tokens)`, 1 for tokens that count; or `(batch, heads or 1, tokens,
-            tokens)` as used for packed sequences, True or 0 where a token looks at another and
-            False or very negative elsewhere: tokens that look at themselves count.
-
-    Raises:
-        ValueError: if the mask is of another shape, or a packed one of whole numbers.
-    """
-    if attention_mask is None or getattr(attention_mask, "is_meta", False):
-        return None
-    shape = tuple(getattr(attention_mask, "shape", ()))
-    if len(shape) == 4 and shape[2] == shape[3]:
-        itself = attention_mask[:, 0].diagonal(dim1=1, dim2=2)
-        if itself.dtype != torch.bool and not itself.is_floating_point():
-            raise ValueError(
-                f"attention_mask of shape {shape} has dtype {itself.dtype}. Packed sequences take a "
-                "mask of bool, True where a token looks at another, or of numbers to be added to the "
-                "scores, 0 where it does."
-            )
-        mask = itself if itself.dtype == torch.bool else itself > _HIDDEN
-    elif len(shape) == 2:
-        mask = attention_mask.bool()
-    else:
-        raise ValueError(
-            f"attention_mask must have shape (batch, tokens), or (batch, 1, tokens, tokens) for packed "
-            f"sequences, got {shape}. Give a mask that is 1 for tokens that count and 0 for padding."
-        )
-    return None if bool(mask.all()) else mask
-
-
-def kept_rows(name: str, inputs: Tensor, mask: Tensor | None) -> Tensor:
-    """Input rows `(tokens, in)` of the tokens that count.
-
-    Args:
-        name: the module, for the error message.
-        inputs: `(batch, tokens, in)`, `(batch · tokens, in)`, or `(batch, in)` for a module that
-            sees one vector a sequence (a pooler), which counts if its sequence has any token.
-        mask: bool `(batch, tokens)`, or None if all count.
-
-    Raises:
-        ValueError: for any other shape.
-    """
-    rows = inputs.reshape(-1, inputs.shape[-1])
-    if mask is None:
-        return rows
-    mask = mask.to(inputs.device)
-    leading = tuple(inputs.shape[:-1])
-    if not laid_over(leading, (mask.shape[0], mask.shape[1])):
-        raise ValueError(
-            f"The input of {name} has shape {tuple(inputs.shape)}, which the attention_mask of shape "
-            f"{tuple(mask.shape)} cannot be laid over, so padding cannot be told from text. Leave the "
-            "module out of target_modules, or give batches without padding and without "
-            "attention_mask."
-        )
-    if leading == (mask.shape[0],) and mask.shape[1] != 1:
-        return rows[mask.any(dim=1)]
-    return rows[mask.reshape(-1)]
-
-
-def laid_over(leading: tuple[int, ...], tokens: tuple[int, int]) -> bool:
-    """Whether a mask `(batch, tokens)` tells which rows of an input with these dimensions count."""
-    batch, length = tokens
-    return leading in (tokens, (batch * length,), (batch,))
 
 
 def unpadded(batch: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
-from .config import CordaConfig, rank_of
+from ..config import CordaConfig, rank_of
 from .weights import SUPPORTED, is_supported, weight_shape
 
 

@@ -6,9 +6,8 @@ forwards.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -19,18 +18,15 @@ from torch import Tensor, nn
 
 from kprune_ext.common.placement import execution_device, moves_weights, reshard, spreading_of
 
-from .masks import TEXT_KEYS, of_like_length, token_mask, unpadded
-from .weights import quantization_of
+from .batches import _LABEL_KEYS, Batch, of_like_length, token_shape, unpadded
+from .masks import token_mask
+from .quantized import quantization_of
 
-# Batch entries that only serve a loss.
-_LABEL_KEYS = {"labels", "label", "label_ids", "start_positions", "end_positions"}
-_FEW_TOKENS = 16
 # What a run of a model costs beyond its tokens, in tokens: reading weights from memory; starting
 # kernels, or bringing weights in from elsewhere.
 _RUN_COST = 64
 _HIGH_RUN_COST = 4096
 
-Batch = Mapping[str, Any]
 # Called with a module's name, its input and, where that is asked for, its output.
 Visitor = Callable[[str, Tensor, Tensor | None], None]
 
@@ -151,52 +147,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         for module, mode in modes.items():
             module.training = mode
         reshard(model)
-
-
-def first_example(batch: Batch) -> dict[str, Any] | None:
-    """The first row of a batch, and of plain text no more than a few of its tokens.
-
-    None if the batch's tensors differ in their number of rows.
-    """
-    tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
-    rows = {value.shape[0] if value.ndim else 0 for value in tensors.values()}
-    if len(tensors) != len(batch) or len(rows) != 1 or rows == {0}:
-        return None
-    if len({value.shape for value in tensors.values()}) > 1 or set(tensors) - TEXT_KEYS:
-        return {key: value[:1] for key, value in tensors.items()}
-    mask = tensors.get("attention_mask", tensors["input_ids"].new_ones(tensors["input_ids"].shape))
-    kept = mask[0].nonzero().flatten()[:_FEW_TOKENS]
-    return {key: value[:1, kept] for key, value in tensors.items()} if len(kept) else None
-
-
-def count_of(batches: Iterable[Batch]) -> int | None:
-    """The number of batches, where it is known."""
-    try:
-        return len(batches) if isinstance(batches, Sized) else None
-    except TypeError:  # a DataLoader of an IterableDataset
-        return None
-
-
-def digest_of(batch: Any) -> str:
-    """What the tensors of a batch are recognised by."""
-    digest = hashlib.sha256()
-    for key in sorted(batch) if isinstance(batch, Mapping) else ():
-        value = batch[key]
-        if isinstance(value, Tensor):
-            flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(f"{key} {tuple(value.shape)}".encode() + flat.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def token_shape(inputs: Any) -> tuple[int, int] | None:
-    """`(batch, tokens)` of a batch; None if nothing in it tells."""
-    if not isinstance(inputs, Mapping):
-        return None
-    for key in ("input_ids", "inputs_embeds", "attention_mask"):
-        value = inputs.get(key)
-        if isinstance(value, Tensor) and value.ndim >= 2 and value.ndim < 4:
-            return value.shape[0], value.shape[1]
-    return None
 
 
 def _shortest(model: nn.Module, targets: Mapping[str, nn.Module]) -> nn.Module:

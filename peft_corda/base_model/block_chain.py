@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from kprune_ext.common.placement import moves_weights
 
-from .passes import Group
-from .runner import Runner, evaluating, token_shape, visiting
+from .batches import token_shape
+from .forward import Runner, evaluating, visiting
+from .input_groups import Group
 
 
 @dataclass(frozen=True)

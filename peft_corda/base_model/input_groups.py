@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from .batches import Batch, first_example
+from .forward import Runner, evaluating, visiting
 from .masks import laid_over
-from .passes import Group
-from .runner import Batch, Runner, evaluating, first_example, visiting
 from .weights import weight_shape
 
 
@@ -146,3 +146,34 @@ class _Calls:
             for inputs, names in members.items()
         ]
         return Layout(groups, self.masked)
+
+
+_FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Group:
+    """Target modules that are given the very same input, and so share one covariance.
+
+    Attributes:
+        members: names, in the order of the forward pass.
+        features: input dimensions.
+        outputs: output dimensions, where the cross-covariance of outputs and inputs is collected in
+            place of the covariance of the inputs; else None.
+        called_once: whether each was called exactly once in a forward pass.
+    """
+
+    members: tuple[str, ...]
+    features: int
+    called_once: bool = True
+    outputs: int | None = None
+
+    @property
+    def leader(self) -> str:
+        """The module whose input is looked at."""
+        return self.members[0]
+
+    def bytes(self, itemsize: int = _FLOAT32) -> int:
+        """Memory of the covariance while it is summed."""
+        rows = self.features if self.outputs is None else self.outputs + 1
+        return itemsize * self.features * rows

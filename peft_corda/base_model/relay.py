@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .chain import Chain, given_to, handing_on
-from .runner import Runner, digest_of
+from .batches import digest_of
+from .block_chain import Chain, given_to, handing_on
+from .forward import Runner
 
 
 class Relay:
@@ -123,3 +125,12 @@ class Relay:
 
     def _forget(self) -> None:
         self._start, self._states = 0, []
+
+
+@dataclass(frozen=True)
+class Span:
+    """Blocks of a pass: of its first and last group, and of the first group of the next pass."""
+
+    first: int
+    last: int
+    following: int | None

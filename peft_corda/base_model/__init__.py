@@ -1,0 +1,1 @@
+"""Contact with the base model: its layers, weights and hooks."""
