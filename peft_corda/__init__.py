@@ -9,9 +9,9 @@ Method: CorDA, arXiv 2406.05223 (NeurIPS 2024).
 
 from .allocation import allocate_ranks, apply_ranks
 from .calibration import calibrate, initialize_corda
-from .callbacks import CordaExportCallback
 from .config import CordaConfig
-from .export import export_lora
+from .export.callback import CordaExportCallback
+from .export.export import export_lora
 from .factors import CordaFactors, ModuleFactors
 from .model import CordaModel
 from .registration import register_corda

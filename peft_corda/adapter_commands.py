@@ -10,7 +10,7 @@ from kprune_ext.common.files import check_distinct, check_output_folder, replaci
 
 from .commands import calibrated, check_options, load_model
 from .config import CordaConfig
-from .export import export_lora
+from .export.export import export_lora
 from .factors import CordaFactors
 
 if TYPE_CHECKING:

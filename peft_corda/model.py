@@ -18,7 +18,7 @@ from .base_model.weights import decomposable, dense_weight, weight_shape
 from .combining import Combination, combined
 from .config import CordaConfig, rank_of, saved_last
 from .decomposition.starting_factors import starting_factors
-from .export import convert_for_saving
+from .export.peft_conversion import convert_for_saving
 from .factors import CordaFactors, WeightSample, sample_of
 from .layer import CordaLayer, new_layer
 

@@ -8,11 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from kprune_ext.common.placement import (
-    brought_in,
-    shape_of,
-    whole,
-)
+from kprune_ext.common.placement import brought_in, shape_of, whole
 
 from .quantized import _dequantized, _is_of_torchao, _weight, quantization_of
 

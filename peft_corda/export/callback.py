@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from kprune_ext.common.files import resolved
 
-from .config import CordaConfig
+from ..config import CordaConfig
 from .export import check_target, export_lora
 
 

@@ -1,0 +1,1 @@
+"""A CORDA checkpoint as a plain LoRA adapter."""

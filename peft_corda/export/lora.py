@@ -1,0 +1,110 @@
+"""The tensors and the config of a plain LoRA, out of those of a CORDA adapter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+
+import torch
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from ..config import CordaConfig
+from ..decomposition.low_rank import stacked, truncated
+
+_PREFIX = "base_model.model."
+
+_ENDINGS = {"A": ".lora_A.weight", "B": ".lora_B.weight", "A0": ".lora_A0", "B0": ".lora_B0"}
+
+
+def lora_tensors(
+    tensors: Mapping[str, Tensor],
+    config: CordaConfig,
+    rank: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[dict[str, Tensor], int]:
+    """The tensors of a LoRA checkpoint from those of a CORDA checkpoint, and their rank.
+
+    Args:
+        tensors: `A (r, in)`, `B (out, r)` and their starts by module, and whatever else was saved.
+        config: the checkpoint's, for the scaling of each module.
+        rank: of all modules; twice the largest if None.
+        dtype: of the new factors; that of the old ones if None.
+
+    Raises:
+        ValueError: if a start is missing, shapes do not go together, or values are not finite.
+    """
+    modules = _modules_of(tensors)
+    ranks = {name: tensors[keys["A"]].shape[0] for name, keys in modules.items()}
+    rank = 2 * max(ranks.values()) if rank is None else rank
+    used = {key for keys in modules.values() for key in keys.values()}
+    result = {key: value for key, value in tensors.items() if key not in used}
+    for name, keys in modules.items():
+        scaling = _scaling(config, name, ranks[name])
+        a, b, a0, b0 = (tensors[keys[part]].detach().cpu() for part in ("A", "B", "A0", "B0"))
+        if a.shape != a0.shape or b.shape != b0.shape or b.shape[1] != a.shape[0]:
+            raise ValueError(
+                f"The factors of {name} do not go together: A {tuple(a.shape)}, B {tuple(b.shape)}, "
+                f"A0 {tuple(a0.shape)}, B0 {tuple(b0.shape)}. Save the adapter again."
+            )
+        update = stacked([(scaling * b.double(), a), (-scaling * b0.double(), a0)])
+        _check_finite(name, *update)
+        factor_b, factor_a = truncated(update, rank)
+        result[keys["A"]] = factor_a.to(dtype or a.dtype).contiguous()
+        result[keys["B"]] = factor_b.to(dtype or b.dtype).contiguous()
+        _check_finite(name, result[keys["A"]], result[keys["B"]])
+    return result, rank
+
+
+def lora_config(config: CordaConfig, rank: int) -> LoraConfig:
+    """The config of a plain LoRA of one rank, with a scaling of 1, and all else as in `config`."""
+    kept = {field.name: getattr(config, field.name) for field in fields(LoraConfig) if field.init}
+    kept |= {
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_rslora": False,
+        "init_lora_weights": True,
+    }
+    return LoraConfig(**kept)
+
+
+def _modules_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
+    """By module name, the keys of `A`, `B`, `A0` and `B0`."""
+    names = [key.removesuffix(_ENDINGS["A"]) for key in tensors if key.endswith(_ENDINGS["A"])]
+    modules = {
+        name.removeprefix(_PREFIX): {part: name + end for part, end in _ENDINGS.items()}
+        for name in names
+    }
+    missing = [key for keys in modules.values() for key in keys.values() if key not in tensors]
+    if missing or not modules:
+        what = f"{len(missing)} tensors, such as {missing[0]}" if missing else "any lora_A tensor"
+        raise ValueError(
+            f"The checkpoint lacks {what}. A CORDA adapter is saved with what it started from (lora_A0 "
+            "and lora_B0): save it again with save_pretrained, all its parameters gathered."
+        )
+    return modules
+
+
+def _scaling(config: CordaConfig, name: str, rank: int) -> float:
+    """`s` of a module, as PEFT's LoRA works it out."""
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    configured = ranks.get(get_pattern_key(list(ranks), name), config.r)
+    if configured != rank:
+        raise ValueError(
+            f"{name} has an adapter of rank {rank}, but the checkpoint's config says {configured}. Its "
+            "files do not belong together: save the adapter again."
+        )
+    alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
+    return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+
+
+def _check_finite(name: str, *factors: Tensor) -> None:
+    if not all(bool(factor.isfinite().all()) for factor in factors):
+        raise ValueError(
+            f"The adapter of {name} has NaN or infinite values, or values that are too large for the "
+            "dtype to write. Export an earlier checkpoint, or with another dtype."
+        )
