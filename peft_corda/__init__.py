@@ -7,7 +7,8 @@ adapter that was saved from one.
 Method: CorDA, arXiv 2406.05223 (NeurIPS 2024).
 """
 
-from .allocation import allocate_ranks, apply_ranks
+from .analysis.allocation import allocate_ranks, apply_ranks
+from .analysis.report import CordaReport, report
 from .calibration import calibrate, initialize_corda
 from .config import CordaConfig
 from .export.callback import CordaExportCallback
@@ -15,7 +16,6 @@ from .export.export import export_lora
 from .factors import CordaFactors, ModuleFactors
 from .model import CordaModel
 from .registration import register_corda
-from .reporting import CordaReport, report
 
 __version__ = "0.1.0"
 

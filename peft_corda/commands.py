@@ -16,13 +16,13 @@ from transformers import AutoConfig, AutoTokenizer
 from kprune_ext.common.files import check_output_files, replacing
 from kprune_ext.common.text_data import Batch, load_rows, packed_batches, padded_batches, read_texts
 
-from .allocation import allocate_ranks
+from .analysis.allocation import allocate_ranks
+from .analysis.report import CordaReport, report
+from .analysis.spectra import pick_method
 from .calibration import calibrate
 from .config import CordaConfig
 from .decomposition.directions import METHODS
 from .factors import CordaFactors
-from .reporting import CordaReport, report
-from .spectra import pick_method
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase

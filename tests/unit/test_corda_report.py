@@ -13,9 +13,9 @@ from peft import get_peft_model
 from rich.console import Console
 
 from peft_corda import CordaFactors, calibrate, report
+from peft_corda.analysis.spectra import layer_number, module_types
 from peft_corda.base_model.targets import find_targets
 from peft_corda.decomposition.covariance import damped
-from peft_corda.spectra import layer_number, module_types
 
 NAME = "model.layers.1.mlp.down_proj"
 

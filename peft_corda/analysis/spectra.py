@@ -8,9 +8,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .config import CordaConfig
-from .decomposition.directions import METHODS
-from .factors import CordaFactors, ModuleFactors
+from ..config import CordaConfig
+from ..decomposition.directions import METHODS
+from ..factors import CordaFactors, ModuleFactors
 
 
 def pick_method(

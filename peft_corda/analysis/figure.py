@@ -12,7 +12,7 @@ from kprune_ext.common.files import replacing
 from .spectra import layer_number
 
 if TYPE_CHECKING:
-    from .reporting import CordaReport
+    from .report import CordaReport
 
 _PANEL_INCHES = (3.6, 2.8)
 _MOST_COLUMNS = 4

@@ -11,8 +11,8 @@ import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from .config import CordaConfig, rank_of
-from .factors import CordaFactors
+from ..config import CordaConfig, rank_of
+from ..factors import CordaFactors
 from .spectra import energy_shares, pick_method, rank_cost
 
 RULES = ("energy",)

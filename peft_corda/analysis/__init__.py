@@ -1,0 +1,1 @@
+"""Factors, looked at: spectra, ranks and a report."""
