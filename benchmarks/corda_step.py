@@ -27,7 +27,7 @@ from study import RESULTS, model_label, provenance, table, write_report
 from torch import nn
 
 from peft_corda import CordaConfig
-from peft_corda.layer import CordaLinear
+from peft_corda.adapter.layer import CordaLinear
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from corda_language_model import load_model

@@ -7,6 +7,8 @@ adapter that was saved from one.
 Method: CorDA, arXiv 2406.05223 (NeurIPS 2024).
 """
 
+from .adapter.model import CordaModel
+from .adapter.registration import register_corda
 from .analysis.allocation import allocate_ranks, apply_ranks
 from .analysis.report import CordaReport, report
 from .calibration import calibrate, initialize_corda
@@ -14,8 +16,6 @@ from .config import CordaConfig
 from .export.callback import CordaExportCallback
 from .export.export import export_lora
 from .factors import CordaFactors, ModuleFactors
-from .model import CordaModel
-from .registration import register_corda
 
 __version__ = "0.1.0"
 

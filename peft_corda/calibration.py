@@ -20,6 +20,7 @@ from kprune_ext.common.memory import bytes_of_limit, give_back
 from kprune_ext.common.placement import spreading_of
 from kprune_ext.common.processes import Processes
 
+from .adapter.model import CordaModel
 from .base_model.batches import count_of, digest_of, first_example
 from .base_model.forward import Runner
 from .base_model.input_groups import discover, with_cross
@@ -30,7 +31,6 @@ from .config import CordaConfig
 from .decomposition.directions import METHODS
 from .factorise import factorise
 from .factors import CordaFactors, ModuleFactors
-from .model import CordaModel
 from .plan import Plan, make_plan
 
 

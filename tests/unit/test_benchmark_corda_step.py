@@ -9,7 +9,7 @@ import torch
 from corda_helpers import tiny_llama
 from torch import nn
 
-from peft_corda.layer import CordaLayer
+from peft_corda.adapter.layer import CordaLayer
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 import peft_corda
-from peft_corda import registration
+from peft_corda.adapter import registration
 
 
 def test_type_is_a_member_like_any_other():

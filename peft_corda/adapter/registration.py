@@ -6,7 +6,7 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
-from .config import CordaConfig
+from ..config import CordaConfig
 from .model import CordaModel
 
 CORDA = "CORDA"

@@ -11,7 +11,7 @@ from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .decomposition.low_rank import Product, stacked, truncated, truncated_dense
+from ..decomposition.low_rank import Product, stacked, truncated, truncated_dense
 from .layer import CordaLayer
 
 

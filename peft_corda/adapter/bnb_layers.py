@@ -9,8 +9,8 @@ import torch
 from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 
-from .base_model.quantized import is_packed, unpacked
-from .base_model.weights import dense_weight
+from ..base_model.quantized import is_packed, unpacked
+from ..base_model.weights import dense_weight
 from .layer import CordaLayer
 
 

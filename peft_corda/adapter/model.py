@@ -12,15 +12,16 @@ from transformers.modeling_utils import is_fsdp_enabled
 
 from kprune_ext.common.processes import Processes
 
-from .base_model.quantized import rounding_of
-from .base_model.targets import find_targets
-from .base_model.weights import decomposable, dense_weight, weight_shape
+from ..base_model.quantized import rounding_of
+from ..base_model.targets import find_targets
+from ..base_model.weights import decomposable, dense_weight, weight_shape
+from ..config import CordaConfig, rank_of, saved_last
+from ..decomposition.starting_factors import starting_factors
+from ..export.peft_conversion import convert_for_saving
+from ..factors import CordaFactors, WeightSample, sample_of
 from .combining import Combination, combined
-from .config import CordaConfig, rank_of, saved_last
-from .decomposition.starting_factors import starting_factors
-from .export.peft_conversion import convert_for_saving
-from .factors import CordaFactors, WeightSample, sample_of
-from .layer import CordaLayer, new_layer
+from .dispatch import new_layer
+from .layer import CordaLayer
 
 
 class CordaModel(LoraModel):

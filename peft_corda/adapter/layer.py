@@ -22,10 +22,9 @@ from transformers.pytorch_utils import Conv1D
 
 from kprune_ext.common.placement import execution_device, fill, is_dtensor, is_partitioned
 
-from .base_model.quantized import quantization_of
-from .base_model.weights import _innermost, weight_shape
+from ..base_model.weights import _innermost, weight_shape
 from .difference import add_difference
-from .starts import StartBuffers
+from .start_buffers import StartBuffers
 
 _START_NAMES = ("lora_A0", "lora_B0")
 
@@ -229,22 +228,6 @@ class CordaLinear(CordaLayer, LoraLinear):
         )
         # Conv1D stores its weight as (in, out); the layer knows, the user need not say so.
         self.fan_in_fan_out = is_conv1d
-
-
-def new_layer(
-    base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any
-) -> CordaLayer:
-    """The adapter layer for a supported module; `kwargs` as PEFT gives them to LoRA layers."""
-    kind = quantization_of(_innermost(base_layer))
-    if kind is None:
-        return CordaLinear(base_layer, adapter_name, config=config, **kwargs)
-    if kind == "torchao":
-        from .torchao_layers import CordaTorchaoLinear
-
-        return CordaTorchaoLinear(base_layer, adapter_name, config=config, **kwargs)
-    from .bnb_layers import LAYERS
-
-    return cast(CordaLayer, LAYERS[kind](base_layer, adapter_name, config=config, **kwargs))
 
 
 def _linear(layers: nn.ModuleDict, adapter_name: str) -> nn.Linear:
