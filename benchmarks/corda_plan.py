@@ -21,7 +21,7 @@ from corda_init_memory import resident, settle
 from study import RESULTS, model_label, provenance, table, write_report
 
 from peft_corda import CordaConfig, calibrate
-from peft_corda.planner import estimate
+from peft_corda.calibration.forecast import estimate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import corda_language_model

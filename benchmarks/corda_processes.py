@@ -26,8 +26,8 @@ from kprune_ext.common.processes import Processes
 from peft_corda import CordaConfig
 from peft_corda.base_model.input_groups import discover
 from peft_corda.base_model.targets import find_targets
-from peft_corda.collect import PassOptions, collect_covariances
-from peft_corda.factorise import factorise
+from peft_corda.calibration.collect import PassOptions, collect_covariances
+from peft_corda.calibration.decompose import factorise
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peft_corda import CordaConfig
 from peft_corda.base_model.input_groups import discover
 from peft_corda.base_model.targets import find_targets
-from peft_corda.collect import collect_covariances
+from peft_corda.calibration.collect import collect_covariances
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from corda_language_model import as_prompt

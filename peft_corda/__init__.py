@@ -11,7 +11,8 @@ from .adapter.model import CordaModel
 from .adapter.registration import register_corda
 from .analysis.allocation import allocate_ranks, apply_ranks
 from .analysis.report import CordaReport, report
-from .calibration import calibrate, initialize_corda
+from .calibration.calibrate import calibrate
+from .calibration.initialize import initialize_corda
 from .config import CordaConfig
 from .export.callback import CordaExportCallback
 from .export.export import export_lora

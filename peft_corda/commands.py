@@ -19,7 +19,7 @@ from kprune_ext.common.text_data import Batch, load_rows, packed_batches, padded
 from .analysis.allocation import allocate_ranks
 from .analysis.report import CordaReport, report
 from .analysis.spectra import pick_method
-from .calibration import calibrate
+from .calibration.calibrate import calibrate
 from .config import CordaConfig
 from .decomposition.directions import METHODS
 from .factors import CordaFactors

@@ -13,11 +13,10 @@ from transformers import AutoConfig
 from kprune_ext.common.files import check_output_files, replacing
 from kprune_ext.common.memory import bytes_of_limit
 
+from .calibration.forecast import Estimate, estimate
 from .commands import AUTO_CLASSES
 from .config import CordaConfig
 from .decomposition.directions import METHODS
-from .estimates import Estimate
-from .planner import estimate
 
 if TYPE_CHECKING:
     from .cli import PlanOptions

@@ -18,7 +18,7 @@ from transformers import (
 
 from peft_corda import CordaConfig, CordaFactors
 from peft_corda.base_model.input_groups import discover
-from peft_corda.collect import collect_covariances
+from peft_corda.calibration.collect import collect_covariances
 from peft_corda.decomposition.covariance import Covariance
 
 VOCABULARY = 99

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from corda_helpers import deep_model, make_config, padded_batches
 
-from peft_corda import CordaFactors, calibrate, factorise
+from peft_corda import CordaFactors, calibrate
+from peft_corda.calibration import decompose as factorise
 
 MAX_MEMORY = "90KB"  # several passes with hidden states carried over
 

@@ -14,7 +14,7 @@ from torch import distributed
 from peft_corda import calibrate
 from peft_corda.base_model.input_groups import discover
 from peft_corda.base_model.targets import find_targets
-from peft_corda.collect import PassOptions, collect_covariances
+from peft_corda.calibration.collect import PassOptions, collect_covariances
 
 BATCHES = padded_batches(count=5)
 # Of the two processes, in each scenario.

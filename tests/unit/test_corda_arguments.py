@@ -7,7 +7,7 @@ from corda_helpers import covariances_of, make_batches, make_config, make_model
 from peft_corda import calibrate
 from peft_corda.base_model.input_groups import discover
 from peft_corda.base_model.targets import find_targets
-from peft_corda.collect import PassOptions, collect_covariances
+from peft_corda.calibration.collect import PassOptions, collect_covariances
 
 
 def refused(message, **options):

@@ -19,8 +19,8 @@ from kprune_ext.common.processes import Processes
 from peft_corda import CordaConfig, calibrate
 from peft_corda.base_model.input_groups import discover
 from peft_corda.base_model.targets import find_targets
-from peft_corda.collect import PassOptions, collect_covariances
-from peft_corda.plan import make_plan
+from peft_corda.calibration.collect import PassOptions, collect_covariances
+from peft_corda.calibration.plan import make_plan
 
 TOKENS = 3 * 4 * 12  # of make_batches()
 HIDDEN = TOKENS * 48 * 4

@@ -10,12 +10,13 @@ from corda_helpers import make_batches, make_config, make_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from kprune_ext.common.processes import Processes
-from peft_corda import calibrate, planner
+from peft_corda import calibrate
 from peft_corda.base_model.input_groups import discover, with_cross
 from peft_corda.base_model.targets import find_targets
+from peft_corda.calibration import forecast as planner
+from peft_corda.calibration.forecast import estimate
+from peft_corda.calibration.plan import make_plan
 from peft_corda.cli import main
-from peft_corda.plan import make_plan
-from peft_corda.planner import estimate
 
 pytestmark = pytest.mark.skipif(
     transformers.__version__ < "5", reason="models of transformers 4 do not run without weights"

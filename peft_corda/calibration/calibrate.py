@@ -20,17 +20,16 @@ from kprune_ext.common.memory import bytes_of_limit, give_back
 from kprune_ext.common.placement import spreading_of
 from kprune_ext.common.processes import Processes
 
-from .adapter.model import CordaModel
-from .base_model.batches import count_of, digest_of, first_example
-from .base_model.forward import Runner
-from .base_model.input_groups import discover, with_cross
-from .base_model.targets import find_targets
+from ..base_model.batches import count_of, digest_of, first_example
+from ..base_model.forward import Runner
+from ..base_model.input_groups import discover, with_cross
+from ..base_model.targets import find_targets
+from ..config import CordaConfig
+from ..decomposition.directions import METHODS
+from ..factors import CordaFactors, ModuleFactors
 from .checkpoint import Checkpoint, identity
 from .collect import PassOptions, collect_covariances
-from .config import CordaConfig
-from .decomposition.directions import METHODS
-from .factorise import factorise
-from .factors import CordaFactors, ModuleFactors
+from .decompose import factorise
 from .plan import Plan, make_plan
 
 
@@ -166,47 +165,6 @@ def _run_pass(
     )
     give_back()
     return CordaFactors(modules, config.corda_damping, config.corda_weighting)
-
-
-def initialize_corda(
-    model: PeftModel,
-    dataloader: Iterable[Mapping[str, Any]],
-    adapter_name: str | None = None,
-    **options: Any,
-) -> CordaFactors:
-    """Calibrate and start a CORDA adapter that is already in place.
-
-    For frameworks that call `get_peft_model` themselves, before any data is at hand.
-
-    Args:
-        model: a `PeftModel` with a CORDA adapter.
-        dataloader: as for `calibrate`.
-        adapter_name: which adapter; the active one if None.
-        **options: further arguments of `calibrate`, such as `max_memory` and `checkpoint_dir`.
-
-    Returns:
-        The factors that the adapter now starts from.
-
-    Raises:
-        TypeError: if `model` is not a `PeftModel` with a CORDA adapter of that name.
-        ValueError, RuntimeError: as `calibrate`.
-    """
-    name = adapter_name or getattr(model, "active_adapter", None)
-    config = getattr(model, "peft_config", {}).get(name)
-    if not (
-        isinstance(model, PeftModel) and isinstance(name, str) and isinstance(config, CordaConfig)
-    ):
-        raise TypeError(
-            f"initialize_corda needs a PeftModel with a CORDA adapter, got {type(model).__name__} "
-            f"with adapter {name!r} of type {type(config).__name__}. Wrap the model with "
-            "get_peft_model(model, CordaConfig(...)) first, or pass adapter_name."
-        )
-    tuner = model.base_model
-    assert isinstance(tuner, CordaModel)  # follows from the config's type
-    with model.disable_adapter():
-        factors = calibrate(model, config, dataloader, **options)
-    tuner.start_adapter(name, factors)
-    return factors
 
 
 def _check_arguments(

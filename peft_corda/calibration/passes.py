@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .base_model.input_groups import _FLOAT32, Group
+from ..base_model.input_groups import _FLOAT32, Group
 
 
 def plan_passes(

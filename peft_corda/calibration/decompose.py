@@ -10,18 +10,18 @@ from torch import Tensor, nn
 
 from kprune_ext.common.processes import Processes
 
-from .base_model.input_groups import Group
-from .base_model.weights import decomposable, dense_weight, weight_shape
-from .config import CordaConfig, rank_of
-from .decomposition.covariance import (
+from ..base_model.input_groups import Group
+from ..base_model.weights import decomposable, dense_weight, weight_shape
+from ..config import CordaConfig, rank_of
+from ..decomposition.covariance import (
     Covariance,
     CrossCovariance,
     damped,
     damped_cross,
     effective_rank,
 )
-from .decomposition.directions import Directions, decompose, decompose_product, right_factor
-from .factors import SAMPLE_SIZE, ModuleFactors, sample_of
+from ..decomposition.directions import Directions, decompose, decompose_product, right_factor
+from ..factors import SAMPLE_SIZE, ModuleFactors, sample_of
 from .passes import owners_of
 
 

@@ -23,11 +23,11 @@ from kprune_ext.common.files import atomic_save, replacing, resolved
 from kprune_ext.common.placement import whole_parameters
 from kprune_ext.common.processes import Processes
 
-from .base_model.batches import digest_of
-from .base_model.input_groups import Group
-from .config import CordaConfig, rank_of
-from .decomposition.covariance import CovarianceAccumulator
-from .factors import CordaFactors, sample_of
+from ..base_model.batches import digest_of
+from ..base_model.input_groups import Group
+from ..config import CordaConfig, rank_of
+from ..decomposition.covariance import CovarianceAccumulator
+from ..factors import CordaFactors, sample_of
 
 # A snapshot is put off until it has taken no more than this share of the time.
 _SHARE = 0.1

@@ -9,11 +9,11 @@ from torch import nn
 
 from kprune_ext.common.processes import Processes
 
-from .base_model.batches import Batch, count_of, digest_of, first_example, token_shape
-from .base_model.block_chain import Chain, find_chain
-from .base_model.forward import Runner
-from .base_model.input_groups import Group
-from .base_model.relay import Relay, Span
+from ..base_model.batches import Batch, count_of, digest_of, first_example, token_shape
+from ..base_model.block_chain import Chain, find_chain
+from ..base_model.forward import Runner
+from ..base_model.input_groups import Group
+from ..base_model.relay import Relay, Span
 from .passes import passes_within, plan_passes
 
 # A model of which an eighth is less than this is small enough not to save.

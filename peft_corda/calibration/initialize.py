@@ -1,0 +1,54 @@
+"""`initialize_corda`: calibrate and start an adapter that is in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from peft import PeftModel
+
+from ..adapter.model import CordaModel
+from ..config import CordaConfig
+from ..factors import CordaFactors
+from .calibrate import calibrate
+
+
+def initialize_corda(
+    model: PeftModel,
+    dataloader: Iterable[Mapping[str, Any]],
+    adapter_name: str | None = None,
+    **options: Any,
+) -> CordaFactors:
+    """Calibrate and start a CORDA adapter that is already in place.
+
+    For frameworks that call `get_peft_model` themselves, before any data is at hand.
+
+    Args:
+        model: a `PeftModel` with a CORDA adapter.
+        dataloader: as for `calibrate`.
+        adapter_name: which adapter; the active one if None.
+        **options: further arguments of `calibrate`, such as `max_memory` and `checkpoint_dir`.
+
+    Returns:
+        The factors that the adapter now starts from.
+
+    Raises:
+        TypeError: if `model` is not a `PeftModel` with a CORDA adapter of that name.
+        ValueError, RuntimeError: as `calibrate`.
+    """
+    name = adapter_name or getattr(model, "active_adapter", None)
+    config = getattr(model, "peft_config", {}).get(name)
+    if not (
+        isinstance(model, PeftModel) and isinstance(name, str) and isinstance(config, CordaConfig)
+    ):
+        raise TypeError(
+            f"initialize_corda needs a PeftModel with a CORDA adapter, got {type(model).__name__} "
+            f"with adapter {name!r} of type {type(config).__name__}. Wrap the model with "
+            "get_peft_model(model, CordaConfig(...)) first, or pass adapter_name."
+        )
+    tuner = model.base_model
+    assert isinstance(tuner, CordaModel)  # follows from the config's type
+    with model.disable_adapter():
+        factors = calibrate(model, config, dataloader, **options)
+    tuner.start_adapter(name, factors)
+    return factors
