@@ -1,5 +1,5 @@
 """`python -m peft_corda` is the command `peft-corda`."""
 
-from .cli import main
+from .cli.main import main
 
 main()

@@ -15,7 +15,8 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from kprune_ext.common import command_line
 from kprune_ext.common.text_data import load_rows, padded_batches, read_texts
-from peft_corda import CordaFactors, apply_ranks, calibrate, cli
+from peft_corda import CordaFactors, apply_ranks, calibrate
+from peft_corda.cli import main as cli
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from text_helpers import SENTENCES, make_tokenizer
 
-from peft_corda import CordaFactors, calibrate, cli, export_lora
+from peft_corda import CordaFactors, calibrate, export_lora
+from peft_corda.cli import main as cli
 
 BATCH = make_batches(seed=7)[0]
 

@@ -16,7 +16,7 @@ from peft_corda.base_model.targets import find_targets
 from peft_corda.calibration import forecast as planner
 from peft_corda.calibration.forecast import estimate
 from peft_corda.calibration.plan import make_plan
-from peft_corda.cli import main
+from peft_corda.cli.main import main
 
 pytestmark = pytest.mark.skipif(
     transformers.__version__ < "5", reason="models of transformers 4 do not run without weights"

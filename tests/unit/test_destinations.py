@@ -23,7 +23,8 @@ from kprune_ext.common.files import (
     replacing_folder,
 )
 from kprune_ext.modeling.replacing_files import replacing_files
-from peft_corda import CordaExportCallback, calibrate, cli, export_lora
+from peft_corda import CordaExportCallback, calibrate, export_lora
+from peft_corda.cli import main as cli
 
 ROOT = Path(__file__).parents[2]
 EMPTY = ["", " ", "\t"]

@@ -3,41 +3,26 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-import transformers
-from rich.console import Console
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
 from kprune_ext.common.files import check_output_files, replacing
 from kprune_ext.common.text_data import Batch, load_rows, packed_batches, padded_batches, read_texts
 
-from .analysis.allocation import allocate_ranks
-from .analysis.report import CordaReport, report
-from .analysis.spectra import pick_method
-from .calibration.calibrate import calibrate
-from .config import CordaConfig
-from .decomposition.directions import METHODS
-from .factors import CordaFactors
+from ..analysis.report import CordaReport, report
+from ..calibration.calibrate import calibrate
+from ..config import CordaConfig
+from ..decomposition.directions import METHODS
+from ..factors import CordaFactors
+from .base_model import _source, check_options, load_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    from .cli import CalibrateOptions, ModelOptions, ReportOptions
-
-# By PEFT's task type.
-AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
+    from .options import CalibrateOptions, ModelOptions
 
 
 def run_calibrate(options: CalibrateOptions) -> CordaFactors:
@@ -72,40 +57,6 @@ def run_calibrate(options: CalibrateOptions) -> CordaFactors:
     return factors
 
 
-def run_report(options: ReportOptions) -> CordaReport:
-    """`peft-corda report`: print the table, and write what was asked for.
-
-    Raises:
-        ValueError, OSError, ImportError: if an option or file is of no use.
-    """
-    outputs = {"json": options.json, "plot": options.plot}
-    check_output_files(outputs, {"factors": options.factors})
-    factors = CordaFactors.load(options.factors)
-    method = pick_method(factors, options.method)
-    config = None
-    if options.r is not None:
-        config = CordaConfig(r=options.r, corda_method=method, corda_weighting=factors.weighting)
-    own = report(factors, config, method, scaling=options.corda_scaling)
-    ranks = None
-    if options.budget is not None or options.mean_rank is not None:
-        ranks = allocate_ranks(
-            factors,
-            options.budget,
-            method,
-            min_rank=options.min_rank,
-            mean_rank=options.mean_rank,
-        )
-    if options.plot is not None:
-        own.plot(options.plot)
-    if options.json is not None:
-        own.save_json(options.json)
-    # In a file or pipe there is no width to fit into: names are not to be cut off there.
-    Console(width=None if sys.stdout.isatty() else 200).print(own)
-    if ranks is not None:
-        print(json.dumps({"rank_pattern": ranks}, indent=1))
-    return own
-
-
 def calibrated(
     options: ModelOptions, data: str, config: CordaConfig, methods: Sequence[str]
 ) -> tuple[nn.Module, CordaFactors]:
@@ -125,45 +76,6 @@ def calibrated(
         checkpoint_dir=options.checkpoint_dir,
     )
     return model, factors
-
-
-def load_model(options: ModelOptions) -> nn.Module:
-    """The base model, in evaluation mode, where the options want it."""
-    auto_class = getattr(transformers, AUTO_CLASSES[options.task])
-    placed: dict[str, Any] = {"device_map": options.device_map} if options.device_map else {}
-    model = auto_class.from_pretrained(
-        options.model, dtype=_dtype(options.dtype), **_source(options), **placed
-    )
-    if options.gguf_file is not None and hasattr(model, "hf_quantizer"):
-        # The weights were expanded on loading, but the model is still marked as quantised.
-        model.hf_quantizer.remove_quantization_config(model)
-    if options.device_map is None:
-        model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return model.eval()
-
-
-def _source(options: ModelOptions) -> dict[str, Any]:
-    source: dict[str, Any] = {
-        "revision": options.revision,
-        "gguf_file": options.gguf_file,
-        "trust_remote_code": options.trust_remote_code,
-    }
-    return {key: value for key, value in source.items() if value is not None}
-
-
-def _dtype(name: str) -> str | torch.dtype:
-    return name if name == "auto" else getattr(torch, name)
-
-
-def check_options(options: ModelOptions) -> None:
-    """Raise ValueError where options of the model or the data are out of range or exclude each other."""
-    for name in ("num_samples", "max_length", "batch_size"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(options, name)}.")
-    if options.device is not None and options.device_map is not None:
-        raise ValueError("Give either device or device_map, not both.")
-    if options.pack and options.target_field is not None:
-        raise ValueError("pack is for models that read one text; leave out pack or target_field.")
 
 
 def _batches(

@@ -8,13 +8,14 @@ from peft import PeftModel, get_peft_model
 
 from kprune_ext.common.files import check_distinct, check_output_folder, replacing_folder
 
-from .commands import calibrated, check_options, load_model
-from .config import CordaConfig
-from .export.export import export_lora
-from .factors import CordaFactors
+from ..config import CordaConfig
+from ..export.export import export_lora
+from ..factors import CordaFactors
+from .base_model import check_options, load_model
+from .calibrate import calibrated
 
 if TYPE_CHECKING:
-    from .cli import ExportOptions, InitOptions
+    from .options import ExportOptions, InitOptions
 
 
 def run_export(options: ExportOptions) -> str:

@@ -13,13 +13,13 @@ from transformers import AutoConfig
 from kprune_ext.common.files import check_output_files, replacing
 from kprune_ext.common.memory import bytes_of_limit
 
-from .calibration.forecast import Estimate, estimate
-from .commands import AUTO_CLASSES
-from .config import CordaConfig
-from .decomposition.directions import METHODS
+from ..calibration.forecast import Estimate, estimate
+from ..config import CordaConfig
+from ..decomposition.directions import METHODS
+from .base_model import AUTO_CLASSES
 
 if TYPE_CHECKING:
-    from .cli import PlanOptions
+    from .options import PlanOptions
 
 
 def run_plan(options: PlanOptions) -> Estimate:
