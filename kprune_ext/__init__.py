@@ -3,9 +3,11 @@
 Importing the package registers the pruned model classes with transformers' Auto classes.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .budget.latency import LatencyTable
 from .budget.latency_measurement import measure_latency
-from .callback import KPruneCallback
+from .common.version import installed_version
 from .config import KPruneConfig
 from .modeling.classes import register as _register
 from .modeling.saved_report import load_report
@@ -13,7 +15,10 @@ from .pruning import kprune
 from .report.report import KPruneReport
 from .report.rows import SubLayerReport
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from .callback import KPruneCallback
+
+__version__ = installed_version()
 
 __all__ = [
     "KPruneCallback",
@@ -28,3 +33,16 @@ __all__ = [
 ]
 
 _register()
+
+
+def __getattr__(name: str) -> Any:
+    # On demand, since a Trainer's callback needs much of transformers that pruning does not.
+    if name == "KPruneCallback":
+        from .callback import KPruneCallback
+
+        return KPruneCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

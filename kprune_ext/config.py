@@ -10,12 +10,11 @@ from typing import Any, Literal, get_args
 from accelerate.utils import convert_file_size_to_int
 
 from .architectures.tasks import PROBLEM_TYPES, ProblemType
+from .budget.costs import METRICS, Metric
 from .config_checks import check_choice, check_ranges, check_types
 
 Schedule = Literal["per_layer", "per_sublayer"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
-Metric = Literal["flops", "params", "latency"]
-METRICS: tuple[Metric, ...] = get_args(Metric)
 LambdaScale = Literal["relative", "absolute"]
 LAMBDA_SCALES: tuple[LambdaScale, ...] = get_args(LambdaScale)
 Sensitivity = Literal["fisher", "gradient"]

@@ -1,48 +1,35 @@
-"""K-prune (arXiv 2308.03449): knowledge-preserving pruning of an encoder without retraining."""
+"""K-prune (arXiv 2308.03449): knowledge-preserving pruning without retraining."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from .architectures.table import find_architecture
-from .architectures.tasks import Predict, ProblemType, Task, problem_type
-from .budget.costs import budget_for, cost_tables, least_units, unit_flops
+from .architectures.tasks import Predict
+from .budget.costs import unit_flops
 from .budget.latency import LatencyTable
-from .budget.latency_measurement import measure_latency
 from .budget.search import search_masks
-from .calibration.device_map import (
-    homes_of,
-    input_device,
-    moving_inputs,
-    require_whole_layers,
-    spread_out,
-)
-from .calibration.hooks import evaluating
-from .calibration.layer_stack import Encoder, plain_outputs
-from .calibration.sharing import own_model, processes_of, shared_data
-from .calibration.state_memory import state_memory
-from .calibration.streams import Stream, start_streams
-from .common.memory import few_kept_kernels, give_back
-from .common.placement import moves_weights
+from .calibration.device_map import dispatch
+from .common.memory import trim_memory
+from .common.placement import is_offloaded
 from .config import KPruneConfig
-from .knowledge.measure import Signal, measure_knowledge, teacher_logits
+from .knowledge.measure import measure_knowledge
 from .knowledge.scores import unit_scores
-from .modeling.classes import model_task
-from .modeling.copying import record_kept, uneven_copy
+from .modeling.copying import record_kept
+from .preparation import PruningRun, prepared
 from .progress import progress_over
 from .report.making import make_report
+from .tuning.least_squares import TunedProjection
 from .tuning.logit_scale import scale_logits
-from .tuning.projection import from_main, normal_equations, summed, tune
-from .units.sublayers import SubLayer, layers_path, sublayers
+from .tuning.projection import fit_projection, normal_equations
+from .units.sublayers import SubLayer
 from .units.surgery import set_output, shrink
 
 
@@ -99,139 +86,149 @@ def kprune(
         RuntimeError: another process failed; the message says how.
     """
     config = KPruneConfig() if config is None else config
-    processes = processes_of(accelerator)
-    model = own_model(model, accelerator)
-    task = model_task(model)
-    architecture = find_architecture(model)
-    dense = sublayers(model, architecture)
-    homes = homes_of(model)
-    require_whole_layers(model, layers_path(model, architecture), homes)
-    pruned: Any = uneven_copy(model, homes).requires_grad_(False)
-    student = sublayers(pruned, architecture)
-    encoder = Encoder(pruned, architecture)
-
-    def image_tokens(inputs: Mapping[str, Tensor]) -> int:
-        one = {name: value[:1].to(input_device(pruned)) for name, value in inputs.items()}
-        return encoder.enter(one)[0].shape[1]
-
-    with ExitStack() as stack:
-        stack.enter_context(evaluating(model))
-        stack.enter_context(plain_outputs(pruned.config))
-        stack.enter_context(moving_inputs(pruned, layers_path(pruned, architecture), homes))
-        memory = stack.enter_context(state_memory(config.state_bytes))
-        data = shared_data(model, dataloader, config, image_tokens, accelerator, processes)
-        length = config.sequence_length or max(1, round(data.tokens / data.count))
-        if config.metric == "latency" and latency is None:
-            with processes.together():
-                if processes.is_main:
-                    latency = measure_latency(model, sequence_length=length)
-            latency = processes.first(latency)
-        costs = cost_tables(model, dense, config.metric, length, latency)
-        budget = left = budget_for(costs, config.reduction)
-        least = least_units(costs, budget, config.min_share)
-        stack.enter_context(few_kept_kernels(pruned))  # latency is measured as the model will run
-        with processes.together():
-            predicting = predict or task.predict
-            asked = predicting if config.unread_weight < 1 else None
-            streams = start_streams(encoder, data, config, memory, asked)
-        scored = [stream for stream in streams if stream.scored]
-        signal = Signal(
-            predicting,
-            config.problem_type or _meaning(model, task, predict),
-            config.temperature,
-            config.max_score_passes,
-            depth_tokens=4 * config.batch_tokens,
-            unread_weight=config.unread_weight,
-        )
-        if config.sensitivity == "gradient":
-            with processes.together():
-                teacher = teacher_logits(student, encoder, signal.predict, scored)
-            signal = replace(signal, teacher=teacher)
-
-        kept: list[list[int]] = []
-        errors: list[float] = []
-        scores: list[Tensor] = []
-        silent = not (progress and processes.is_main)
-        for step in progress_over(student, config.schedule, disable=silent):
-            target = student[step]
-            if target.kind == "attention" or config.schedule == "per_sublayer":
-                knowledge = measure_knowledge(student[step:], encoder, scored, signal, processes)
-                give_back()  # blocks of many sizes, else kept by the process in ever more pieces
-                scores = unit_scores(student[step:], knowledge, config)
-            masks = search_masks(scores, costs[step:], left, least[step:])
-            keep = processes.gather(masks[0].nonzero().flatten().tolist())[0]
-            if target.kind == "attention":
-                whole = _at_hand(dense[step], target)
-            shrink(target, keep)
-            with processes.together():
-                original = replace(dense[step], module=whole)
-                last = target.layer == student[-1].layer
-                weight = config.unread_weight if last else 1.0
-                own = normal_equations(original, target, encoder, streams, weight, config)
-            equations = [summed(part, processes) for part in own]
-            fit = from_main(tune(target, equations, config), processes)
-            set_output(target, fit.weight, fit.bias)
-            with processes.together():
-                _advance(target, encoder, streams)
-            left -= float(costs[step][len(keep)])
-            scores = scores[1:]
-            kept.append(keep)
-            errors.append(fit.error)
-            del own, equations, fit  # before the next step's
-            give_back()
-
-        scale = None
+    with prepared(
+        model, dataloader, config, predict=predict, latency=latency, accelerator=accelerator
+    ) as run:
+        outcome = _prune(run, config, progress)
         if config.scale_logits:
-            scale = scale_logits(encoder, streams, signal.predict, signal.problem, processes)
+            signal = run.signal
+            outcome.logit_scale = scale_logits(
+                run.stack, run.streams, signal.predict, signal.problem, run.processes
+            )
+    return _finished(run, outcome, config)
 
-    record_kept(pruned, zip(kept[::2], kept[1::2], strict=True))
-    _copy_requires_grad(model, pruned)
-    pruned = spread_out(pruned, homes)
+
+@dataclass
+class _Outcome:
+    """What the loop leaves behind.
+
+    Attributes:
+        kept: Per sub-layer, the numbers of the units kept.
+        errors: Per sub-layer, the relative error of the fit.
+        logit_scale: What all logits were multiplied by, if anything.
+    """
+
+    kept: list[list[int]] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)
+    logit_scale: float | None = None
+
+
+def _prune(run: PruningRun, config: KPruneConfig, progress: bool) -> _Outcome:
+    """Prune the sub-layers bottom-up (algorithm 1); the student is changed in place."""
+    outcome, left = _Outcome(), run.budget.limit
+    scores: list[Tensor] = []
+    original = run.teacher[0]
+    silent = not (progress and run.processes.is_main)
+    for step in progress_over(run.student, config.schedule, disable=silent):
+        target = run.student[step]
+        if target.kind == "attention" or config.schedule == "per_sublayer":
+            scores = _measure(run, step, config)
+        keep = _search(run, step, scores, left)
+        original = _original(run.teacher[step], target, original)
+        shrink(target, keep)
+        fit = _tune(run, original, target, config)
+        set_output(target, fit.weight, fit.bias)
+        _advance(run, target)
+        left -= float(run.budget.costs[step][len(keep)])
+        scores = scores[1:]
+        outcome.kept.append(keep)
+        outcome.errors.append(fit.error)
+        del fit  # before the next step's
+        trim_memory()
+    return outcome
+
+
+def _measure(run: PruningRun, step: int, config: KPruneConfig) -> list[Tensor]:
+    """Step 1: scores of the units of this sub-layer and of all later ones."""
+    targets = run.student[step:]
+    knowledge = measure_knowledge(targets, run.stack, run.scored, run.signal, run.processes)
+    trim_memory()  # blocks of many sizes, else kept by the process in ever more pieces
+    return unit_scores(
+        targets,
+        knowledge,
+        lambda_rep=config.lambda_rep,
+        relative=config.lambda_scale == "relative",
+        prior_samples=config.prior_samples,
+        mu=config.mu,
+    )
+
+
+def _search(run: PruningRun, step: int, scores: Sequence[Tensor], left: float) -> list[int]:
+    """Step 2: the units of this sub-layer that one global threshold keeps."""
+    budget = run.budget
+    masks = search_masks(scores, budget.costs[step:], left, budget.least[step:])
+    return run.processes.gather(masks[0].nonzero().flatten().tolist())[0]
+
+
+def _tune(
+    run: PruningRun, original: SubLayer, target: SubLayer, config: KPruneConfig
+) -> TunedProjection:
+    """Step 3: the fit of what stays to the teacher, whose states move past this sub-layer."""
+    with run.processes.error_barrier():
+        equations = normal_equations(
+            original,
+            target,
+            run.stack,
+            run.streams,
+            unread_weight=config.unread_weight if run.is_last_layer(target) else 1.0,
+            halves=config.ridge is None,
+        )
+    return fit_projection(
+        target, equations, run.processes, ridge=config.ridge, tune_bias=config.tune_bias
+    )
+
+
+@torch.no_grad()
+def _advance(run: PruningRun, target: SubLayer) -> None:
+    """Move the student's states past the pruned and tuned sub-layer."""
+    with run.processes.error_barrier():
+        for stream in run.streams:
+            context = stream.contexts_in(run.stack)[target.layer]
+            stream.student.copy_(target.run(stream.student, context))
+
+
+def _original(dense: SubLayer, target: SubLayer, before: SubLayer) -> SubLayer:
+    """The teacher's sub-layer, with weights that need not be brought in for every batch.
+
+    Where the teacher's are offloaded, it lies in a copy of the student's layer, made before any of
+    that was pruned.
+
+    Args:
+        dense: Of the teacher.
+        target: Of the student, at the same place.
+        before: What this function gave for the sub-layer before.
+    """
+    if target.kind != "attention":
+        return replace(dense, module=before.module)
+    return replace(dense, module=deepcopy(target.module)) if is_offloaded(dense.module) else dense
+
+
+def _finished(run: PruningRun, outcome: _Outcome, config: KPruneConfig) -> PreTrainedModel:
+    """The pruned model, with its record and report."""
+    kept, budget = outcome.kept, run.budget
+    record_kept(run.pruned, zip(kept[::2], kept[1::2], strict=True))
+    _copy_requires_grad(run.model, run.pruned)
+    pruned: Any = dispatch(run.pruned, run.device_map)
+    flops = [unit_flops(run.model, sublayer, budget.length) for sublayer in run.teacher]
     pruned.kprune_report = make_report(
-        model,
+        run.model,
         pruned,
-        zip(
-            dense,
-            student,
-            [unit_flops(model, sublayer, length) for sublayer in dense],
-            errors,
-            strict=True,
-        ),
-        config=config,
-        costs=costs,
-        budget=budget,
-        length=length,
-        samples=data.count,
-        tokens=data.tokens,
-        logit_scale=scale,
+        zip(run.teacher, run.student, flops, outcome.errors, strict=True),
+        metric=config.metric,
+        reduction=config.reduction,
+        costs=budget.costs,
+        budget=budget.limit,
+        length=budget.length,
+        samples=run.data.count,
+        tokens=run.data.tokens,
+        logit_scale=outcome.logit_scale,
     )
     return pruned
 
 
-def _meaning(model: PreTrainedModel, task: Task, predict: Predict | None) -> ProblemType:
-    return problem_type(model, task) if predict is None else "single_label_classification"
-
-
-def _at_hand(dense: SubLayer, target: SubLayer) -> nn.Module:
-    """The dense model's layer; a copy of the student's, not pruned yet, if its weights are elsewhere.
-
-    They would have to be brought in for every batch.
-    """
-    return deepcopy(target.module) if moves_weights(dense.module) else dense.module
-
-
-@torch.no_grad()
-def _advance(target: SubLayer, encoder: Encoder, streams: Sequence[Stream]) -> None:
-    """Move the student's states past the pruned and tuned sub-layer."""
-    for stream in streams:
-        context = stream.contexts_in(encoder)[target.layer]
-        stream.student.copy_(target.run(stream.student, context))
-
-
 def _copy_requires_grad(model: PreTrainedModel, pruned: PreTrainedModel) -> None:
-    every = model.named_parameters(
-        remove_duplicate=False
-    )  # tied ones, too: on two devices they part
+    # Tied parameters, too: on two devices they part.
+    every = model.named_parameters(remove_duplicate=False)
     trainable = {name: parameter.requires_grad for name, parameter in every}
     for name, parameter in pruned.named_parameters():
         parameter.requires_grad_(trainable[name])

@@ -7,6 +7,8 @@ adapter that was saved from one.
 Method: CorDA, arXiv 2406.05223 (NeurIPS 2024).
 """
 
+from kprune_ext.common.version import installed_version
+
 from .adapter.model import CordaModel
 from .adapter.registration import register_corda
 from .analysis.allocation import allocate_ranks, apply_ranks
@@ -18,7 +20,7 @@ from .export.callback import CordaExportCallback
 from .export.export import export_lora
 from .factors import CordaFactors, ModuleFactors
 
-__version__ = "0.1.0"
+__version__ = installed_version()
 
 __all__ = [
     "CordaConfig",

@@ -15,7 +15,7 @@ from peft.utils.other import get_pattern_key
 
 from .decomposition.directions import METHODS, WEIGHTINGS
 from .factors import CordaFactors
-from .model_card import describe
+from .model_card import AdapterFacts, describe
 
 SCALINGS = ("balanced", "paper")
 
@@ -144,6 +144,14 @@ class CordaConfig(LoraConfig):
             return self.corda_method
         return factors.methods[0] if factors is not None and len(factors.methods) == 1 else "kpm"
 
+    def card_facts(self) -> AdapterFacts:
+        """What the model card says of an adapter of this configuration."""
+        return AdapterFacts(
+            method=self.corda_method,
+            ranks=frozenset({self.r, *(self.rank_pattern or {}).values()}),
+            base_model=self.base_model_name_or_path or None,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-ready values, without the factors it started from.
 
@@ -162,7 +170,7 @@ class CordaConfig(LoraConfig):
         PEFT writes its card and the weights before the config, and asks no one what to put in.
         """
         super().save_pretrained(save_directory, **kwargs)
-        describe(save_directory, self)
+        describe(save_directory, self.card_facts())
         _last_saved[:] = [(weakref.ref(self), os.path.basename(save_directory))]
 
 

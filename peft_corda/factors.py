@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kprune_ext.common.files import atomic_save
+from kprune_ext.common.version import installed_version
 
 from .decomposition.directions import METHODS, Directions
 
@@ -109,8 +110,6 @@ class CordaFactors:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the factors to one safetensors file; the file appears only when it is complete."""
-        from . import __version__
-
         tensors: dict[str, Tensor] = {}
         about: dict[str, Any] = {}
         for name, module in self.modules.items():
@@ -128,7 +127,7 @@ class CordaFactors:
         metadata = {
             "format": FORMAT,
             "format_version": str(FORMAT_VERSION),
-            "peft_corda_version": __version__,
+            "peft_corda_version": installed_version(),
             "methods": json.dumps(self.methods),
             "damping": repr(self.damping),
             "weighting": self.weighting,

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from kprune_ext.common.files import replacing
 from kprune_ext.common.presentation import CARD_NAME, with_section
-
-if TYPE_CHECKING:
-    from .config import CordaConfig
 
 _OWNER = "peft_corda"
 _CORDA = """\
@@ -47,9 +44,30 @@ Trained as a CorDA adapter ({method}, rank {rank}) and exported by peft-corda as
 """
 
 
-def corda_section(config: CordaConfig) -> str:
+@dataclass(frozen=True)
+class AdapterFacts:
+    """What a card says of an adapter.
+
+    Attributes:
+        method: `"kpm"`, `"ipm"`, or None where no method was named.
+        ranks: All ranks that modules have.
+        base_model: Name or path of the base model, if known.
+    """
+
+    method: str | None
+    ranks: frozenset[int]
+    base_model: str | None
+
+    @property
+    def rank(self) -> str:
+        """The rank, or the least and the largest one."""
+        least, largest = min(self.ranks), max(self.ranks)
+        return str(least) if least == largest else f"{least} to {largest}"
+
+
+def corda_section(facts: AdapterFacts) -> str:
     """What to do where the plugin is missing, and what the adapter is."""
-    return _CORDA.format(method=_MEANINGS[config.corda_method], rank=_ranks(config))
+    return _CORDA.format(method=_MEANINGS[facts.method], rank=facts.rank)
 
 
 def update_card(folder: str | os.PathLike[str], section: str | None) -> None:
@@ -65,7 +83,7 @@ def update_card(folder: str | os.PathLike[str], section: str | None) -> None:
         _write(path, after)
 
 
-def describe(folder: str | os.PathLike[str], config: CordaConfig) -> None:
+def describe(folder: str | os.PathLike[str], facts: AdapterFacts) -> None:
     """Put a section on the adapter into the card, after PEFT wrote card and weights.
 
     For adapters in folders of their own, PEFT writes one card above them; theirs are made here. Without
@@ -74,35 +92,30 @@ def describe(folder: str | os.PathLike[str], config: CordaConfig) -> None:
     path = os.path.join(folder, CARD_NAME)
     weights = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
     if os.path.isfile(path):
-        update_card(folder, corda_section(config))
+        update_card(folder, corda_section(facts))
     elif any(os.path.isfile(os.path.join(folder, name)) for name in weights):
-        _write(path, with_section(_new_card(config), corda_section(config), _OWNER))
+        _write(path, with_section(_new_card(facts), corda_section(facts), _OWNER))
 
 
-def lora_card(src: str, dst: str, config: CordaConfig, rank: int, exact: bool) -> str:
+def lora_card(src: str, dst: str, facts: AdapterFacts, rank: int, exact: bool) -> str:
     """The card of an export: that of an earlier export or of the checkpoint, as far as it goes on."""
     cards = [os.path.join(folder, CARD_NAME) for folder in (dst, src)]
     found = next(filter(os.path.isfile, cards), None)
-    card = ModelCard.load(found) if found is not None else ModelCard(_new_card(config))
+    card = ModelCard.load(found) if found is not None else ModelCard(_new_card(facts))
     card.data["library_name"] = "peft"
     tags = card.data.get("tags") or []
     card.data["tags"] = sorted({*([tags] if isinstance(tags, str) else tags), "lora"})
     how = "" if exact else ", the best approximation of that rank"
-    method = f"`{config.corda_method}`" if config.corda_method else "no method"
-    section = _LORA.format(method=method, rank=_ranks(config), exported=rank, how=how)
+    method = f"`{facts.method}`" if facts.method else "no method"
+    section = _LORA.format(method=method, rank=facts.rank, exported=rank, how=how)
     return with_section(str(card), section, _OWNER)
 
 
-def _new_card(config: CordaConfig) -> str:
-    data = ModelCardData(base_model=config.base_model_name_or_path or None, library_name="peft")
+def _new_card(facts: AdapterFacts) -> str:
+    data = ModelCardData(base_model=facts.base_model, library_name="peft")
     return f"---\n{data.to_yaml()}\n---\n\n# Adapter\n"
 
 
 def _write(path: str, text: str) -> None:
     with replacing(path) as new, open(new, "w", encoding="utf-8", newline="") as file:
         file.write(text)
-
-
-def _ranks(config: CordaConfig) -> str:
-    ranks = sorted({config.r, *(config.rank_pattern or {}).values()})
-    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"

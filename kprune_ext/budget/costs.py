@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..architectures.table import find_architecture
-from ..config import Metric
 from ..units.sublayers import SubLayer
 from . import flops as cost
 from .latency import LatencyTable
+
+Metric = Literal["flops", "params", "latency"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
 
 
 def unit_flops(model: PreTrainedModel, sublayer: SubLayer, length: int) -> int:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..architectures.table import find_architecture
 from ..calibration.hooks import evaluating
-from ..calibration.layer_stack import Encoder, plain_outputs
+from ..calibration.layer_stack import LayerStack, plain_outputs
 from ..units.sublayers import SubLayer, sublayers
 from ..units.surgery import shrink
 from .latency import LatencyTable, median_seconds, sizes_to_measure
@@ -45,7 +45,7 @@ def measure_latency(
             "elsewhere can be passed as latency=."
         )
     with evaluating(model), plain_outputs(model.config):
-        hidden, contexts = Encoder(model, architecture).enter(
+        hidden, contexts = LayerStack(model, architecture).enter(
             _example(model, batch_size, sequence_length)
         )
         found: dict[str, dict[int, float]] = {}

@@ -12,14 +12,14 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..common.placement import brought_in
+from ..common.placement import gathered
 
 CPU = torch.device("cpu")
 #: By path of a module, the device of it and of all inside that no longer path is given for.
-Homes = Mapping[str, torch.device]
+DeviceMap = Mapping[str, torch.device]
 
 
-def homes_of(model: nn.Module) -> Homes:
+def device_map_of(model: nn.Module) -> DeviceMap:
     """Where the pruned copy of a model's parts is to be, and to compute.
 
     That is where the ``device_map`` says. What accelerate keeps in CPU memory or on disk, and brings
@@ -39,16 +39,16 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return next(embeddings.parameters()).device
 
 
-def home(path: str, homes: Homes, otherwise: torch.device) -> torch.device:
+def device_of(path: str, device_map: DeviceMap, otherwise: torch.device) -> torch.device:
     """The device of a module, parameter or buffer, by its path; ``otherwise`` if none is given."""
-    while path not in homes:
+    while path not in device_map:
         if not path:
             return otherwise
         path = path.rpartition(".")[0]
-    return homes[path]
+    return device_map[path]
 
 
-def require_whole_layers(model: nn.Module, layers: str, homes: Homes) -> None:
+def require_whole_layers(model: nn.Module, layers: str, device_map: DeviceMap) -> None:
     """Refuse transformer layers that lie on several devices.
 
     Args:
@@ -61,7 +61,10 @@ def require_whole_layers(model: nn.Module, layers: str, homes: Homes) -> None:
     """
     for number, layer in enumerate(model.get_submodule(layers).children()):
         path = f"{layers}.{number}"
-        found = {home(f"{path}.{name}", homes, p.device) for name, p in layer.named_parameters()}
+        found = {
+            device_of(f"{path}.{name}", device_map, p.device)
+            for name, p in layer.named_parameters()
+        }
         if len(found) > 1:
             raise ValueError(
                 f"{path} lies on several devices ({', '.join(sorted(map(str, found)))}), but pruning "
@@ -71,7 +74,7 @@ def require_whole_layers(model: nn.Module, layers: str, homes: Homes) -> None:
 
 
 @torch.no_grad()
-def copy_weights(source: PreTrainedModel, copy: nn.Module, homes: Homes) -> None:
+def copy_weights(source: PreTrainedModel, copy: nn.Module, device_map: DeviceMap) -> None:
     """Give a copy the source's parameters and buffers, in memory of its own, each at its home.
 
     Args:
@@ -81,12 +84,12 @@ def copy_weights(source: PreTrainedModel, copy: nn.Module, homes: Homes) -> None
     """
     own = dict(copy.named_modules())
     for path, module in source.named_modules():
-        with brought_in(module):
+        with gathered(module):
             for name, parameter in module.named_parameters(recurse=False):
-                device = home(f"{path}.{name}".lstrip("."), homes, parameter.device)
+                device = device_of(f"{path}.{name}".lstrip("."), device_map, parameter.device)
                 own[path].get_parameter(name).data = _own(parameter, device)
             for name, buffer in module.named_buffers(recurse=False):
-                device = home(f"{path}.{name}".lstrip("."), homes, buffer.device)
+                device = device_of(f"{path}.{name}".lstrip("."), device_map, buffer.device)
                 setattr(own[path], name, _own(buffer, device))
 
 
@@ -95,19 +98,19 @@ def _own(values: Tensor, device: torch.device) -> Tensor:
 
 
 @contextmanager
-def moving_inputs(model: nn.Module, layers: str, homes: Homes) -> Iterator[None]:
+def moving_inputs(model: nn.Module, layers: str, device_map: DeviceMap) -> Iterator[None]:
     """While the block runs, what is outside of the transformer layers gets its inputs on its device.
 
     The layers' inputs are moved by :meth:`kprune_ext.sublayers.SubLayer.run`.
     """
-    if len(set(homes.values())) == 1:
+    if len(set(device_map.values())) == 1:
         yield
         return
     for path, module in list(model.named_modules()):
         inside = f"{path}.".startswith(f"{layers}.")
         own = next(module.parameters(recurse=False), None)
-        if not inside and (path in homes or own is not None or module is model):
-            device = home(path, homes, CPU if own is None else own.device)
+        if not inside and (path in device_map or own is not None or module is model):
+            device = device_of(path, device_map, CPU if own is None else own.device)
             # As with a dispatched model, what comes out is where the inputs are.
             hook = AlignDevicesHook(execution_device=device, io_same_device=module is model)
             add_hook_to_module(module, hook)
@@ -117,12 +120,12 @@ def moving_inputs(model: nn.Module, layers: str, homes: Homes) -> Iterator[None]
         remove_hook_from_submodules(model)
 
 
-def spread_out(model: PreTrainedModel, homes: Homes) -> PreTrainedModel:
+def dispatch(model: PreTrainedModel, device_map: DeviceMap) -> PreTrainedModel:
     """The model, ready to run: with accelerate's hooks, if it lies on several devices."""
-    if len(set(homes.values())) == 1:
+    if len(set(device_map.values())) == 1:
         return model
     places: Any = {
-        path: device.type if device.type == "cpu" else device for path, device in homes.items()
+        path: device.type if device.type == "cpu" else device for path, device in device_map.items()
     }
     spread: PreTrainedModel = dispatch_model(model, places)
     return spread

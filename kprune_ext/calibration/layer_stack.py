@@ -47,7 +47,7 @@ class _StandIn(nn.Module):
         return answer(args, kwargs)
 
 
-class Encoder:
+class LayerStack:
     """A supported model, seen as: enter, sub-layers, predict.
 
     Args:

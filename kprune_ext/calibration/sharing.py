@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from ..common.placement import is_dtensor, is_partitioned, moves_weights
+from ..common.placement import is_dtensor, is_offloaded, is_partitioned
 from ..common.processes import Processes
-from ..config import KPruneConfig
 from .samples import CalibrationData, collect_samples, largest_scored, sample_keys
 
 
@@ -47,7 +46,7 @@ def own_model(model: Any, accelerator: Accelerator | None) -> PreTrainedModel:
 
 def _is_offloaded(model: PreTrainedModel, name: str) -> bool:
     holder = model.get_submodule(name.rpartition(".")[0])
-    return moves_weights(holder)
+    return is_offloaded(holder)
 
 
 def own_share(dataloader: Iterable[Any], accelerator: Accelerator | None) -> Iterable[Any]:
@@ -69,7 +68,10 @@ def own_share(dataloader: Iterable[Any], accelerator: Accelerator | None) -> Ite
 def shared_data(
     model: PreTrainedModel,
     dataloader: Iterable[Any],
-    config: KPruneConfig,
+    *,
+    max_tokens: int,
+    seed: int,
+    scored: tuple[float, int],
     image_tokens: Callable[[Mapping[str, Tensor]], int] | None = None,
     accelerator: Accelerator | None = None,
     processes: Processes | None = None,
@@ -79,7 +81,9 @@ def shared_data(
     Args:
         model, image_tokens: see :func:`kprune_ext.calibration.collect_samples`.
         dataloader: see :func:`own_share`.
-        config: says how many tokens are taken and how many samples are scored.
+        max_tokens: of all processes together.
+        seed: chooses the samples on which knowledge is measured.
+        scored: which part of the samples that is, and how many at least.
         accelerator, processes: that share the data.
 
     Raises:
@@ -87,15 +91,15 @@ def shared_data(
             data.
     """
     processes = processes or processes_of(accelerator)
-    with processes.together():
+    with processes.error_barrier():
         samples = collect_samples(
             model,
             own_share(dataloader, accelerator),
-            -(-config.max_tokens // processes.count),
+            -(-max_tokens // processes.count),
             image_tokens,
             needed=processes.count == 1,
         )
-        keys = sample_keys(samples, config.seed)
+        keys = sample_keys(samples, seed)
     parts = processes.gather((keys, sum(sample.count for sample in samples)))
     every_key = [key for own, _ in parts for key in own]
     if not every_key:
@@ -103,5 +107,5 @@ def shared_data(
             f"None of the {processes.count} processes has calibration data with an unmasked token. "
             "Pass a dataloader over some hundreds of inputs."
         )
-    bound = largest_scored(every_key, config.score_fraction, config.min_score_samples)
+    bound = largest_scored(every_key, *scored)
     return CalibrationData(samples, keys, bound, len(every_key), sum(tokens for _, tokens in parts))

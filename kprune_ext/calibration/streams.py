@@ -12,9 +12,8 @@ from torch import Tensor
 
 from ..architectures.row import Context
 from ..architectures.tasks import Predict
-from ..config import KPruneConfig
 from .device_map import input_device
-from .layer_stack import Encoder
+from .layer_stack import LayerStack
 from .samples import CalibrationData, Sample, require_finite
 from .state_memory import StateMemory
 
@@ -46,15 +45,15 @@ class Stream:
     student: Tensor
     contexts: list[Context] | None = None
 
-    def contexts_in(self, encoder: Encoder) -> list[Context]:
+    def contexts_in(self, stack: LayerStack) -> list[Context]:
         """Per layer the arguments besides the hidden state, kept or made anew."""
-        return self.contexts or encoder.enter(self.inputs)[1]
+        return self.contexts or stack.enter(self.inputs)[1]
 
 
 def start_streams(
-    encoder: Encoder,
+    stack: LayerStack,
     data: CalibrationData,
-    config: KPruneConfig,
+    batch_tokens: int,
     memory: StateMemory,
     predict: Predict | None = None,
 ) -> list[Stream]:
@@ -63,7 +62,7 @@ def start_streams(
     Args:
         encoder: of the model that is pruned.
         data: the samples.
-        config: says how large batches are.
+        batch_tokens: tokens of a batch at most.
         memory: for hidden states.
         predict: tells which states are read; by default all count as such.
 
@@ -76,39 +75,39 @@ def start_streams(
         groups[sample.tokens.shape[1], key <= data.largest_scored, shapes].append((key, sample))
     streams = []
     for (length, is_scored, _), members in sorted(groups.items(), key=lambda item: item[0][:2]):
-        size = max(1, config.batch_tokens // length)
+        size = max(1, batch_tokens // length)
         for start in range(0, len(members), size):
             own, part = zip(*members[start : start + size], strict=True)
-            streams.append(_enter(encoder, own, part, is_scored, memory, predict))
+            streams.append(_enter(stack, own, part, is_scored, memory, predict))
     return streams
 
 
 def _enter(
-    encoder: Encoder,
+    stack: LayerStack,
     keys: tuple[int, ...],
     part: Sequence[Sample],
     scored: bool,
     memory: StateMemory,
     predict: Predict | None,
 ) -> Stream:
-    device = input_device(encoder.model)
+    device = input_device(stack.model)
     inputs = {
         name: torch.cat([sample.inputs[name] for sample in part]).to(device)
         for name in part[0].inputs
     }
     tokens = torch.cat([sample.tokens for sample in part]).to(device)
-    hidden, contexts = encoder.enter(inputs)
+    hidden, contexts = stack.enter(inputs)
     require_finite(hidden[tokens.to(hidden.device)], "the input of the first transformer layer")
     # Position biases can be many times larger than the states, and are quickly made again.
     small = _bytes_in(contexts) <= hidden.numel() * hidden.element_size() // 4
     teacher, student = memory.hold(hidden), memory.hold(hidden)
     read = tokens
     if predict is not None:
-        read = tokens & _read(encoder, inputs, hidden, predict).to(device)
+        read = tokens & _read(stack, inputs, hidden, predict).to(device)
     return Stream(keys, inputs, tokens, scored, read, teacher, student, contexts if small else None)
 
 
-def _read(encoder: Encoder, inputs: dict[str, Tensor], hidden: Tensor, predict: Predict) -> Tensor:
+def _read(stack: LayerStack, inputs: dict[str, Tensor], hidden: Tensor, predict: Predict) -> Tensor:
     """Which positions' states after the last layer have any part in the predictions.
 
     A classifier that looks at the first token alone has no gradient anywhere else.
@@ -119,7 +118,7 @@ def _read(encoder: Encoder, inputs: dict[str, Tensor], hidden: Tensor, predict: 
         part = slice(start, start + rows)
         with torch.enable_grad():
             state = hidden[part].detach().requires_grad_()
-            z = encoder.predict(predict, {n: value[part] for n, value in inputs.items()}, state)
+            z = stack.predict(predict, {n: value[part] for n, value in inputs.items()}, state)
             (gradient,) = torch.autograd.grad(z.float().square().sum(), state)
         found.append(gradient.ne(0).any(2))
         start, rows = part.stop, max(1, MOST_LOGITS // (z.numel() // len(z)))

@@ -9,19 +9,11 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from ..modeling import classes as modeling
+from .. import modeling
+from ..common.command_line import TASKS
 
 if TYPE_CHECKING:
     from .options import PruneOptions
-
-AUTO_CLASSES = {
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "token-classification": "AutoModelForTokenClassification",
-    "question-answering": "AutoModelForQuestionAnswering",
-    "masked-lm": "AutoModelForMaskedLM",
-    "embeddings": "AutoModel",
-    "image-classification": "AutoModelForImageClassification",
-}
 
 
 def load_model(options: PruneOptions, about: Any) -> PreTrainedModel:
@@ -30,8 +22,8 @@ def load_model(options: PruneOptions, about: Any) -> PreTrainedModel:
     Raises:
         ValueError: the task cannot be told.
     """
-    if options.task in AUTO_CLASSES:
-        kind: Any = getattr(transformers, AUTO_CLASSES[options.task])
+    if options.task in TASKS:
+        kind: Any = getattr(transformers, TASKS[options.task])
     else:
         known = (transformers, modeling)  # the latter for models that were pruned before
         written = [
@@ -43,14 +35,16 @@ def load_model(options: PruneOptions, about: Any) -> PreTrainedModel:
         if not written:
             raise ValueError(
                 f"The config of {options.model!r} does not tell what the model is for. Pass task: "
-                f"one of {', '.join(AUTO_CLASSES)}."
+                f"one of {', '.join(TASKS)}."
             )
         kind = written[0]
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    spread = {"device_map": "auto"} if device == "auto" else {}
-    model = kind.from_pretrained(options.model, dtype=dtype, revision=options.revision, **spread)
-    loaded: PreTrainedModel = (model if spread else model.to(device)).eval()
+    device_map = "auto" if options.device == "auto" else options.device_map
+    placed = {"device_map": device_map} if device_map else {}
+    model = kind.from_pretrained(options.model, dtype=dtype, revision=options.revision, **placed)
+    if device_map is None:
+        model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    loaded: PreTrainedModel = model.eval()
     return loaded
 
 
@@ -63,9 +57,14 @@ def _check_fields(rows: Any, names: list[str], option: str) -> None:
         )
 
 
-def _text_batches(
+def text_batches(
     rows: Any, tokenizer: Any, options: PruneOptions, about: Any
 ) -> Iterator[dict[str, Any]]:
+    """Batches of a data set's texts, tokenised.
+
+    Raises:
+        ValueError: if there are not one or two text fields, or the data lack one of them.
+    """
     names = [options.text_field] if isinstance(options.text_field, str) else options.text_field
     if not 1 <= len(names) <= 2:
         raise ValueError("text_field takes one field, or two for pairs.")
@@ -85,7 +84,12 @@ def _text_batches(
     return batches()
 
 
-def _image_batches(rows: Any, processor: Any, options: PruneOptions) -> Iterator[dict[str, Any]]:
+def image_batches(rows: Any, processor: Any, options: PruneOptions) -> Iterator[dict[str, Any]]:
+    """Batches of a data set's images, as the model reads them.
+
+    Raises:
+        ValueError: if the data have no such field.
+    """
     _check_fields(rows, [options.image_field], "image_field")
 
     def batches() -> Iterator[dict[str, Any]]:

@@ -1,25 +1,22 @@
 """The command `kprune`: prune a model, and look at what was kept.
 
-    kprune prune --model org/name --data texts.jsonl --reduction 0.5 --out pruned
+    kprune prune --model org/name --data texts.jsonl --reduction 0.5 --output pruned
     kprune report pruned --plot kept.png
     kprune prune --config prune.yaml   # made by: kprune prune ... --print_config
 
-The dataclasses are the options; this file imports nothing that they do not need.
+This module imports nothing that the options do not need.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
-from safetensors import SafetensorError
 
 from ..common import command_line
-from .options import PruneOptions, ReportOptions
+from .options import ALIASES, FLAGS, PruneOptions, ReportOptions
 
 COMMANDS = {"prune": PruneOptions, "report": ReportOptions}
-FLAGS = {"paper": "Use the publication's options in place of the defaults."}
 
 
 def build_parser() -> ArgumentParser:
@@ -37,25 +34,23 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line.
 
     Args:
-        args: arguments; those of the process if None.
+        args: Arguments; those of the process if None.
 
     Raises:
-        SystemExit: with a message, if the arguments or the files they name are of no use. Nothing is
+        SystemExit: With a message, if the arguments or the files they name are invalid. Nothing is
             written then.
     """
-    parsed = build_parser().parse_args(args)
-    name = parsed.command
-    options = COMMANDS[name](**command_line.given_options(parsed[name]))
-    # PyTorch and transformers take their time: not for --help or a mistyped option.
-    from . import prune as commands
-
-    try:
+    name, options = command_line.parsed_options(build_parser(), COMMANDS, args, ALIASES)
+    with command_line.errors_in_one_line(f"kprune {name}"):
+        # PyTorch and transformers take their time: not for --help or a mistyped option.
         if isinstance(options, PruneOptions):
-            commands.run_prune(options)
+            from .prune import run_prune
+
+            run_prune(options)
         else:
-            commands.run_report(options)
-    except (ValueError, TypeError, OSError, ImportError, SafetensorError) as error:
-        sys.exit(f"kprune {name}: error: {error}")
+            from .report import run_report
+
+            run_report(options)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ..common.command_line import Aliases
+
 Task = Literal[
     "auto",
     "sequence-classification",
@@ -14,6 +16,10 @@ Task = Literal[
     "embeddings",
     "image-classification",
 ]
+# Earlier names of options.
+ALIASES = Aliases({"out": "output"})
+# Options that take no value on the command line.
+FLAGS = {"paper": "Use the publication's options in place of the defaults."}
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class PruneOptions:
         model: Hub id or local path of the model.
         data: Data to calibrate on, labels not needed: a .txt, .json, .jsonl, .csv, .tsv or .parquet
             file, or the id of a data set on the hub.
-        out: Folder to write the pruned model, its tokenizer and its report to; must be new or empty.
+        output: Folder to write the pruned model, its tokenizer and its report to; must be new or empty.
         reduction: Fraction to remove of what metric says.
         metric: What reduction counts.
         task: What the model is for; auto reads it from the model's config.
@@ -44,8 +50,9 @@ class PruneOptions:
         paper: Use the publication's options in place of the defaults; those given here count for
             nothing, except reduction, metric, max_tokens, sequence_length and seed.
         latency: Latency table (JSON) to use, or to write if there is none; for metric latency.
-        device: Where to prune, such as cpu or cuda:1; auto spreads the model over all GPUs, and CPU
-            memory if they do not hold it; by default a GPU if there is one.
+        device: Where to prune, such as cpu or cuda:1; by default a GPU if there is one.
+        device_map: How transformers places the model on several devices, such as auto: on all GPUs, and
+            in CPU memory if they do not hold it. Not with device.
         dtype: To load the weights in; auto is how they are stored.
         revision: Branch, tag or commit of the model on the hub.
         plot: Picture of what was kept to write; needs matplotlib.
@@ -53,7 +60,7 @@ class PruneOptions:
 
     model: str
     data: str
-    out: str
+    output: str
     reduction: float = 0.5
     metric: Literal["flops", "params", "latency"] = "flops"
     task: Task = "auto"
@@ -73,6 +80,7 @@ class PruneOptions:
     paper: bool = False
     latency: str | None = None
     device: str | None = None
+    device_map: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     revision: str | None = None
     plot: str | None = None

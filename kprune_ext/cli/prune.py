@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +9,19 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrain
 
 from ..budget.latency import LatencyTable
 from ..budget.latency_measurement import measure_latency
-from ..common.files import check_distinct, check_output_files, check_output_folder, resolved
+from ..common.files import (
+    check_distinct,
+    check_output_files,
+    check_output_folder,
+    replacing_folder,
+    resolved,
+)
 from ..common.text_data import load_rows
 from ..config import KPruneConfig
 from ..pruning import kprune
 from ..report.report import REPORT_FILE, KPruneReport
-from .inputs import _image_batches, _text_batches, load_model
-from .report import _print
+from .inputs import image_batches, load_model, text_batches
+from .report import print_report
 
 if TYPE_CHECKING:
     from .options import PruneOptions
@@ -32,7 +36,9 @@ def run_prune(options: PruneOptions) -> PreTrainedModel:
     """
     config = prune_config(options)
     _check_paths(options)
-    out = Path(resolved(options.out, "out"))
+    out = resolved(options.output, "output")
+    if options.device is not None and options.device_map is not None:
+        raise ValueError("Give either device or device_map, not both.")
     if min(options.max_length, options.batch_size) < 1:
         raise ValueError("max_length and batch_size must be at least 1.")
     about = AutoConfig.from_pretrained(options.model, revision=options.revision)
@@ -43,14 +49,14 @@ def run_prune(options: PruneOptions) -> PreTrainedModel:
         processor: Any = AutoImageProcessor.from_pretrained(
             options.model, revision=options.revision
         )
-        batches = _image_batches(rows, processor, options)
+        batches = image_batches(rows, processor, options)
     else:
         processor = AutoTokenizer.from_pretrained(options.model, revision=options.revision)
-        batches = _text_batches(rows, processor, options, about)
+        batches = text_batches(rows, processor, options, about)
     pruned: Any = kprune(model, batches, config, latency=_latency(options, model))
     _save_all(out, pruned, processor, pruned.kprune_report, options.plot)
-    _print(pruned.kprune_report)
-    print(f"Wrote {options.out}. Load it as usual after `import kprune_ext`.")
+    print_report(pruned.kprune_report)
+    print(f"Wrote {options.output}. Load it as usual after `import kprune_ext`.")
     return pruned
 
 
@@ -58,9 +64,9 @@ def _check_paths(options: PruneOptions) -> None:
     """Raise ValueError or OSError if an output cannot be written, or would overwrite something."""
     inputs = {"model": options.model, "data": options.data}
     files: dict[str, str | None] = {"plot": options.plot, "latency": options.latency}
-    check_output_folder(options.out, "out")
+    check_output_folder(options.output, "output")
     check_output_files(files, inputs)
-    check_distinct({"out": options.out}, {**inputs, **files})
+    check_distinct({"output": options.output}, {**inputs, **files})
 
 
 def prune_config(options: PruneOptions) -> KPruneConfig:
@@ -95,19 +101,12 @@ def _latency(options: PruneOptions, model: PreTrainedModel) -> LatencyTable | No
 
 
 def _save_all(
-    out: Path, pruned: Any, processor: Any, report: KPruneReport, plot: str | None
+    out: str, pruned: Any, processor: Any, report: KPruneReport, plot: str | None
 ) -> None:
-    """Write all files into a folder beside, which takes the name ``out`` once it is complete."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        pruned.save_pretrained(unfinished)
-        processor.save_pretrained(unfinished)
-        report.save_json(unfinished / REPORT_FILE)
+    """Write the model, its processor, its report and its picture, all of them or none."""
+    with replacing_folder(out) as folder:
+        pruned.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        report.save_json(Path(folder, REPORT_FILE))
         if plot is not None:
             report.plot(plot)
-        if out.exists():
-            out.rmdir()
-        unfinished.replace(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

@@ -30,10 +30,11 @@ def run_report(options: ReportOptions) -> KPruneReport:
         report.plot(options.plot)
     if options.json is not None:
         report.save_json(options.json)
-    _print(report)
+    print_report(report)
     return report
 
 
-def _print(report: KPruneReport) -> None:
+def print_report(report: KPruneReport) -> None:
+    """Print a report as a table."""
     # In a file or pipe there is no width to fit into.
     Console(width=None if sys.stdout.isatty() else 120).print(report)

@@ -15,7 +15,7 @@ from accelerate.utils import (
 from torch import nn
 
 
-def give_back() -> None:
+def trim_memory() -> None:
     """Return freed memory to the system, where the C library can be asked to (Linux, glibc).
 
     Calibration frees large matrices of many sizes; what glibc keeps of them for later grows to several
@@ -31,7 +31,7 @@ def give_back() -> None:
 
 
 @contextmanager
-def few_kept_kernels(model: nn.Module) -> Iterator[None]:
+def without_onednn(model: nn.Module) -> Iterator[None]:
     """Run a model of full precision on the CPU without oneDNN, where inputs have many shapes.
 
     oneDNN keeps what it compiles for every shape, PyTorch asks it for GELU, and thousands of such small

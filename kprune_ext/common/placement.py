@@ -14,7 +14,7 @@ FSDP2 = "FSDP2"
 ZERO3 = "ZeRO-3"
 
 
-def spreading_of(model: nn.Module) -> str | None:
+def sharding_of(model: nn.Module) -> str | None:
     """How the weights are spread over processes: ``"FSDP2"``, ``"ZeRO-3"``, or None if they are not.
 
     Raises:
@@ -55,7 +55,7 @@ def is_dtensor(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
-def moves_weights(model: nn.Module) -> bool:
+def is_offloaded(model: nn.Module) -> bool:
     """Whether weights are brought in before a module is called and taken away after it.
 
     Then its forward must run to the end, and modules must not be passed over.
@@ -96,7 +96,7 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 @contextmanager
-def brought_in(module: nn.Module) -> Iterator[None]:
+def gathered(module: nn.Module) -> Iterator[None]:
     """The module's own parameters are at hand, if accelerate or DeepSpeed keeps them elsewhere.
 
     With DeepSpeed all processes must come here.
@@ -114,7 +114,7 @@ def brought_in(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def whole(parameter: Tensor) -> Tensor:
+def full_tensor(parameter: Tensor) -> Tensor:
     """All of a parameter, detached, on the device that it is worked with on.
 
     With FSDP2 all processes must call this. To be called within `brought_in`.
@@ -127,13 +127,13 @@ def whole(parameter: Tensor) -> Tensor:
     return cast(Tensor, spread.to(spread.device_mesh.device_type).full_tensor())
 
 
-def whole_parameters(model: nn.Module) -> Iterator[Tensor]:
+def full_parameters(model: nn.Module) -> Iterator[Tensor]:
     """Every parameter that is anywhere, one at a time."""
     for module in model.modules():
-        with brought_in(module):
+        with gathered(module):
             for parameter in module.parameters(recurse=False):
                 if parameter.device.type != "meta":
-                    yield whole(parameter)
+                    yield full_tensor(parameter)
 
 
 def fill(parameter: Tensor, value: Tensor) -> None:

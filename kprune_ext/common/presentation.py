@@ -1,8 +1,13 @@
-"""What both packages put into model cards (README.md)."""
+"""Sections of model cards (README.md), and figures."""
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
+from typing import Any
+
+from .files import replacing
 
 CARD_NAME = "README.md"
 
@@ -24,3 +29,37 @@ def with_section(text: str, section: str | None, owner: str) -> str:
         return text
     rest = found.sub("\n\n", text).rstrip("\n")
     return rest + "\n" if section is None else f"{rest}\n\n{start}\n{section}{end}\n"
+
+
+def empty_figure(width: float, height: float) -> Any:
+    """A matplotlib figure of so many inches.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "Plots need matplotlib, which is not installed. Install it with: "
+            "pip install 'peft-corda[plots]'"
+        ) from error
+    # No pyplot: it would choose a backend for the whole process.
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Write a figure; the file appears only when it is complete.
+
+    Args:
+        figure: From `empty_figure`.
+        path: The format follows from its ending, PNG without one.
+
+    Raises:
+        ValueError: If matplotlib does not know the format.
+    """
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=Path(path).suffix[1:] or "png", dpi=120)

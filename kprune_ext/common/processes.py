@@ -25,14 +25,14 @@ class Processes:
         alone: whether this process works by itself, whatever others there are.
     """
 
-    def __init__(self, in_step: bool = False, alone: bool = False) -> None:
+    def __init__(self, collective_forward: bool = False, alone: bool = False) -> None:
         running = not alone and distributed.is_available() and distributed.is_initialized()
         self.count = distributed.get_world_size() if running else 1
         self.rank = distributed.get_rank() if running else 0
         on_device = running and "nccl" in distributed.get_backend()
         self._device = torch.device("cuda", torch.cuda.current_device()) if on_device else None
-        self.in_step = in_step and self.count > 1
-        self._notes = Notes() if self.in_step else None
+        self.collective_forward = collective_forward and self.count > 1
+        self._notes = Notes() if self.collective_forward else None
         self._known: Exception | None = None  # that all processes have been told of
 
     @property
@@ -96,19 +96,19 @@ class Processes:
 
     def items(self, source: Iterable[T]) -> Iterator[T | None]:
         """The items of an iterable; in step, None after their end until no process has any left."""
-        if not self.in_step:
+        if not self.collective_forward:
             yield from source
             return
         iterator, end = iter(source), object()
         while True:
-            with self.together():
+            with self.error_barrier():
                 item = next(iterator, end)
             if not self.largest(int(item is not end)):
                 return
             yield None if item is end else cast(T, item)
 
     @contextmanager
-    def together(self, running_model: bool = False) -> Iterator[None]:
+    def error_barrier(self, running_model: bool = False) -> Iterator[None]:
         """Wait for each other at the end; an error in one process is an error in all.
 
         Args:
@@ -119,7 +119,7 @@ class Processes:
         Raises:
             RuntimeError: in the processes that were well themselves.
         """
-        unseen = running_model and self.in_step
+        unseen = running_model and self.collective_forward
         try:
             yield
         except Exception as error:  # of any kind: the others are told before it goes on its way

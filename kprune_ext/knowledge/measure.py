@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..architectures.tasks import Predict, ProblemType
-from ..calibration.layer_stack import Encoder
+from ..calibration.layer_stack import LayerStack
 from ..calibration.samples import require_finite
 from ..calibration.streams import MOST_LOGITS, Stream
 from ..common.processes import Processes
@@ -66,22 +66,22 @@ class Signal:
 
 @torch.no_grad()
 def teacher_logits(
-    sublayers: Sequence[SubLayer], encoder: Encoder, predict: Predict, streams: Sequence[Stream]
+    sublayers: Sequence[SubLayer], stack: LayerStack, predict: Predict, streams: Sequence[Stream]
 ) -> dict[int, Tensor]:
     """Logits ``(positions, classes)`` by key of the sample."""
     found: dict[int, Tensor] = {}
     for stream in streams:
-        hidden, contexts = encoder.enter(stream.inputs)
+        hidden, contexts = stack.enter(stream.inputs)
         for sublayer in sublayers:
             hidden = sublayer.run(hidden, contexts[sublayer.layer])
-        logits = encoder.predict(predict, stream.inputs, hidden)
+        logits = stack.predict(predict, stream.inputs, hidden)
         found |= dict(zip(stream.keys, logits, strict=True))
     return found
 
 
 def measure_knowledge(
     sublayers: Sequence[SubLayer],
-    encoder: Encoder,
+    stack: LayerStack,
     streams: Sequence[Stream],
     signal: Signal,
     processes: Processes | None = None,
@@ -108,8 +108,8 @@ def measure_knowledge(
         ValueError: activations or logits are NaN or infinite (the module is named).
     """
     processes = processes or Processes(alone=True)
-    with processes.together():
-        sums = _sums(sublayers, encoder, streams, signal)
+    with processes.error_barrier():
+        sums = _sums(sublayers, stack, streams, signal)
     total = processes.add(torch.cat(sums))
     predictive, squares = [], []
     for sublayer in sublayers:
@@ -128,7 +128,7 @@ def measure_knowledge(
 
 
 def _sums(
-    sublayers: Sequence[SubLayer], encoder: Encoder, streams: Sequence[Stream], signal: Signal
+    sublayers: Sequence[SubLayer], stack: LayerStack, streams: Sequence[Stream], signal: Signal
 ) -> list[Tensor]:
     """Per sub-layer the sums of squared gradients and features; numbers of samples, tokens, read tokens.
 
@@ -138,14 +138,14 @@ def _sums(
     squares = [_zeros(sublayer, sublayer.output.in_features) for sublayer in sublayers]
     samples = tokens = 0
     read = 0.0
-    for stream in _in_parts(streams, len(sublayers), encoder, signal):
+    for stream in _in_parts(streams, len(sublayers), stack, signal):
         batch = len(stream.student)
         samples += batch
         tokens += int(stream.tokens.sum())
         weights = stream.read + signal.unread_weight * (stream.tokens & ~stream.read)
         read += float(weights.sum())
         with torch.enable_grad(), unit_masks(sublayers, batch) as masked:
-            for total, gradient in _gradients(sublayers, encoder, stream, signal, masked):
+            for total, gradient in _gradients(sublayers, stack, stream, signal, masked):
                 predictive[total] += gradient.double().square().sum(0)
         for square, entry, sublayer in zip(squares, masked, sublayers, strict=True):
             if entry.features is None:
@@ -161,19 +161,19 @@ def _sums(
 
 def _gradients(
     sublayers: Sequence[SubLayer],
-    encoder: Encoder,
+    stack: LayerStack,
     stream: Stream,
     signal: Signal,
     masked: list[MaskedUnits],
 ) -> Iterator[tuple[int, Tensor]]:
     """Per direction and sub-layer: the sub-layer's number and gradients ``(batch, units)``."""
-    contexts = stream.contexts_in(encoder)
+    contexts = stream.contexts_in(stack)
     hidden = stream.student
     for sublayer in sublayers:
         hidden = sublayer.run(hidden, contexts[sublayer.layer])
         counted = stream.tokens.to(hidden.device)
         require_finite(hidden.detach()[counted], f"the output of {sublayer.name}")
-    z = encoder.predict(signal.predict, stream.inputs, hidden)
+    z = stack.predict(signal.predict, stream.inputs, hidden)
     z = z if z.dtype == torch.float64 else z.float()
     require_finite(z.detach(), "the logits")
     masks = [entry.mask for entry in masked]
@@ -199,14 +199,14 @@ def _directions(z: Tensor, stream: Stream, signal: Signal) -> Iterator[Tensor]:
 
 
 def _in_parts(
-    streams: Sequence[Stream], depth: int, encoder: Encoder, signal: Signal
+    streams: Sequence[Stream], depth: int, stack: LayerStack, signal: Signal
 ) -> Iterator[Stream]:
     """The streams, cut where activations of all sub-layers, or logits, would take much memory."""
     for stream in streams:
         with torch.no_grad():
             one = {name: value[:1] for name, value in stream.inputs.items()}
             first = stream.student[:1].to(stream.tokens.device)
-            size = encoder.predict(signal.predict, one, first).numel()
+            size = stack.predict(signal.predict, one, first).numel()
         length = stream.tokens.shape[1]
         rows = max(1, min(MOST_LOGITS // size, signal.depth_tokens // (length * depth)))
         if rows >= len(stream.keys):

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from ..architectures.row import Architecture
+from ..report.from_sizes import report_from_sizes
 from ..report.report import REPORT_FILE, KPruneReport
 from ..units.kept import kept_units
 from .loading import check_weights, refuse_pickle, stored_report
@@ -23,6 +24,8 @@ from .replacing_files import replacing_files
 from .self_contained import MODELING_FILE, auto_map, modeling_source
 
 logger = logging.getLogger(__name__)
+# Tokens per sequence at which a card counts FLOPs, where no report of the pruning is there.
+_CARD_LENGTH = 128
 
 if TYPE_CHECKING:
     _Base = PreTrainedModel
@@ -173,10 +176,9 @@ class Checkpoints(_Base):
             )
 
     def _section(self, self_contained: bool) -> str:
-        from .saved_report import load_report
-
         file = MODELING_FILE if self_contained else None
-        return pruning_section(load_report(self), self.kprune_auto.__name__, file)
+        report = self.kprune_report or report_from_sizes(self.config, type(self), _CARD_LENGTH)
+        return pruning_section(report, self.kprune_auto.__name__, file)
 
     def _write_extras(self, folder: Path, target: Path, self_contained: bool) -> None:
         if self_contained:
@@ -218,9 +220,7 @@ def _fitting(model: Any, report: KPruneReport | None) -> KPruneReport | None:
     """The report, if it is about a model of these sizes."""
     if report is None:
         return None
-    rows = kept_units(
-        model.config, model.config.num_attention_heads, model.kprune_row.neurons(model.config)
-    )
+    rows = kept_units(model.config)
     sizes = [size for row in rows for size in (len(row.heads), len(row.neurons))]
     if sizes == [row.units for row in report.sublayers]:
         return report

@@ -18,21 +18,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ..architectures.row import Architecture
 from ..architectures.table import ARCHITECTURES, ROWS, find_architecture
 from ..architectures.tasks import TASKS, Task, find_task
-from ..units import kept
-from ..units.kept import KeptUnits
+from ..units.kept import kept_units
 from ..units.sublayers import sublayers
 from ..units.surgery import shrink
 from .checkpoints import Checkpoints
-
-
-def kept_units(config: Any) -> list[KeptUnits]:
-    """The units each layer keeps, from a supported model's config; all, where it says nothing.
-
-    Raises:
-        ValueError: the field ``kprune`` of the config is inconsistent, in itself or with the rest.
-    """
-    row = ROWS[config.model_type]
-    return kept.kept_units(config, config.num_attention_heads, row.neurons(config))
 
 
 class UnevenLayers(Checkpoints):
@@ -49,10 +38,16 @@ class UnevenLayers(Checkpoints):
                 shrink(sublayer, units)
 
 
+#: Where the classes made here are found. PEFT writes it into adapter_config.json.
+MODULE = "kprune_ext.modeling"
+#: Every class made here, by name.
+DEFINED: dict[str, type] = {}
+
+
 def _define(name: str, bases: tuple[type, ...], **members: Any) -> type:
-    """A class of this module, as if it were written out here."""
-    made = type(name, bases, members | {"__module__": __name__, "__qualname__": name})
-    globals()[name] = made
+    """A class of the package `modeling`, as if it were written out there."""
+    made = type(name, bases, members | {"__module__": MODULE, "__qualname__": name})
+    DEFINED[name] = made
     return made
 
 

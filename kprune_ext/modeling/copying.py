@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..calibration.device_map import Homes, copy_weights, homes_of
-from ..units.kept import KeptUnits, store_kept_units
-from .classes import PRUNED_CLASSES, UnevenLayers, kept_units
+from ..calibration.device_map import DeviceMap, copy_weights, device_map_of
+from ..units.kept import KeptUnits, kept_units, store_kept_units
+from .classes import PRUNED_CLASSES, UnevenLayers
 
 
-def uneven_copy(model: PreTrainedModel, homes: Homes | None = None) -> PreTrainedModel:
+def uneven_copy(model: PreTrainedModel, device_map: DeviceMap | None = None) -> PreTrainedModel:
     """A copy of a supported model, in the class that can be pruned; nothing removed yet.
 
     It has the model's weights and dtype in memory of its own, and is in evaluation mode. The global
@@ -36,7 +36,7 @@ def uneven_copy(model: PreTrainedModel, homes: Homes | None = None) -> PreTraine
             attn_implementation=model.config._attn_implementation,
             **_head_options(model),
         )
-    copy_weights(model, copy, homes_of(model) if homes is None else homes)
+    copy_weights(model, copy, device_map_of(model) if device_map is None else device_map)
     return copy.eval()
 
 

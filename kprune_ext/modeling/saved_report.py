@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel
 
-from ..report.from_sizes import _from_config
+from ..report.from_sizes import report_from_sizes
 from ..report.report import REPORT_FILE, KPruneReport
-from .classes import KIND_OF_NAME
+from .classes import KIND_OF_NAME, UnevenLayers
 
 
 def load_report(
@@ -33,7 +34,7 @@ def load_report(
         raise ValueError(f"sequence_length={sequence_length} is too small. Pass 1 or more.")
     if isinstance(source, PreTrainedModel):
         stored = getattr(source, "kprune_report", None)
-        return stored or _from_config(source.config, type(source), sequence_length)
+        return stored or _from_sizes(source.config, type(source), sequence_length)
     path = Path(source)
     if path.is_file():
         return KPruneReport.load_json(path)
@@ -41,4 +42,13 @@ def load_report(
         return KPruneReport.load_json(path / REPORT_FILE)
     config = AutoConfig.from_pretrained(source)
     names = [name for name in config.architectures or [] if name in KIND_OF_NAME]
-    return _from_config(config, KIND_OF_NAME[names[0]] if names else None, sequence_length)
+    return _from_sizes(config, KIND_OF_NAME[names[0]] if names else None, sequence_length)
+
+
+def _from_sizes(config: Any, kind: Any, length: int) -> KPruneReport:
+    if kind is None or not issubclass(kind, UnevenLayers):
+        raise ValueError(
+            f"There is nothing to report on: this {config.model_type!r} model was not pruned by "
+            "kprune_ext. Pass the folder of a pruned model, or its kprune_report.json."
+        )
+    return report_from_sizes(config, kind, length)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..architectures import headless
 from ..architectures.row import Architecture, SubLayerPaths
+from ..common.version import installed_version
 from ..units.kept import decode_indices
 from . import standalone
 
@@ -52,14 +53,12 @@ def modeling_source(
         config_class: of the pruned family.
         models: by Auto class, its pruned models.
     """
-    from .. import __version__
-
     dense_config = config_class.__bases__[0]
     dense = {kind: kind.__bases__[1] for kind in models.values()}
     attention_code, imports = _attention_code(architecture)
     names = sorted({dense_config.__name__, *(kind.__name__ for kind in dense.values())})
     parts = [
-        _HEADER.format(family=architecture.model_type, version=__version__),
+        _HEADER.format(family=architecture.model_type, version=installed_version()),
         "from __future__ import annotations\n",
         "from typing import Any\n",
         "from torch import Tensor, nn",

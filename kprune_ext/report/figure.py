@@ -1,39 +1,32 @@
-"""Pictures of a report, by matplotlib (which the extra ``plots`` installs)."""
+"""Pictures of a report, by matplotlib (which the extra `plots` installs)."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from collections.abc import Sequence
 
-from ..common.files import replacing
-from .report import KPruneReport
+from ..common.presentation import empty_figure, save_figure
+from .rows import SubLayerReport
 
 
-def save_kept(report: KPruneReport, path: str | os.PathLike[str]) -> None:
-    """Write a picture of a report: heads and neurons kept, and the reconstruction error, by layer.
+def save_kept(
+    sublayers: Sequence[SubLayerReport], share: float, path: str | os.PathLike[str]
+) -> None:
+    """Write a picture of heads and neurons kept, and of the reconstruction error, by layer.
 
     Args:
-        report: what to draw.
-        path: the format follows from its ending, PNG without one.
+        sublayers: The rows of a report.
+        share: Part of the FLOPs of all sub-layers that is kept.
+        path: The format follows from its ending, PNG without one.
 
     Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: matplotlib does not know the format.
+        ImportError: If matplotlib is not installed.
+        ValueError: If matplotlib does not know the format.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "Plots need matplotlib, which is not installed. Install it with: "
-            "pip install 'peft-corda[plots]'"
-        ) from error
-    # No pyplot: it would choose a backend for the whole process.
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = empty_figure(11, 3.4)
     heads, neurons, errors = figure.subplots(1, 3)
     for panel, kind, name in ((heads, "attention", "heads"), (neurons, "ffn", "neurons")):
-        rows = [row for row in report.sublayers if row.kind == kind]
+        rows = [row for row in sublayers if row.kind == kind]
         layers = [row.layer for row in rows]
         panel.bar(layers, [row.units_before for row in rows], color="0.88", label="before")
         panel.bar(layers, [row.units for row in rows], label="kept")
@@ -42,9 +35,8 @@ def save_kept(report: KPruneReport, path: str | os.PathLike[str]) -> None:
         errors.plot(layers, [_number(row.error) for row in rows], "o-", markersize=3, label=kind)
     errors.set(title="reconstruction error", xlabel="layer", ylim=(0, None))
     errors.legend(fontsize="x-small")
-    figure.suptitle(f"K-prune: {report.flops / report.flops_before:.1%} of encoder FLOPs kept")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format=Path(path).suffix[1:] or "png", dpi=120)
+    figure.suptitle(f"K-prune: {share:.1%} of encoder FLOPs kept")
+    save_figure(figure, path)
 
 
 def _number(error: float | None) -> float:

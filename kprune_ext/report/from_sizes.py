@@ -9,19 +9,20 @@ import torch
 
 from ..architectures.table import find_architecture
 from ..budget.costs import unit_flops
-from ..modeling.classes import UnevenLayers, kept_units
-from ..units.kept import store_kept_units
+from ..units.kept import kept_units, store_kept_units
 from ..units.sublayers import sublayers
 from .making import sublayer_row
 from .report import KPruneReport
 
 
-def _from_config(config: Any, kind: Any, length: int) -> KPruneReport:
-    if kind is None or not issubclass(kind, UnevenLayers):
-        raise ValueError(
-            f"There is nothing to report on: this {config.model_type!r} model was not pruned by "
-            "kprune_ext. Pass the folder of a pruned model, or its kprune_report.json."
-        )
+def report_from_sizes(config: Any, kind: Any, length: int) -> KPruneReport:
+    """A report on a pruned model, in which reconstruction errors and calibration data are unknown.
+
+    Args:
+        config: Of the pruned model. The original is the model before its first pruning.
+        kind: Class of the pruned model.
+        length: Tokens per sequence at which FLOPs are counted.
+    """
     whole = copy.deepcopy(config)
     whole.kprune = None
     store_kept_units(whole, kept_units(whole))

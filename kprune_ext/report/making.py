@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..config import KPruneConfig
 from ..units.sublayers import SubLayer
 from .report import KPruneReport
 from .rows import SubLayerReport
@@ -18,7 +17,8 @@ def make_report(
     pruned: PreTrainedModel,
     rows: Iterable[tuple[SubLayer, SubLayer, int, float]],
     *,
-    config: KPruneConfig,
+    metric: str,
+    reduction: float,
     costs: Sequence[Tensor],
     budget: float,
     length: int,
@@ -31,20 +31,21 @@ def make_report(
     Args:
         model, pruned: before and after.
         rows: per sub-layer: before, after, FLOPs of a unit, and the fit's relative error.
-        config: of the run.
+        metric: what was counted.
+        reduction: the fraction of it that was to be removed.
         costs: per sub-layer, what keeping 0, 1, … units costs by the run's metric.
         budget: what might be kept of that.
         length: tokens per sequence at which FLOPs are counted.
         samples, tokens: calibration data used.
-        logit_scale: see :func:`kprune_ext.predictor.scale_logits`.
+        logit_scale: see :func:`kprune_ext.tuning.logit_scale.scale_logits`.
     """
     sublayers = tuple(
         sublayer_row(before, after, flops, error) for before, after, flops, error in rows
     )
     return KPruneReport(
         sublayers=sublayers,
-        metric=config.metric,
-        reduction=config.reduction,
+        metric=metric,
+        reduction=reduction,
         budget=budget,
         cost=sum(float(t[row.units]) for t, row in zip(costs, sublayers, strict=True)),
         cost_before=sum(float(table[-1]) for table in costs),

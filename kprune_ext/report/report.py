@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common.files import replacing
+from .figure import save_kept
 from .rows import SubLayerReport
 
 if TYPE_CHECKING:
@@ -115,9 +116,7 @@ class KPruneReport:
             ImportError: matplotlib is not installed.
             ValueError: matplotlib does not know the format that the path's ending names.
         """
-        from .figure import save_kept
-
-        save_kept(self, path)
+        save_kept(self.sublayers, self.flops / self.flops_before, path)
 
     def table(self) -> Table:
         """A row per layer, for ``rich.print``."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures.tasks import Predict, ProblemType
-from ..calibration.layer_stack import Encoder
+from ..calibration.layer_stack import LayerStack
 from ..calibration.samples import require_finite
 from ..calibration.streams import MOST_LOGITS, Stream
 from ..common.processes import Processes
@@ -21,7 +21,7 @@ from .divergence import best_scale
 
 @torch.no_grad()
 def scale_logits(
-    encoder: Encoder,
+    stack: LayerStack,
     streams: Sequence[Stream],
     predict: Predict,
     problem: ProblemType,
@@ -46,25 +46,25 @@ def scale_logits(
     """
     if problem == "regression":
         return None
-    with processes.together():
-        layer = find_predictor(encoder, streams[0], predict) if streams else None
-        names = [name for name, module in encoder.model.named_modules() if module is layer]
+    with processes.error_barrier():
+        layer = find_predictor(stack, streams[0], predict) if streams else None
+        names = [name for name, module in stack.model.named_modules() if module is layer]
     name = processes.first(names[0] if layer is not None else None)
     if name is None:
         return None
-    with processes.together():
-        own = _predictions(encoder, streams, predict, MOST_LOGITS // processes.count)
+    with processes.error_barrier():
+        own = _predictions(stack, streams, predict, MOST_LOGITS // processes.count)
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for each in chain.from_iterable(processes.gather(own)):
         found |= each.by_key()
     scale = best_scale([found[key] for key in sorted(found)], problem)
     scale = float(processes.from_owner(torch.tensor(scale, dtype=torch.float64), 0))
-    for parameter in encoder.model.get_submodule(name).parameters():
+    for parameter in stack.model.get_submodule(name).parameters():
         parameter.mul_(scale)
     return scale
 
 
-def find_predictor(encoder: Encoder, stream: Stream, predict: Predict) -> nn.Linear | None:
+def find_predictor(stack: LayerStack, stream: Stream, predict: Predict) -> nn.Linear | None:
     """The plain linear layer that, giving twice as much, makes all logits twice as large.
 
     None if there is none, or it is the model's output embedding.
@@ -72,18 +72,18 @@ def find_predictor(encoder: Encoder, stream: Stream, predict: Predict) -> nn.Lin
     inputs = {name: value[:1] for name, value in stream.inputs.items()}
     hidden = stream.student[:1].to(stream.tokens.device)
     called: list[nn.Linear] = []
-    linear = [module for module in encoder.model.modules() if type(module) is nn.Linear]
+    linear = [module for module in stack.model.modules() if type(module) is nn.Linear]
     with _hooked(linear, lambda module, output: called.append(module)):
-        z = encoder.predict(predict, inputs, hidden)
+        z = stack.predict(predict, inputs, hidden)
     if not called or bool((z == 0).all()):
         return None
     last = called[-1]
     with _hooked([last], lambda _, output: 2 * output):
-        doubled = encoder.predict(predict, inputs, hidden)
+        doubled = stack.predict(predict, inputs, hidden)
     masked = z == torch.finfo(z.dtype).min
     exact = torch.where(masked, z, 2 * z)  # twice is exact in any floating point format
     # What predicts tokens shares its weight with the input embeddings, or will when it is loaded.
-    is_decoder = last is encoder.model.get_output_embeddings()
+    is_decoder = last is stack.model.get_output_embeddings()
     return last if torch.equal(doubled, exact) and not is_decoder else None
 
 
@@ -110,10 +110,10 @@ class _Predictions:
 
 
 def _predictions(
-    encoder: Encoder, streams: Sequence[Stream], predict: Predict, most: int
+    stack: LayerStack, streams: Sequence[Stream], predict: Predict, most: int
 ) -> list[_Predictions]:
     """Of the samples in the order of their keys, as many as have at most so many logits."""
-    examples = [_one(encoder, stream, predict) for stream in streams]
+    examples = [_one(stack, stream, predict) for stream in streams]
     sizes = {
         key: example.numel()
         for stream, example in zip(streams, examples, strict=True)
@@ -132,23 +132,23 @@ def _predictions(
         for stream, example in zip(streams, examples, strict=True)
         if (rows := [row for row, key in enumerate(stream.keys) if key in taken])
     ]
-    return [_compared(encoder, *each, predict) for each in waiting]
+    return [_compared(stack, *each, predict) for each in waiting]
 
 
-def _one(encoder: Encoder, stream: Stream, predict: Predict) -> Tensor:
+def _one(stack: LayerStack, stream: Stream, predict: Predict) -> Tensor:
     """Logits of the stream's first sample alone."""
     inputs = {name: value[:1] for name, value in stream.inputs.items()}
-    return encoder.predict(predict, inputs, stream.student[:1].to(stream.tokens.device))
+    return stack.predict(predict, inputs, stream.student[:1].to(stream.tokens.device))
 
 
 def _compared(
-    encoder: Encoder, stream: Stream, rows: list[int], found: Tensor, predict: Predict
+    stack: LayerStack, stream: Stream, rows: list[int], found: Tensor, predict: Predict
 ) -> _Predictions:
     part: Any = rows if len(rows) < len(stream.keys) else slice(None)  # a slice copies nothing
     inputs = {name: value[part] for name, value in stream.inputs.items()}
     tokens = stream.tokens[part]
     for held, state in zip(found, (stream.student, stream.teacher), strict=True):
-        held.copy_(encoder.predict(predict, inputs, state[part].to(tokens.device)))
+        held.copy_(stack.predict(predict, inputs, state[part].to(tokens.device)))
     own, teacher = found
     per_token = own.shape[1] > 1 and own.shape[1] == tokens.shape[1]
     counted = tokens.cpu() if per_token else torch.ones(own.shape[:2], dtype=torch.bool)

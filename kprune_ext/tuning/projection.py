@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from ..calibration.hooks import watching
-from ..calibration.layer_stack import Encoder
+from ..calibration.layer_stack import LayerStack
 from ..calibration.samples import require_finite
 from ..calibration.streams import Stream
 from ..common.processes import Processes
-from ..config import KPruneConfig
 from ..units.sublayers import SubLayer
 from .least_squares import NormalEquations, TunedProjection, choose_ridge, tune_projection
 
@@ -22,27 +21,36 @@ from .least_squares import NormalEquations, TunedProjection, choose_ridge, tune_
 def normal_equations(
     dense: SubLayer,
     target: SubLayer,
-    encoder: Encoder,
+    stack: LayerStack,
     streams: Sequence[Stream],
+    *,
     unread_weight: float,
-    config: KPruneConfig,
+    halves: bool,
 ) -> list[NormalEquations]:
     """What the target's output projection is to give; moves the teacher's states past it.
 
     That is the teacher's sub-layer output, and the difference of the two residual streams; a scale
     behind the projection divides that difference.
 
+    Args:
+        dense: the teacher's sub-layer.
+        target: the student's, already shrunk.
+        stack: of the student.
+        streams: the hidden states of both.
+        unread_weight: how much tokens count that no prediction reads.
+        halves: whether to keep the two halves of the samples apart, to choose the ridge by. The half
+            that a sample belongs to depends on its content alone.
+
     Returns:
-        The equations of all samples; where the ridge is to be chosen, those of either half of them. On
-        which side a sample is depends on nothing else.
+        The equations of all samples, or of either half of them.
     """
     weight = target.output.weight.detach()
     device = weight.device
-    count = 1 if config.ridge is not None else 2
+    count = 2 if halves else 1
     found = [NormalEquations.zeros(weight.shape[1], len(weight), device) for _ in range(count)]
     with watching(dense) as teacher, watching(target) as student:
         for stream in streams:
-            context, tokens = stream.contexts_in(encoder)[target.layer], stream.tokens.to(device)
+            context, tokens = stream.contexts_in(stack)[target.layer], stream.tokens.to(device)
             above, own = (state.to(device) for state in (stream.teacher, stream.student))
             after = dense.run(above, context).to(device)
             target.run(own, context)
@@ -69,21 +77,47 @@ def _sides(stream: Stream, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def tune(
-    target: SubLayer, equations: Sequence[NormalEquations], config: KPruneConfig
+def fit_projection(
+    target: SubLayer,
+    equations: Sequence[NormalEquations],
+    processes: Processes,
+    *,
+    ridge: float | None,
+    tune_bias: bool,
 ) -> TunedProjection:
-    """Fit the output projection of the shrunk target; see :func:`normal_equations`."""
+    """The fit of a shrunk sub-layer's output projection to the tokens of all processes.
+
+    Args:
+        target: whose weights are the origin of the ridge.
+        equations: of this process, from :func:`normal_equations`.
+        processes: that have the rest of the tokens; all get the main process's fit.
+        ridge: strength of the ridge; None to choose it by the two halves.
+        tune_bias: whether the bias is fitted too.
+    """
+    every = [summed(part, processes) for part in equations]
+    return from_main(tune(target, every, ridge=ridge, tune_bias=tune_bias), processes)
+
+
+@torch.no_grad()
+def tune(
+    target: SubLayer,
+    equations: Sequence[NormalEquations],
+    *,
+    ridge: float | None,
+    tune_bias: bool,
+) -> TunedProjection:
+    """The fit of a shrunk sub-layer's output projection; see :func:`normal_equations`."""
     weight = target.output.weight.detach()
     held: Tensor | None = target.output.bias
     if held is None:
         held = weight.new_zeros(len(weight))
-    elif config.tune_bias:
+    elif tune_bias:
         held = None
-    if config.ridge is not None:
-        return tune_projection(equations[0], weight, config.ridge, held)
+    if ridge is not None:
+        return tune_projection(equations[0], weight, ridge, held)
     one, other = equations
-    ridge = choose_ridge((one, other), weight, held)
-    return tune_projection(one.plus(other), weight, ridge, held)
+    chosen = choose_ridge((one, other), weight, held)
+    return tune_projection(one.plus(other), weight, chosen, held)
 
 
 def _unscaled(difference: Tensor, scale: Tensor | None) -> Tensor:

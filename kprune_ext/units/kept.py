@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from ..architectures.table import ROWS
+
 FORMAT = 1
 
 
@@ -46,16 +48,17 @@ def decode_indices(text: str) -> tuple[int, ...]:
     return tuple(indices)
 
 
-def kept_units(config: Any, heads: int, neurons: int) -> list[KeptUnits]:
-    """The units each layer keeps, from a pruned model's config; all, where it says nothing.
+def kept_units(config: Any) -> list[KeptUnits]:
+    """The units that each layer keeps, from a supported model's config; all, where it says nothing.
 
     Args:
-        config: of a model, dense or pruned.
-        heads, neurons: how many a layer of the original model has.
+        config: Of a model, dense or pruned.
 
     Raises:
         ValueError: the field ``kprune`` of the config is inconsistent, in itself or with the rest.
     """
+    heads = config.num_attention_heads
+    neurons = ROWS[config.model_type].neurons(config)
     stored = getattr(config, "kprune", None)
     if stored is None:
         everything = KeptUnits(tuple(range(heads)), tuple(range(neurons)))

@@ -236,7 +236,7 @@ def _check_fits(factors: CordaFactors, targets: dict[str, nn.Module], config: Co
     if processes.count == 1 or not is_fsdp_enabled():
         _compare(factors, targets, config)
         return
-    with processes.together():
+    with processes.error_barrier():
         if processes.is_main:
             _compare(factors, targets, config)
 

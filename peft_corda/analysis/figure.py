@@ -4,70 +4,71 @@ from __future__ import annotations
 
 import math
 import os
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from kprune_ext.common.files import replacing
+from torch import Tensor
 
+from kprune_ext.common.presentation import empty_figure, save_figure
+
+from .rows import ModuleReport
 from .spectra import layer_number
-
-if TYPE_CHECKING:
-    from .report import CordaReport
 
 _PANEL_INCHES = (3.6, 2.8)
 _MOST_COLUMNS = 4
 
 
-def save_spectra(report: CordaReport, path: str | os.PathLike[str]) -> None:
-    """Write the spectra of a report: a panel for each type of module, a line for each layer.
+def save_spectra(
+    method: str,
+    modules: Sequence[ModuleReport],
+    spectra: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+) -> None:
+    """Write a picture of the spectra: a panel for each type of module, a line for each layer.
 
     Args:
-        report: its `spectra` are drawn, and a dot at the rank of each adapter.
-        path: the format follows from its ending, PNG without one.
+        method: `"kpm"` or `"ipm"`.
+        modules: The rows of a report.
+        spectra: By module name, the share of the layer's energy of each direction, `(rank,)`.
+        path: The format follows from its ending, PNG without one.
 
     Raises:
-        ImportError: if matplotlib is not installed.
-        ValueError: if matplotlib does not know the format.
+        ImportError: If matplotlib is not installed.
+        ValueError: If matplotlib does not know the format.
     """
-    try:
-        from matplotlib import colormaps
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "Plots need matplotlib, which is not installed. Install it with: "
-            "pip install 'peft-corda[plots]'"
-        ) from error
-    types = [summary.type for summary in report.types]
+    types = list(dict.fromkeys(module.type for module in modules))
     columns = min(len(types), _MOST_COLUMNS)
     rows = math.ceil(len(types) / columns)
-    # No pyplot: it would choose a backend for the whole process.
-    figure = Figure(
-        figsize=(columns * _PANEL_INCHES[0], rows * _PANEL_INCHES[1]), layout="constrained"
-    )
-    FigureCanvasAgg(figure)
+    figure = empty_figure(columns * _PANEL_INCHES[0], rows * _PANEL_INCHES[1])
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for panel in panels[len(types) :]:
         panel.remove()
-    depths = [layer_number(module.name) or 0 for module in report.modules]
+    deepest = max(layer_number(module.name) or 0 for module in modules)
     for kind, panel in zip(types, panels, strict=False):
-        _draw(panel, report, kind, max(depths), colormaps["viridis"])
-    figure.suptitle(f"CorDA {report.method}: share of the layer's energy, by direction")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format=Path(path).suffix[1:] or "png", dpi=120)
+        members = [module for module in modules if module.type == kind]
+        _draw(panel, kind, members, spectra, deepest)
+    figure.suptitle(f"CorDA {method}: share of the layer's energy, by direction")
+    save_figure(figure, path)
 
 
-def _draw(panel: Any, report: CordaReport, kind: str, deepest: int, colors: Any) -> None:
-    members = [module for module in report.modules if module.type == kind]
+def _draw(
+    panel: Any,
+    kind: str,
+    members: Sequence[ModuleReport],
+    spectra: Mapping[str, Tensor],
+    deepest: int,
+) -> None:
+    from matplotlib import colormaps
+
     for place, module in enumerate(members):
         depth = layer_number(module.name) or 0
-        shares = report.spectra[module.name].tolist()
-        color = colors(depth / max(deepest, 1))
+        shares = spectra[module.name].tolist()
+        color = colormaps["viridis"](depth / max(deepest, 1))
         # The first and the last layer say how to read the colours.
         label = f"layer {depth}" if place in (0, len(members) - 1) else None
         panel.plot(range(1, len(shares) + 1), shares, color=color, linewidth=1, label=label)
         panel.plot(module.rank, shares[module.rank - 1], "o", color=color, markersize=3)
-    if any(bool((report.spectra[module.name] > 0).any()) for module in members):
+    if any(bool((spectra[module.name] > 0).any()) for module in members):
         panel.set_yscale("log")
     panel.set_title(kind)
     panel.set_xlabel("direction")

@@ -18,6 +18,7 @@ from kprune_ext.common.files import replacing
 from ..config import SCALINGS, CordaConfig, rank_of
 from ..decomposition.starting_factors import norm_ratio
 from ..factors import CordaFactors
+from .figure import save_spectra
 from .rows import ModuleReport, TypeSummary
 from .spectra import energy_shares, module_types, pick_method, rank_cost
 
@@ -106,9 +107,7 @@ class CordaReport:
             ImportError: if matplotlib is not installed.
             ValueError: if matplotlib does not know the format.
         """
-        from .figure import save_spectra
-
-        save_spectra(self, path)
+        save_spectra(self.method, self.modules, self.spectra, path)
 
     def table(self) -> Table:
         """A row per module, for `rich.print`."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kprune_ext.common.placement import moves_weights
+from kprune_ext.common.placement import is_offloaded
 
 from .batches import token_shape
 from .forward import Runner, evaluating, visiting
@@ -78,7 +78,7 @@ def find_chain(
         model, targets: as for `collect.collect_covariances`.
         example: a small batch, which is run.
     """
-    if moves_weights(model):
+    if is_offloaded(model):
         return None
     lists = [
         (sum(target.startswith(name + ".") for target in targets), name, module)
@@ -103,7 +103,7 @@ def find_chain(
 
     def holds_from(start: int) -> bool:
         try:
-            with handing_on(chain, start, partial(seen.states.__getitem__, start)):
+            with resumed_from_block(chain, start, partial(seen.states.__getitem__, start)):
                 again = _run_and_watch(model, blocks, targets, runner, example)
         except Exception:  # whatever a block misses that an earlier one leaves behind for it
             return False
@@ -119,7 +119,7 @@ def given_to(args: Any, kwargs: Any) -> Tensor:
 
 
 @contextmanager
-def handing_on(chain: Chain, start: int, states: Callable[[], Tensor]) -> Iterator[None]:
+def resumed_from_block(chain: Chain, start: int, states: Callable[[], Tensor]) -> Iterator[None]:
     """Blocks before `start` do nothing; the last of them puts out `states()`."""
 
     def form(hidden: Tensor) -> Any:
@@ -128,7 +128,7 @@ def handing_on(chain: Chain, start: int, states: Callable[[], Tensor]) -> Iterat
     def pass_on(*args: Any, **kwargs: Any) -> Any:
         return form(given_to(args, kwargs))
 
-    def put_out(*args: Any, **kwargs: Any) -> Any:
+    def resume(*args: Any, **kwargs: Any) -> Any:
         # A copy: models may change hidden states in place.
         return form(states().clone())
 
@@ -136,7 +136,7 @@ def handing_on(chain: Chain, start: int, states: Callable[[], Tensor]) -> Iterat
         for number, module in enumerate(chain.modules[:start]):
             own = module.__dict__.get("forward")
             stack.callback(_restore_forward, module, own)
-            module.__dict__["forward"] = put_out if number == start - 1 else pass_on
+            module.__dict__["forward"] = resume if number == start - 1 else pass_on
         yield
 
 

@@ -16,7 +16,7 @@ from accelerate.utils import send_to_device
 from peft import PeftModel
 from torch import Tensor, nn
 
-from kprune_ext.common.placement import execution_device, moves_weights, reshard, spreading_of
+from kprune_ext.common.placement import execution_device, is_offloaded, reshard, sharding_of
 
 from .batches import _LABEL_KEYS, Batch, of_like_length, token_shape, unpadded
 from .masks import token_mask
@@ -57,11 +57,11 @@ class Runner:
                 whose modules do not tell which tokens they are given.
         """
         # Where weights are gathered, that is set up by the first call of the whole model.
-        self._module = model if spreading_of(model) else _shortest(model, targets)
+        self._module = model if sharding_of(model) else _shortest(model, targets)
         inner = model.get_base_model() if isinstance(model, PeftModel) else self._module
         self._takes_cache = "use_cache" in inspect.signature(inner.forward).parameters
         self.device = execution_device(model)
-        near = self.device.type == "cpu" and not moves_weights(model) and not spreading_of(model)
+        near = self.device.type == "cpu" and not is_offloaded(model) and not sharding_of(model)
         self._run_cost = _RUN_COST if near else _HIGH_RUN_COST
         two_sequences = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         self._without_padding = without_padding or two_sequences

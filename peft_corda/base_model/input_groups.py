@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .batches import Batch, first_example
 from .forward import Runner, evaluating, visiting
-from .masks import laid_over
+from .masks import is_broadcastable
 from .weights import weight_shape
 
 
@@ -128,7 +128,7 @@ class _Calls:
 
     def visit(self, name: str, inputs: Tensor, _: Tensor | None = None) -> None:
         tokens = self._runner.tokens
-        self.masked &= tokens is None or laid_over(tuple(inputs.shape[:-1]), tokens)
+        self.masked &= tokens is None or is_broadcastable(tuple(inputs.shape[:-1]), tokens)
         self.in_rows |= tokens is not None and inputs.ndim == 2
         self._inputs.setdefault(name, []).append(self._sharing.number_of(inputs))
         self._features[name] = inputs.shape[-1]

@@ -61,7 +61,7 @@ def kept_rows(name: str, inputs: Tensor, mask: Tensor | None) -> Tensor:
         return rows
     mask = mask.to(inputs.device)
     leading = tuple(inputs.shape[:-1])
-    if not laid_over(leading, (mask.shape[0], mask.shape[1])):
+    if not is_broadcastable(leading, (mask.shape[0], mask.shape[1])):
         raise ValueError(
             f"The input of {name} has shape {tuple(inputs.shape)}, which the attention_mask of shape "
             f"{tuple(mask.shape)} cannot be laid over, so padding cannot be told from text. Leave the "
@@ -73,7 +73,7 @@ def kept_rows(name: str, inputs: Tensor, mask: Tensor | None) -> Tensor:
     return rows[mask.reshape(-1)]
 
 
-def laid_over(leading: tuple[int, ...], tokens: tuple[int, int]) -> bool:
+def is_broadcastable(leading: tuple[int, ...], tokens: tuple[int, int]) -> bool:
     """Whether a mask `(batch, tokens)` tells which rows of an input with these dimensions count."""
     batch, length = tokens
     return leading in (tokens, (batch * length,), (batch,))

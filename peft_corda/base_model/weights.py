@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from kprune_ext.common.placement import brought_in, shape_of, whole
+from kprune_ext.common.placement import full_tensor, gathered, shape_of
 
 from .quantized import _dequantized, _is_of_torchao, _weight, quantization_of
 
@@ -47,7 +47,7 @@ def dense_weight(name: str, module: nn.Module) -> Tensor:
     Raises:
         ValueError: if the weight is not in memory (on the meta device, and not offloaded either).
     """
-    with brought_in(module):
+    with gathered(module):
         if _weight(module).device.type == "meta":
             raise ValueError(
                 f"The weight of {name} is not in memory (it is on the meta device: not loaded yet). "
@@ -55,16 +55,16 @@ def dense_weight(name: str, module: nn.Module) -> Tensor:
             )
         if quantization_of(module) is not None:
             return _dequantized(module)
-        weight = whole(_weight(module))
+        weight = full_tensor(_weight(module))
         return weight.T if isinstance(module, Conv1D) else weight
 
 
-def whole_bias(module: nn.Module) -> Tensor | None:
+def full_bias(module: nn.Module) -> Tensor | None:
     """The bias `(out,)` of a module, read or gathered as by `dense_weight`."""
     if getattr(module, "bias", None) is None:
         return None
-    with brought_in(module):
-        return whole(cast(Tensor, module.bias))
+    with gathered(module):
+        return full_tensor(cast(Tensor, module.bias))
 
 
 def decomposable(weight: Tensor) -> Tensor:

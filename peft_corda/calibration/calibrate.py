@@ -16,8 +16,8 @@ from accelerate.utils import (
 from peft import PeftModel
 from torch import nn
 
-from kprune_ext.common.memory import bytes_of_limit, give_back
-from kprune_ext.common.placement import spreading_of
+from kprune_ext.common.memory import bytes_of_limit, trim_memory
+from kprune_ext.common.placement import sharding_of
 from kprune_ext.common.processes import Processes
 
 from ..base_model.batches import count_of, digest_of, first_example
@@ -88,24 +88,24 @@ def calibrate(
     """
     chosen = _check_arguments(config, methods, dtype)
     given = bytes_of_limit(max_memory)
-    spreading_of(model)  # before wrappers are taken off: one of them cannot be calibrated under
+    sharding_of(model)  # before wrappers are taken off: one of them cannot be calibrated under
     model = extract_model_from_parallel(model)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    processes = Processes(in_step=spreading_of(base) is not None)
+    processes = Processes(collective_forward=sharding_of(base) is not None)
     # Weights are gathered by the outermost module that was sharded.
-    runs = model if processes.in_step else base
+    runs = model if processes.collective_forward else base
     targets = find_targets(base, config)
-    with processes.together():
+    with processes.error_barrier():
         # An iterator can be run through once, passes may need more.
         batches = list(dataloader) if isinstance(dataloader, Iterator) else dataloader
         own = next(iter(batches), None)
     first = _first(own, processes)
-    with processes.together(running_model=True):
+    with processes.error_barrier(running_model=True):
         layout = discover(runs, targets, first)
     groups = layout.groups
     if chosen == ("ipm",) and config.corda_weighting == "covariance":
         groups = with_cross(groups, targets)
-    with processes.together():
+    with processes.error_barrier():
         plan = make_plan(base, targets, batches, first, groups, given, dtype.itemsize, processes)
     checkpoint = None
     if checkpoint_dir is not None:
@@ -120,7 +120,7 @@ def calibrate(
         dtype=dtype,
         without_padding=not layout.masked,
         processes=processes,
-        spare=_spare(runs, targets, first) if processes.in_step else None,
+        spare=_spare(runs, targets, first) if processes.collective_forward else None,
     )
     if options.progress:
         print(plan, file=sys.stderr)
@@ -159,11 +159,11 @@ def _run_pass(
     covariances = collect_covariances(
         model, targets, batches, groups, options, plan.carried(number)
     )
-    give_back()
+    trim_memory()
     modules = factorise(
         groups, covariances, targets, config, methods, options.processes, options.progress
     )
-    give_back()
+    trim_memory()
     return CordaFactors(modules, config.corda_damping, config.corda_weighting)
 
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from kprune_ext.common.files import atomic_save, replacing, resolved
-from kprune_ext.common.placement import whole_parameters
+from kprune_ext.common.placement import full_parameters
 from kprune_ext.common.processes import Processes
 
 from ..base_model.batches import digest_of
@@ -57,7 +57,7 @@ class Checkpoint:
         self._seconds = seconds
         self._processes = processes
         path = self._directory / "plan.json"
-        with processes.together():
+        with processes.error_barrier():
             if path.exists():
                 self._compare(path, json.loads(json.dumps(plan)))
             elif processes.is_main:
@@ -74,7 +74,7 @@ class Checkpoint:
 
     def finish(self, number: int, factors: CordaFactors) -> None:
         """Keep the factors of a pass; its sums are no longer needed."""
-        with self._processes.together():
+        with self._processes.error_barrier():
             if self._processes.is_main:
                 factors.save(self._pass_file(number))
         self._sums_file().unlink(missing_ok=True)
@@ -126,7 +126,7 @@ def identity(
         data: what the calibration data is recognised by.
     """
     weights = hashlib.sha256()
-    for parameter in whole_parameters(model):
+    for parameter in full_parameters(model):
         weights.update(sample_of(parameter).numpy().tobytes())
     return {
         "methods": list(methods),

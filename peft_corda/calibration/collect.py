@@ -11,15 +11,15 @@ import torch
 from accelerate.utils import tqdm
 from torch import Tensor, nn
 
-from kprune_ext.common.placement import moves_weights
+from kprune_ext.common.placement import is_offloaded
 from kprune_ext.common.processes import Processes
 
 from ..base_model.batches import Batch, count_of
 from ..base_model.forward import Runner, evaluating, visiting
+from ..base_model.hidden_state_cache import HiddenStateCache, Span
 from ..base_model.input_groups import Group, InputSharing
 from ..base_model.masks import kept_rows
-from ..base_model.relay import Relay, Span
-from ..base_model.weights import whole_bias
+from ..base_model.weights import full_bias
 from ..decomposition.covariance import (
     Covariance,
     CovarianceAccumulator,
@@ -59,7 +59,7 @@ def collect_covariances(
     batches: Iterable[Batch],
     groups: Sequence[Group],
     options: PassOptions | None = None,
-    relay: tuple[Relay, Span] | None = None,
+    cache: tuple[HiddenStateCache, Span] | None = None,
 ) -> dict[str, Covariance | CrossCovariance]:
     """Mean outer product of the inputs of each group, over the tokens that count.
 
@@ -91,17 +91,17 @@ def collect_covariances(
     watched = {name: targets[name] for group in groups for name in group.members}
     with_output = {group.leader for group in groups if group.outputs is not None}
     sums = _Sums(groups, watched, runner, options)
-    with options.processes.together(running_model=True):
+    with options.processes.error_barrier(running_model=True):
         carried: AbstractContextManager[None] = nullcontext()
-        if relay is not None:
-            span = relay[1]
-            carried = relay[0].running(span.first, span.last, span.following, runner)
+        if cache is not None:
+            span = cache[1]
+            carried = cache[0].running(span.first, span.last, span.following, runner)
         with evaluating(model), carried, visiting(watched, sums.visit, with_output):
             done = sums.restore(options.snapshots)
-            if done and relay is not None:
+            if done and cache is not None:
                 # Batches passed over leave no hidden states behind.
-                relay[0].give_up()
-            parts = _parts(batches, done, runner, sums, options, relay)
+                cache[0].give_up()
+            parts = _parts(batches, done, runner, sums, options, cache)
             for part in options.processes.items(parts):
                 sums.begin(counts=part is not None)
                 runner.run(part if part is not None else dict(options.spare or {}))
@@ -114,7 +114,7 @@ def _parts(
     runner: Runner,
     sums: _Sums,
     options: PassOptions,
-    relay: tuple[Relay, Span] | None,
+    cache: tuple[HiddenStateCache, Span] | None,
 ) -> Iterator[dict[str, Any]]:
     """What is to be run, from batch number `done` on; sums are looked after between batches."""
     snapshots = options.snapshots
@@ -131,8 +131,8 @@ def _parts(
         if number < done:
             continue
         for part in runner.parts(batch, number):
-            if relay is not None:
-                relay[0].next_part(part)
+            if cache is not None:
+                cache[0].next_part(part)
             yield part
         sums.check_finite()
         if snapshots is not None:
@@ -180,7 +180,7 @@ class _Sums:
             if isinstance(accumulator, CrossAccumulator):
                 assert output is not None  # modules of cross-covariances are visited after
                 given = kept_rows(name, output, self._runner.mask).float()
-                bias = whole_bias(self._modules[name])
+                bias = full_bias(self._modules[name])
                 accumulator.update_pair(rows, given if bias is None else given - bias.float())
             else:
                 accumulator.update(rows)
@@ -245,6 +245,6 @@ class _Sums:
 
 def _stopping_point(model: nn.Module, groups: Sequence[Group]) -> str | None:
     """The module behind which nothing is left to see, if that is certain."""
-    if not all(group.called_once for group in groups) or moves_weights(model):
+    if not all(group.called_once for group in groups) or is_offloaded(model):
         return None
     return groups[-1].members[-1]

@@ -51,19 +51,19 @@ def factorise(
     """
     owners = owners_of([_cost(group, targets) for group in groups], processes.count)
     # Weights that are spread over processes are gathered for one piece of work each at a time.
-    rounds = processes.rounds(owners) if processes.in_step else [range(len(groups))]
+    rounds = processes.rounds(owners) if processes.collective_forward else [range(len(groups))]
     found: dict[str, ModuleFactors] = {}
     bar = tqdm(total=len(groups), desc="Decomposing", disable=not progress)
     for pieces in rounds:
         gathered: dict[str, Tensor] = {}
-        if processes.in_step:
-            with processes.together(running_model=True):
+        if processes.collective_forward:
+            with processes.error_barrier(running_model=True):
                 for piece in pieces:
                     for name in groups[piece].members:
                         weight = dense_weight(name, targets[name])
                         if owners[piece] == processes.rank:
                             gathered[name] = weight
-        with processes.together():
+        with processes.error_barrier():
             for piece in pieces:
                 group = groups[piece]
                 if owners[piece] == processes.rank:

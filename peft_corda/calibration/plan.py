@@ -12,8 +12,8 @@ from kprune_ext.common.processes import Processes
 from ..base_model.batches import Batch, count_of, digest_of, first_example, token_shape
 from ..base_model.block_chain import Chain, find_chain
 from ..base_model.forward import Runner
+from ..base_model.hidden_state_cache import HiddenStateCache, Span
 from ..base_model.input_groups import Group
-from ..base_model.relay import Relay, Span
 from .passes import passes_within, plan_passes
 
 # A model of which an eighth is less than this is small enough not to save.
@@ -37,15 +37,15 @@ class Plan:
 
     passes: list[list[Group]]
     spans: list[Span] | None
-    relay: Relay | None
+    cache: HiddenStateCache | None
     itemsize: int
     hidden_bytes: int
 
-    def carried(self, number: int) -> tuple[Relay, Span] | None:
+    def carried(self, number: int) -> tuple[HiddenStateCache, Span] | None:
         """What carries hidden states into and out of a pass, if anything."""
-        if self.relay is None or self.spans is None:
+        if self.cache is None or self.spans is None:
             return None
-        return self.relay, self.spans[number]
+        return self.cache, self.spans[number]
 
     def __str__(self) -> str:
         sizes = [sum(group.bytes(self.itemsize) for group in groups) for groups in self.passes]
@@ -57,7 +57,7 @@ class Plan:
         if len(self.passes) == 1:
             return text + "."
         text += f" of up to {_megabytes(max(sizes))}"
-        if self.relay is None:
+        if self.cache is None:
             return text + ", each from the start of the model."
         return (
             text
@@ -104,7 +104,7 @@ def make_plan(
     spans = _spans(found.chain, groups, passes)
     if not all(found.holds_from(span.first) for span in spans if span.first > 0):
         return plain
-    return Plan(passes, spans, Relay(found.chain, needed), itemsize, needed)
+    return Plan(passes, spans, HiddenStateCache(found.chain, needed), itemsize, needed)
 
 
 def default_memory(model: nn.Module, groups: Sequence[Group], itemsize: int) -> tuple[int, int]:

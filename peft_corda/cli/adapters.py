@@ -11,7 +11,7 @@ from kprune_ext.common.files import check_distinct, check_output_folder, replaci
 from ..config import CordaConfig
 from ..export.export import export_lora
 from ..factors import CordaFactors
-from .base_model import check_options, load_model
+from .base_model import PEFT_TYPES, check_options, load_model
 from .calibrate import calibrated
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def _config(options: InitOptions) -> CordaConfig:
         target_modules=options.target_modules,
         exclude_modules=options.exclude_modules,
         modules_to_save=options.modules_to_save,
-        task_type=options.task,
+        task_type=PEFT_TYPES[options.task],
         revision=options.revision,
         corda_method=options.corda_method,
         corda_scaling=options.corda_scaling,

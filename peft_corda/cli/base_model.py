@@ -8,26 +8,20 @@ import torch
 import transformers
 from torch import nn
 
+from kprune_ext.common.command_line import PEFT_TASKS, TASKS
+
 if TYPE_CHECKING:
     from .options import ModelOptions
 
-# By PEFT's task type.
-AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
+PEFT_TYPES = {name: peft_type for peft_type, name in PEFT_TASKS.items()}
 
 
 def load_model(options: ModelOptions) -> nn.Module:
     """The base model, in evaluation mode, where the options want it."""
-    auto_class = getattr(transformers, AUTO_CLASSES[options.task])
+    auto_class = getattr(transformers, TASKS[options.task])
     placed: dict[str, Any] = {"device_map": options.device_map} if options.device_map else {}
     model = auto_class.from_pretrained(
-        options.model, dtype=_dtype(options.dtype), **_source(options), **placed
+        options.model, dtype=dtype_of(options.dtype), **model_source(options), **placed
     )
     if options.gguf_file is not None and hasattr(model, "hf_quantizer"):
         # The weights were expanded on loading, but the model is still marked as quantised.
@@ -37,7 +31,7 @@ def load_model(options: ModelOptions) -> nn.Module:
     return model.eval()
 
 
-def _source(options: ModelOptions) -> dict[str, Any]:
+def model_source(options: ModelOptions) -> dict[str, Any]:
     source: dict[str, Any] = {
         "revision": options.revision,
         "gguf_file": options.gguf_file,
@@ -46,7 +40,7 @@ def _source(options: ModelOptions) -> dict[str, Any]:
     return {key: value for key, value in source.items() if value is not None}
 
 
-def _dtype(name: str) -> str | torch.dtype:
+def dtype_of(name: str) -> str | torch.dtype:
     return name if name == "auto" else getattr(torch, name)
 
 

@@ -17,7 +17,7 @@ from ..calibration.calibrate import calibrate
 from ..config import CordaConfig
 from ..decomposition.directions import METHODS
 from ..factors import CordaFactors
-from .base_model import _source, check_options, load_model
+from .base_model import PEFT_TYPES, check_options, load_model, model_source
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -40,7 +40,7 @@ def run_calibrate(options: CalibrateOptions) -> CordaFactors:
         target_modules=options.target_modules,
         exclude_modules=options.exclude_modules,
         rank_pattern=options.rank_pattern or {},
-        task_type=options.task,
+        task_type=PEFT_TYPES[options.task],
     )
     check_options(options)
     outputs = {"output": options.output, "report": options.report}
@@ -62,7 +62,7 @@ def calibrated(
 ) -> tuple[nn.Module, CordaFactors]:
     """The base model, and what a calibration on `data` found."""
     # What costs nothing first, so that a mistake is found before the model is loaded.
-    source = _source(options)
+    source = model_source(options)
     about = AutoConfig.from_pretrained(options.model, **source)
     tokenizer = AutoTokenizer.from_pretrained(options.model, **source)
     batches = _batches(options, data, tokenizer, about)

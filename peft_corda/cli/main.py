@@ -7,27 +7,27 @@
     peft-corda export trained-adapter plain-lora --dtype bfloat16
     peft-corda calibrate --config calibrate.yaml   # made by: peft-corda calibrate ... --print_config
 
-The dataclasses are the options; this file imports nothing that they do not need.
+This module imports nothing that the options do not need.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
-from safetensors import SafetensorError
 
 from kprune_ext.common import command_line
 
-from .options import CalibrateOptions, ExportOptions, InitOptions, PlanOptions, ReportOptions
+from .options import (
+    ALIASES,
+    FLAGS,
+    CalibrateOptions,
+    ExportOptions,
+    InitOptions,
+    PlanOptions,
+    ReportOptions,
+)
 
-# Options that take no value on the command line.
-FLAGS = {
-    "trust_remote_code": "Run code that comes with the model. Only for a source that you trust.",
-    "pack": "Put the texts one behind the other and cut them into sequences of max_length tokens.",
-    "use_rslora": "Scale by the square root of the rank.",
-}
 COMMANDS = {
     "calibrate": CalibrateOptions,
     "report": ReportOptions,
@@ -52,33 +52,34 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line.
 
     Args:
-        args: arguments; those of the process if None.
+        args: Arguments; those of the process if None.
 
     Raises:
-        SystemExit: with a message, if the arguments or the files they name are of no use. Nothing is
+        SystemExit: With a message, if the arguments or the files they name are invalid. Nothing is
             written then.
     """
-    parsed = build_parser().parse_args(args)
-    name = parsed.command
-    options = COMMANDS[name](**command_line.given_options(parsed[name]))
-    # PyTorch and transformers take their time: not for --help or a mistyped option.
-    from . import adapters as adapter_commands
-    from . import calibrate as commands
-    from . import plan as plan_command
+    name, options = command_line.parsed_options(build_parser(), COMMANDS, args, ALIASES)
+    with command_line.errors_in_one_line(f"peft-corda {name}"):
+        _run(options)
 
-    try:
-        if isinstance(options, CalibrateOptions):
-            commands.run_calibrate(options)
-        elif isinstance(options, InitOptions):
-            adapter_commands.run_init(options)
-        elif isinstance(options, ExportOptions):
-            adapter_commands.run_export(options)
-        elif isinstance(options, PlanOptions):
-            plan_command.run_plan(options)
-        else:
-            commands.run_report(options)
-    except (ValueError, OSError, ImportError, SafetensorError) as error:
-        sys.exit(f"peft-corda {name}: error: {error}")
+
+def _run(options: object) -> None:
+    # PyTorch and transformers take their time: not for --help or a mistyped option.
+    from .adapters import run_export, run_init
+    from .calibrate import run_calibrate
+    from .plan import run_plan
+    from .report import run_report
+
+    if isinstance(options, CalibrateOptions):
+        run_calibrate(options)
+    elif isinstance(options, InitOptions):
+        run_init(options)
+    elif isinstance(options, ExportOptions):
+        run_export(options)
+    elif isinstance(options, PlanOptions):
+        run_plan(options)
+    elif isinstance(options, ReportOptions):
+        run_report(options)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from kprune_ext.common.command_line import Aliases
+
 Task = Literal[
-    "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"
+    "causal-lm",
+    "seq2seq-lm",
+    "sequence-classification",
+    "token-classification",
+    "question-answering",
+    "embeddings",
 ]
+ALIASES = Aliases()
+# Options that take no value on the command line.
+FLAGS = {
+    "trust_remote_code": "Run code that comes with the model. Only for a source that you trust.",
+    "pack": "Put the texts one after the other and cut them into sequences of max_length tokens.",
+    "use_rslora": "Scale by the square root of the rank.",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +30,8 @@ class ModelOptions:
 
     Args:
         model: Hub id or local path of the base model.
-        task: What the model is for, as PEFT names it; decides the Auto class that loads it.
+        task: What the model is for, which decides the Auto class that loads it. PEFT's names, such as
+            CAUSAL_LM, are understood, too.
         revision: Branch, tag or commit of the model on the hub.
         gguf_file: Name of the GGUF file in the model's folder, to load that.
         dtype: To load the weights in; "auto" is how they are stored.
@@ -44,7 +59,7 @@ class ModelOptions:
     """
 
     model: str
-    task: Task = "CAUSAL_LM"
+    task: Task = "causal-lm"
     revision: str | None = None
     gguf_file: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -171,7 +186,7 @@ class PlanOptions:
 
     Args:
         model: Hub id of the model, or folder or file with its config.
-        task: What the model is for, as PEFT names it.
+        task: What the model is for.
         dtype: Of the weights; "auto" is what the config says.
         r: Rank of the adapters.
         target_modules: Names of linear layers, as in a LoraConfig.
@@ -186,7 +201,7 @@ class PlanOptions:
     """
 
     model: str
-    task: Task = "CAUSAL_LM"
+    task: Task = "causal-lm"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     r: int = 16
     target_modules: list[str] | str = "all-linear"

@@ -10,13 +10,14 @@ import transformers
 from accelerate import init_empty_weights
 from transformers import AutoConfig
 
+from kprune_ext.common.command_line import TASKS
 from kprune_ext.common.files import check_output_files, replacing
 from kprune_ext.common.memory import bytes_of_limit
 
 from ..calibration.forecast import Estimate, estimate
 from ..config import CordaConfig
 from ..decomposition.directions import METHODS
-from .base_model import AUTO_CLASSES
+from .base_model import PEFT_TYPES
 
 if TYPE_CHECKING:
     from .options import PlanOptions
@@ -35,13 +36,13 @@ def run_plan(options: PlanOptions) -> Estimate:
         corda_method=methods[0],
         target_modules=options.target_modules,
         exclude_modules=options.exclude_modules,
-        task_type=options.task,
+        task_type=PEFT_TYPES[options.task],
     )
     about = AutoConfig.from_pretrained(options.model)
     own = getattr(about, "dtype", None) or torch.float32
     dtype = own if options.dtype == "auto" else getattr(torch, options.dtype)
     with init_empty_weights(include_buffers=True):
-        model = getattr(transformers, AUTO_CLASSES[options.task]).from_config(about).to(dtype)
+        model = getattr(transformers, TASKS[options.task]).from_config(about).to(dtype)
     found = estimate(
         model,
         config,

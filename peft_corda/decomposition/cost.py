@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .subspace_iteration import pays
+from .subspace_iteration import is_faster
 from .triangular import in_float32
 
 _FLOAT32, _FLOAT64 = 4, 8
@@ -13,7 +13,7 @@ def _workspace(rows: int, columns: int, rank: int, method: str) -> int:
     least = min(rows, columns)
     block = _FLOAT64 * (rows + 3 * least) * (rank + max(16, rank // 4))
     factor = _FLOAT32 * columns**2
-    if method == "ipm" and pays(least, rank, method):
+    if method == "ipm" and is_faster(least, rank, method):
         return factor + max(factor, block)
     # The product in float64, its triangle, the weight if that is made thin first, and a product in
     # float32 or a copy of the factor.
@@ -32,6 +32,6 @@ def _arithmetic(rows: int, columns: int, rank: int, method: str) -> float:
     flops = 2.0 * least * columns**2 + 2.0 * columns * least**2
     if rows > columns:
         flops += 2.0 * rows * least**2
-    if pays(least, rank, method):
+    if is_faster(least, rank, method):
         return flops + 8.0 * least**2 * (rank + max(16, rank // 4))
     return flops + 10.0 * least**3

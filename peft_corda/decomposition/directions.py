@@ -102,7 +102,7 @@ def decompose(
         raise ValueError(f"rank must be between 1 and min(out, in) = {size}, got {rank}")
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-    iterate = iterative.pays(size, rank, method) and not exact
+    iterate = iterative.is_faster(size, rank, method) and not exact
     with exact_products(weight.device):
         if method == "ipm":
             return _largest_left(weight, factor, rank, iterate)
@@ -152,7 +152,7 @@ def decompose_product(product: Tensor, weight: Tensor, rank: int) -> tuple[Direc
         weight: `W (out, in)`.
         rank: how many; at most `out`.
     """
-    if iterative.pays(len(product), rank, "ipm"):
+    if iterative.is_faster(len(product), rank, "ipm"):
         with exact_products(product.device):
             vectors, image, energy = iterative.largest_left(product, None, rank)
         return _directions(vectors, image.norm(dim=1), vectors.float().T @ weight.float()), energy

@@ -27,7 +27,7 @@ _PROBES = 32
 _SEED = 0
 
 
-def pays(size: int, rank: int, method: str) -> bool:
+def is_faster(size: int, rank: int, method: str) -> bool:
     """Whether iterating is faster than working out all eigenpairs of a `size × size` matrix."""
     return size >= _LEAST_SIZE and rank * _LEAST_RATIO[method] <= size
 

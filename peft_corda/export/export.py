@@ -59,7 +59,7 @@ def export_lora(
     tensors, exported_rank = lora_tensors(_read_tensors(src), config, rank, wanted)
     lora = lora_config(config, exported_rank)
     lora.inference_mode = True
-    card = lora_card(src, target, config, exported_rank, exact=rank is None)
+    card = lora_card(src, target, config.card_facts(), exported_rank, exact=rank is None)
     with replacing_folder(target, _FILES) as folder:
         lora.save_pretrained(folder)
         atomic_save(tensors, os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), _METADATA)

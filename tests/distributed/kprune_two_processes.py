@@ -53,20 +53,20 @@ def main(folder: Path) -> None:
     accelerator = Accelerator(cpu=True)
     rank = accelerator.process_index
 
-    def together(data: Any, config: KPruneConfig = HALF, model: Any = None) -> Any:
+    def pruned_jointly(data: Any, config: KPruneConfig = HALF, model: Any = None) -> Any:
         return outcome(lambda: pruned(data, config, model, accelerator=accelerator))
 
     seen = {
-        "dealt out": together(loader()),
-        "prepared": together(accelerator.prepare(loader())),
-        "wrapped": together(loader(), model=DistributedDataParallel(tiny_bert())),
-        "uneven": together(UNEVEN[rank]),
-        "empty share": together([BATCHES, []][rank]),
-        "some scored": together(UNEVEN[rank], SOME_SCORED),
-        "paper": together(UNEVEN[rank], KPruneConfig.paper(reduction=0.5)),
-        "latency": together(UNEVEN[rank], KPruneConfig(reduction=0.1, metric="latency")),
-        "no data": together([]),
-        "error": together(failing() if rank == 1 else BATCHES),
+        "dealt out": pruned_jointly(loader()),
+        "prepared": pruned_jointly(accelerator.prepare(loader())),
+        "wrapped": pruned_jointly(loader(), model=DistributedDataParallel(tiny_bert())),
+        "uneven": pruned_jointly(UNEVEN[rank]),
+        "empty share": pruned_jointly([BATCHES, []][rank]),
+        "some scored": pruned_jointly(UNEVEN[rank], SOME_SCORED),
+        "paper": pruned_jointly(UNEVEN[rank], KPruneConfig.paper(reduction=0.5)),
+        "latency": pruned_jointly(UNEVEN[rank], KPruneConfig(reduction=0.1, metric="latency")),
+        "no data": pruned_jointly([]),
+        "error": pruned_jointly(failing() if rank == 1 else BATCHES),
         "alone": outcome(lambda: pruned(BATCHES)),
     }
     torch.save(seen, folder / f"seen-{rank}.pt")

@@ -15,7 +15,7 @@ from kprune_models import batches_for, outputs_of, tiny
 
 from kprune_ext import KPruneConfig, LatencyTable, kprune, measure_latency
 from kprune_ext.architectures.table import find_architecture
-from kprune_ext.calibration.layer_stack import Encoder
+from kprune_ext.calibration.layer_stack import LayerStack
 from kprune_ext.calibration.sharing import shared_data
 from kprune_ext.calibration.state_memory import StateMemory
 from kprune_ext.calibration.streams import start_streams
@@ -157,13 +157,15 @@ def test_paper_mode_squares_the_gradient_of_the_divergence() -> None:
 
     architecture, predict = find_architecture(model), model_task(model).predict
     data = shared_data(model, padded(samples), config)
-    streams = start_streams(Encoder(model, architecture), data, config, StateMemory(2**30, Path()))
+    streams = start_streams(
+        LayerStack(model, architecture), data, config, StateMemory(2**30, Path())
+    )
     dense = teacher_logits(
-        sublayers(model, architecture), Encoder(model, architecture), predict, streams
+        sublayers(model, architecture), LayerStack(model, architecture), predict, streams
     )
     signal = Signal(predict, "single_label_classification", config.temperature, 8, teacher=dense)
     found = measure_knowledge(
-        sublayers(student, architecture), Encoder(student, architecture), streams, signal
+        sublayers(student, architecture), LayerStack(student, architecture), streams, signal
     )
     for key, known in zip(naive.keys(), found, strict=True):
         assert expected[key].max() > 0
@@ -198,7 +200,7 @@ def test_paper_mode_with_fewer_tokens_than_units() -> None:
 @pytest.mark.parametrize("depth", [4, 40])
 def test_what_goes_backward_at_a_time_does_not_grow_with_depth(depth: int) -> None:
     model = tiny_bert(layers=2)
-    encoder, config = Encoder(model, find_architecture(model)), KPruneConfig()
+    encoder, config = LayerStack(model, find_architecture(model)), KPruneConfig()
     data = shared_data(
         model, [{"input_ids": torch.arange(5, 35).unsqueeze(1).expand(30, 9)}], config
     )

@@ -19,7 +19,7 @@ from transformers import AutoConfig, DebertaV2ForSequenceClassification
 
 from kprune_ext import KPruneConfig, kprune
 from kprune_ext.architectures.table import ARCHITECTURES, find_architecture
-from kprune_ext.calibration.layer_stack import Encoder
+from kprune_ext.calibration.layer_stack import LayerStack
 from kprune_ext.modeling.classes import kept_units
 from kprune_ext.modeling.copying import record_kept, uneven_copy
 from kprune_ext.units.sublayers import sublayers
@@ -32,7 +32,7 @@ def test_every_row_of_the_table_is_tested() -> None:
 
 def counted_flops(model: torch.nn.Module, family: str, length: int) -> int:
     """FLOPs of all sub-layers on one sequence, counted while they run."""
-    encoder = Encoder(model, find_architecture(model))
+    encoder = LayerStack(model, find_architecture(model))
     batch = batches_for(family, 1)[0]
     if "input_ids" in batch:
         ids = torch.full((1, length), 5)
@@ -81,7 +81,7 @@ def test_runs_and_reloads(family: str, task: str, tmp_path) -> None:
 def test_the_encoder_is_seen_as_it_runs(family: str) -> None:
     """Entering, running all sub-layers and predicting is what the model itself does."""
     model, batch = tiny(family), batches_for(family)[0]
-    encoder = Encoder(model, find_architecture(model))
+    encoder = LayerStack(model, find_architecture(model))
     with torch.no_grad():
         hidden, contexts = encoder.enter(batch)
         for sublayer in sublayers(model, find_architecture(model)):

@@ -12,7 +12,7 @@ from transformers import BertModel, MPNetModel, ViTModel
 
 from kprune_ext import KPruneConfig, kprune
 from kprune_ext.architectures.table import find_architecture
-from kprune_ext.calibration.layer_stack import Encoder
+from kprune_ext.calibration.layer_stack import LayerStack
 from kprune_ext.modeling.classes import MODEL_TASKS, model_task
 
 MODELS = {"bert": BertModel, "mpnet": MPNetModel, "vit": ViTModel}
@@ -81,7 +81,7 @@ def test_predictions_have_the_form_of_their_task() -> None:
     for task in ("sequence", "tokens", "answers", "masked", "embeddings"):
         model = tiny("bert", task)
         batch = batches_for("bert")[0]
-        encoder = Encoder(model, find_architecture(model))
+        encoder = LayerStack(model, find_architecture(model))
         hidden, _ = encoder.enter(batch)
         shapes[task] = tuple(encoder.predict(model_task(model).predict, batch, hidden).shape)
     batch, tokens = hidden.shape[:2]

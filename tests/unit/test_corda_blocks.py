@@ -249,7 +249,7 @@ def test_language_model_head_behind_the_blocks():
     config = make_config(target_modules=["q_proj", "down_proj", "lm_head"])
     whole = bytes_of(calibrate(model, config, batches))
     limit = HIDDEN + 4 * 80**2
-    assert plan_for(model, config, batches, limit)[1].relay is not None
+    assert plan_for(model, config, batches, limit)[1].cache is not None
     assert bytes_of(calibrate(model, config, batches, max_memory=limit)) == whole
 
 

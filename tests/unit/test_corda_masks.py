@@ -11,7 +11,7 @@ from torch import nn
 from peft_corda import CordaConfig, calibrate
 from peft_corda.base_model.batches import of_like_length, unpadded
 from peft_corda.base_model.forward import Runner
-from peft_corda.base_model.masks import laid_over, token_mask
+from peft_corda.base_model.masks import is_broadcastable, token_mask
 from peft_corda.base_model.targets import find_targets
 from peft_corda.decomposition.covariance import damped
 
@@ -214,8 +214,10 @@ class TestPackedMasks:
 
 
 def test_laid_over():
-    assert all(laid_over(leading, (3, 4)) for leading in [(3, 4), (12,), (3,)])
-    assert not any(laid_over(leading, (3, 4)) for leading in [(4,), (4, 3), (3, 4, 1), (11,)])
+    assert all(is_broadcastable(leading, (3, 4)) for leading in [(3, 4), (12,), (3,)])
+    assert not any(
+        is_broadcastable(leading, (3, 4)) for leading in [(4,), (4, 3), (3, 4, 1), (11,)]
+    )
 
 
 class Experts(nn.Module):

@@ -46,7 +46,7 @@ def test_passes_are_those_of_the_real_plan(kind, method, limit):
     found = estimate(empty(kind), config, max_memory=limit, **DATA)
     assert found.modules == len(targets)
     assert found.passes == len(real.passes)
-    assert found.carried == (real.relay is not None)
+    assert found.carried == (real.cache is not None)
     assert found.hidden_states == real.hidden_bytes
     sizes = [sum(group.bytes() for group in groups) for groups in real.passes]
     assert found.statistics == max(sizes)

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from kprune_ext import KPruneConfig, kprune
 from kprune_ext.architectures.table import find_architecture
-from kprune_ext.calibration.device_map import home, homes_of, require_whole_layers
+from kprune_ext.calibration.device_map import device_map_of, home, require_whole_layers
 from kprune_ext.units.sublayers import layers_path
 
 CONFIG = KPruneConfig(reduction=0.5)
@@ -167,13 +167,13 @@ def test_two_devices(
 def test_homes_follow_the_longest_path() -> None:
     model = tiny_bert()
     model.hf_device_map = {"": 1, "bert.embeddings": "disk", "bert.encoder.layer.1": "cpu"}
-    homes = homes_of(model)
-    assert home("bert.embeddings.word_embeddings.weight", homes, OTHER) == CPU
-    assert home("bert.encoder.layer.1.output.dense.weight", homes, OTHER) == CPU
-    assert home("bert.encoder.layer.10.output.dense.weight", homes, OTHER) == OTHER
+    device_map = device_map_of(model)
+    assert home("bert.embeddings.word_embeddings.weight", device_map, OTHER) == CPU
+    assert home("bert.encoder.layer.1.output.dense.weight", device_map, OTHER) == CPU
+    assert home("bert.encoder.layer.10.output.dense.weight", device_map, OTHER) == OTHER
     del model.hf_device_map
     assert home("embeddings", {"layers": CPU}, OTHER) == OTHER
-    assert homes_of(model) == {"": CPU}
+    assert device_map_of(model) == {"": CPU}
 
 
 def test_a_layer_on_two_devices_is_refused() -> None:

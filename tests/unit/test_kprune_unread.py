@@ -11,7 +11,7 @@ from kprune_models import FAMILIES, batches_for, tiny
 
 from kprune_ext import KPruneConfig, kprune
 from kprune_ext.architectures.table import find_architecture
-from kprune_ext.calibration.layer_stack import Encoder
+from kprune_ext.calibration.layer_stack import LayerStack
 from kprune_ext.calibration.samples import CalibrationData, collect_samples, sample_keys
 from kprune_ext.calibration.state_memory import StateMemory
 from kprune_ext.calibration.streams import start_streams
@@ -25,7 +25,7 @@ def streams_of(family: str, task: str):
     keys = sample_keys(samples, 0)
     data = CalibrationData(samples, keys, max(keys), len(samples), sum(s.count for s in samples))
     memory = StateMemory(2**30, Path())
-    encoder = Encoder(model, find_architecture(model))
+    encoder = LayerStack(model, find_architecture(model))
     return start_streams(encoder, data, KPruneConfig(), memory, model_task(model).predict)
 
 

@@ -8,7 +8,7 @@ from kprune_helpers import padded, sequences, tiny_bert
 from torch import nn
 
 from kprune_ext import KPruneConfig, kprune
-from kprune_ext.common.memory import few_kept_kernels
+from kprune_ext.common.memory import without_onednn
 
 onednn = torch.backends.mkldnn
 
@@ -16,14 +16,14 @@ onednn = torch.backends.mkldnn
 @pytest.mark.parametrize("before", [True, False])
 def test_full_precision_runs_without_onednn(before: bool, monkeypatch) -> None:
     monkeypatch.setattr(onednn, "enabled", before)
-    with few_kept_kernels(nn.Linear(2, 2)):
+    with without_onednn(nn.Linear(2, 2)):
         assert not onednn.enabled
     assert onednn.enabled is before
 
 
 def test_onednn_is_back_after_an_error() -> None:
     assert onednn.enabled
-    with pytest.raises(ValueError), few_kept_kernels(nn.Linear(2, 2, dtype=torch.float64)):
+    with pytest.raises(ValueError), without_onednn(nn.Linear(2, 2, dtype=torch.float64)):
         raise ValueError
     assert onednn.enabled
 
@@ -39,13 +39,13 @@ def test_onednn_is_back_after_an_error() -> None:
     ids=["bfloat16", "mixed", "elsewhere", "no weights"],
 )
 def test_others_keep_it(model: nn.Module) -> None:
-    with few_kept_kernels(model):
+    with without_onednn(model):
         assert onednn.enabled
 
 
 def test_frozen_flags_are_respected(monkeypatch) -> None:
     monkeypatch.setattr(torch.backends, "flags_frozen", lambda: True)
-    with few_kept_kernels(nn.Linear(2, 2)):
+    with without_onednn(nn.Linear(2, 2)):
         assert onednn.enabled
 
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from .batches import digest_of
-from .block_chain import Chain, given_to, handing_on
+from .block_chain import Chain, given_to, resumed_from_block
 from .forward import Runner
 
 
-class Relay:
+class HiddenStateCache:
     """Carries hidden states from one pass to the next.
 
     Args:
@@ -70,7 +70,7 @@ class Relay:
 
         with ExitStack() as stack:
             if self._start > 0:
-                stack.enter_context(handing_on(self._chain, self._start, self._state))
+                stack.enter_context(resumed_from_block(self._chain, self._start, self._state))
             if self._keeps and following is not None:
                 block = self._chain.modules[following]
                 stack.callback(block.register_forward_pre_hook(keep, with_kwargs=True).remove)
