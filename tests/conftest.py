@@ -22,7 +22,7 @@ def _fixed_seed():
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """Folder of a causal language model and its tokenizer."""
-    from text_helpers import save_tiny_model
+    from tests.helpers.text import save_tiny_model
 
     folder = tmp_path_factory.mktemp("tiny")
     save_tiny_model(folder)

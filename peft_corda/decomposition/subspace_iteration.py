@@ -20,7 +20,7 @@ from .eigen import basis, gram, is_singular, largest_eigenvectors, orthonormal
 IPM_TOLERANCE = 1e-4
 KPM_TOLERANCE = 4e-3
 _MOST_ROUNDS = 30
-# From which size and size / rank on iterating is faster, measured by benchmarks/corda_crossover.py.
+# From which size and size / rank on iterating is faster, measured by benchmarks/corda_start/crossover.py.
 _LEAST_SIZE = 384
 _LEAST_RATIO = {"ipm": 3, "kpm": 4}
 _PROBES = 32

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 import transformers
-from corda_helpers import make_batches, make_config, make_model
 from peft import PeftModel, get_peft_model
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments, set_seed
-from two_processes import UNEVEN
 
 from peft_corda import calibrate
+from tests.distributed.two_processes import UNEVEN
+from tests.helpers.corda import make_batches, make_config, make_model
 
 STEPS = 6
 

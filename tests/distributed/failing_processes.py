@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from corda_helpers import VOCABULARY, deep_model, make_config
-from kprune_helpers import padded, sequences, tiny_bert
-from sharded_processes import sharded
 from torch import distributed
-from two_processes import BATCHES
 
 from kprune_ext import kprune
 from peft_corda import calibrate
+from tests.distributed.sharded_processes import sharded
+from tests.distributed.two_processes import BATCHES
+from tests.helpers.corda import VOCABULARY, deep_model, make_config
+from tests.helpers.kprune import padded, sequences, tiny_bert
 
 PRUNED_ON = padded(sequences(40), batch=8)
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from kprune_helpers import padded, sequences, tiny_bert
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from two_processes import outcome
 
 from kprune_ext import KPruneConfig, kprune
+from tests.distributed.two_processes import outcome
+from tests.helpers.kprune import padded, sequences, tiny_bert
 
 SAMPLES = sequences(40)
 BATCHES = padded(SAMPLES, batch=4)

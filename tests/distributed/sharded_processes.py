@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from corda_helpers import bytes_of, deep_model, make_batches, make_config, padded_batches
 from peft import PeftModel, get_peft_model
 from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from two_processes import EMPTY, UNEVEN, outcome
 
 from peft_corda import CordaFactors, calibrate, initialize_corda
+from tests.distributed.two_processes import EMPTY, UNEVEN, outcome
+from tests.helpers.corda import bytes_of, deep_model, make_batches, make_config, padded_batches
 
 BATCHES = padded_batches(count=5)
 TEXT = make_batches()[0]

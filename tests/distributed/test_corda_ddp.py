@@ -1,12 +1,12 @@
 """Training in two processes under `DistributedDataParallel`."""
 
-import ddp_processes
 import pytest
 import torch
-from corda_helpers import make_config, make_model
-from launching import launched
 
 from peft_corda.base_model.targets import find_targets
+from tests.distributed import ddp_processes
+from tests.helpers.corda import make_config, make_model
+from tests.helpers.launching import launched
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-import two_processes
-from corda_helpers import covariances_of, deep_model, make_config
-from launching import launched
 
 from peft_corda import CordaFactors, calibrate
 from peft_corda.base_model.targets import find_targets
+from tests.distributed import two_processes
+from tests.helpers.corda import covariances_of, deep_model, make_config
+from tests.helpers.launching import launched
 
 
 @pytest.fixture(scope="module")

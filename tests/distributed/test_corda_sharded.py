@@ -1,13 +1,13 @@
 """FSDP2 in two processes: calibration and training as with the whole model in one place."""
 
 import pytest
-import sharded_processes
 import torch
-from corda_helpers import deep_model, make_config
-from launching import launched
-from two_processes import BATCHES
 
 from peft_corda import CordaFactors, calibrate
+from tests.distributed import sharded_processes
+from tests.distributed.two_processes import BATCHES
+from tests.helpers.corda import deep_model, make_config
+from tests.helpers.launching import launched
 
 
 @pytest.fixture(scope="module")

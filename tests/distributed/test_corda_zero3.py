@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from corda_helpers import deep_model, logits_of, make_config
-from launching import launched
 from peft import get_peft_model
 
 from peft_corda import CordaFactors, calibrate
+from tests.helpers.corda import deep_model, logits_of, make_config
+from tests.helpers.launching import launched
 
 pytest.importorskip("deepspeed")
 
@@ -18,7 +18,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def seen(folder):
-    import zero3_processes
+    from tests.distributed import zero3_processes
 
     return launched(zero3_processes, folder)
 
@@ -26,7 +26,7 @@ def seen(folder):
 @pytest.fixture(scope="module")
 def alone():
     """One process on the same data: its factors, and the losses of the same steps."""
-    import zero3_processes as script
+    from tests.distributed import zero3_processes as script
 
     factors = calibrate(deep_model("llama", 3), make_config(), script.BATCHES, verbose=False)
     model = get_peft_model(deep_model("llama", 3), make_config(corda_factors=factors)).train()
@@ -54,7 +54,7 @@ def test_factors_are_those_of_one_process(seen, alone, folder):
 
 @pytest.mark.parametrize("case", ["", "partitioned "])
 def test_training_is_that_of_one_process(seen, alone, case):
-    import zero3_processes as script
+    from tests.distributed import zero3_processes as script
 
     base = logits_of(deep_model("llama", 3), script.TEXT)
     for process in seen:

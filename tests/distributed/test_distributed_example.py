@@ -5,13 +5,14 @@ import subprocess
 import sys
 
 import torch
-from corda_helpers import logits_of, make_batches, make_model
-from launching import TESTS, environment
 from peft import PeftModel
-from text_helpers import SENTENCES, make_tokenizer
 from transformers import AutoModelForCausalLM
 
-EXAMPLES = TESTS.parent / "examples"
+from tests.helpers.corda import logits_of, make_batches, make_model
+from tests.helpers.launching import ROOT, environment
+from tests.helpers.text import SENTENCES, make_tokenizer
+
+EXAMPLES = ROOT / "examples"
 
 
 def test_distributed_example(tmp_path):

@@ -5,9 +5,10 @@ import subprocess
 import sys
 import time
 
-import failing_processes
 import pytest
-from launching import environment
+
+from tests.distributed import failing_processes
+from tests.helpers.launching import environment
 
 BAD = "IndexError: index out of range"
 GONE = "lost contact with another process"

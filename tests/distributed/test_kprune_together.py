@@ -1,12 +1,12 @@
 """Two processes that prune with an accelerator get what one process gets, both to the bit."""
 
-import kprune_two_processes as script
 import pytest
 import torch
-from kprune_two_processes import BATCHES, HALF, SOME_SCORED
-from launching import launched
 
 from kprune_ext import KPruneConfig
+from tests.distributed import kprune_two_processes as script
+from tests.distributed.kprune_two_processes import BATCHES, HALF, SOME_SCORED
+from tests.helpers.launching import launched
 
 
 @pytest.fixture(scope="module")

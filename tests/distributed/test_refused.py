@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from corda_helpers import make_batches, make_config, make_model
-from kprune_helpers import padded, sequences, tiny_bert
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -11,6 +9,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from kprune_ext import kprune
 from peft_corda import calibrate
+from tests.helpers.corda import make_batches, make_config, make_model
+from tests.helpers.kprune import padded, sequences, tiny_bert
 
 BATCHES = make_batches()
 

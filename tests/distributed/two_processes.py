@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from corda_helpers import bytes_of, deep_model, make_config, padded_batches
 from torch import distributed
 
 from peft_corda import calibrate
 from peft_corda.base_model.input_groups import discover
 from peft_corda.base_model.targets import find_targets
 from peft_corda.calibration.collect import PassOptions, collect_covariances
+from tests.helpers.corda import bytes_of, deep_model, make_config, padded_batches
 
 BATCHES = padded_batches(count=5)
 # Of the two processes, in each scenario.

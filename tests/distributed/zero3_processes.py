@@ -11,13 +11,13 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 import deepspeed
 import torch
-from corda_helpers import deep_model, make_batches, make_config, padded_batches
 from peft import PeftModel, get_peft_model
 from torch import distributed, nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 from peft_corda import CordaFactors, calibrate
+from tests.helpers.corda import deep_model, make_batches, make_config, padded_batches
 
 BATCHES = padded_batches(count=5)
 TEXT = make_batches()[0]

@@ -5,12 +5,12 @@ import sys
 
 import pytest
 import torch
-from corda_helpers import logits_of, make_batches, make_config, make_model, train_steps
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
 from peft_corda import CordaConfig, CordaExportCallback, calibrate, export_lora
+from tests.helpers.corda import logits_of, make_batches, make_config, make_model, train_steps
 
 LOAD = """
 import sys

@@ -7,8 +7,9 @@ import sys
 import time
 
 import pytest
-from corda_helpers import bytes_of
-from corda_job import run, uninterrupted
+
+from tests.helpers.corda import bytes_of
+from tests.helpers.corda_job import run, uninterrupted
 
 
 @pytest.fixture
@@ -16,7 +17,9 @@ def start(monkeypatch):
     """Starts the job in a process of its own."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["corda_job"])  # so that PyTorch is imported only once
+    context.set_forkserver_preload(
+        ["tests.helpers.corda_job"]
+    )  # so that PyTorch is imported only once
 
     def start(folder, seconds=0.05, stop_at_decomposing=False):
         process = context.Process(target=run, args=(folder, seconds, stop_at_decomposing))

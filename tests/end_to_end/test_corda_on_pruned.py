@@ -1,12 +1,12 @@
 """The two methods together: a CorDA adapter on a model that K-prune made smaller."""
 
 import torch
-from corda_helpers import logits_of, make_batches, make_config, make_model, train_steps
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 from kprune_ext import KPruneConfig, kprune
 from peft_corda import calibrate
+from tests.helpers.corda import logits_of, make_batches, make_config, make_model, train_steps
 
 
 def test_corda_adapter_on_a_pruned_model(tmp_path):

@@ -4,16 +4,16 @@ import copy
 import os
 
 import corda_language_model
-import corda_oracle as oracle
 import pytest
 import torch
-from corda_helpers import covariances_of, logits_of
 from peft import get_peft_model
 
 from peft_corda import CordaConfig, calibrate
 from peft_corda.base_model.targets import find_targets
 from peft_corda.decomposition.directions import decompose
 from peft_corda.decomposition.starting_factors import starting_factors
+from tests.helpers.corda import covariances_of, logits_of
+from tests.reference import corda_oracle as oracle
 
 RANK = 16
 

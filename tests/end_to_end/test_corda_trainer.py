@@ -8,11 +8,11 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from corda_helpers import logits_of, make_batches, make_config, make_model
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments, set_seed
 
 from peft_corda import calibrate
+from tests.helpers.corda import logits_of, make_batches, make_config, make_model
 
 
 def rows(count=32):

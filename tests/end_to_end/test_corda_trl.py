@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from corda_helpers import make_batches, make_config, make_model
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -12,6 +11,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from peft_corda import calibrate, initialize_corda
+from tests.helpers.corda import make_batches, make_config, make_model
 
 SOURCES = ["file", "memory", "afterwards"]
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from corda_helpers import make_batches, make_model
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from torch.utils.data import DataLoader
@@ -28,6 +27,7 @@ import kprune_ext
 import peft_corda
 from kprune_ext import KPruneReport
 from peft_corda import CordaConfig
+from tests.helpers.corda import make_batches, make_model
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {

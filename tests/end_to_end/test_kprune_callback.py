@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kprune_helpers import padded, sequences, tiny_bert
 from test_kprune_ordinary import batch, trainer
 from transformers import AutoModelForSequenceClassification, BertForMaskedLM
 
 from kprune_ext import KPruneCallback, KPruneConfig, kprune
 from kprune_ext.callback import become_
 from kprune_ext.modeling.classes import KPruneBertForSequenceClassification
+from tests.helpers.kprune import padded, sequences, tiny_bert
 
 
 def callback(at_step: int = 0, reduction: float = 0.5) -> KPruneCallback:

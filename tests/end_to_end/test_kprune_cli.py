@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from kprune_helpers import tiny_bert, word_tokenizer
-from kprune_models import tiny
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
@@ -20,6 +18,8 @@ from kprune_ext import KPruneReport, LatencyTable
 from kprune_ext.cli.main import main
 from kprune_ext.cli.options import PruneOptions
 from kprune_ext.cli.prune import prune_config
+from tests.helpers.kprune import tiny_bert, word_tokenizer
+from tests.helpers.kprune_models import tiny
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ import warnings
 
 import pytest
 import torch
-from kprune_helpers import padded, sequences, tiny_bert, word_tokenizer
-from kprune_models import FAMILIES, batches_for, tiny
-from test_kprune_processes import cut, with_empty_sublayers
 from transformers import AutoModelForSequenceClassification
 
 from kprune_ext import KPruneConfig, kprune
+from tests.end_to_end.test_kprune_processes import cut, with_empty_sublayers
+from tests.helpers.kprune import padded, sequences, tiny_bert, word_tokenizer
+from tests.helpers.kprune_models import FAMILIES, batches_for, tiny
 
 # One family for each way of building layers; others are like bert.
 BUILDS = ["bert", "distilbert", "mpnet", "deberta-v2", "modernbert", "vit", "dinov2 swiglu"]

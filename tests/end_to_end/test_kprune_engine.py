@@ -7,11 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import kprune_ext.streams
-import kprune_oracle as oracle
 import pytest
 import torch
-from kprune_helpers import padded, sequences, tiny_bert
-from kprune_models import batches_for, outputs_of, tiny
 
 from kprune_ext import KPruneConfig, LatencyTable, kprune, measure_latency
 from kprune_ext.architectures.table import find_architecture
@@ -22,6 +19,9 @@ from kprune_ext.calibration.streams import start_streams
 from kprune_ext.knowledge.measure import Signal, _in_parts, measure_knowledge, teacher_logits
 from kprune_ext.modeling.classes import model_task
 from kprune_ext.units.sublayers import sublayers
+from tests.helpers.kprune import padded, sequences, tiny_bert
+from tests.helpers.kprune_models import batches_for, outputs_of, tiny
+from tests.reference import kprune_oracle as oracle
 
 
 def run(model: Any, batches: Any, **options: Any) -> Any:

@@ -9,8 +9,9 @@ from pathlib import Path
 import docstring_sentences
 import kprune_classifier
 import pytest
-from kprune_helpers import tiny_bert
 from transformers import AutoModelForSequenceClassification, BertTokenizerFast
+
+from tests.helpers.kprune import tiny_bert
 
 WORDS = [f"word{number}" for number in range(55)]
 

@@ -4,16 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kprune_models import (
-    CASES,
-    FAMILIES,
-    HEADS,
-    HIDDEN,
-    auto_class,
-    batches_for,
-    outputs_of,
-    tiny,
-)
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, DebertaV2ForSequenceClassification
 
@@ -24,6 +14,16 @@ from kprune_ext.modeling.classes import kept_units
 from kprune_ext.modeling.copying import record_kept, uneven_copy
 from kprune_ext.units.sublayers import sublayers
 from kprune_ext.units.surgery import shrink
+from tests.helpers.kprune_models import (
+    CASES,
+    FAMILIES,
+    HEADS,
+    HIDDEN,
+    auto_class,
+    batches_for,
+    outputs_of,
+    tiny,
+)
 
 
 def test_every_row_of_the_table_is_tested() -> None:

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from kprune_helpers import padded, sequences, tiny_bert
-from kprune_models import CASES, batches_for, tiny
 
 from kprune_ext import KPruneConfig, KPruneReport, kprune
 from kprune_ext.tuning.divergence import divergence
+from tests.helpers.kprune import padded, sequences, tiny_bert
+from tests.helpers.kprune_models import CASES, batches_for, tiny
 
 
 def pruned_by(model: Any, batches: Any, **options: Any) -> Any:

@@ -8,10 +8,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from kprune_helpers import padded, sequences, tiny_bert, word_tokenizer
-from kprune_models import FAMILIES, IMAGE_FAMILIES, batches_for, outputs_of, tiny
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_kprune_processes import with_empty_sublayers
 from transformers import (
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
@@ -24,6 +21,9 @@ from transformers import (
 from kprune_ext import KPruneConfig, kprune
 from kprune_ext.modeling.classes import kept_units
 from peft_corda import CordaConfig, calibrate
+from tests.end_to_end.test_kprune_processes import with_empty_sublayers
+from tests.helpers.kprune import padded, sequences, tiny_bert, word_tokenizer
+from tests.helpers.kprune_models import FAMILIES, IMAGE_FAMILIES, batches_for, outputs_of, tiny
 
 # These have no sdpa of their own in transformers.
 EAGER_ONLY = {"deberta-v2", "deberta-v2 own position projections", "mpnet"}

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from kprune_helpers import padded, sequences, tiny_bert, word_tokenizer
-from kprune_models import CASES, auto_class, batches_for, tiny
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, ViTImageProcessor, pipeline
 
@@ -22,6 +20,8 @@ from kprune_ext.modeling.copying import record_kept, uneven_copy
 from kprune_ext.modeling.self_contained import MODELING_FILE
 from kprune_ext.units.sublayers import sublayers
 from kprune_ext.units.surgery import shrink
+from tests.helpers.kprune import padded, sequences, tiny_bert, word_tokenizer
+from tests.helpers.kprune_models import CASES, auto_class, batches_for, tiny
 
 TESTS = Path(__file__).parents[1]
 
@@ -82,7 +82,7 @@ def saved(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("mode", ["plugin", "remote"])
 def test_every_family_and_task_in_a_new_process(mode: str, saved: Path, tmp_path) -> None:
     """Remote code is also saved again, by transformers alone."""
-    done = run([str(TESTS / "kprune_process.py"), str(saved), mode], tmp_path)
+    done = run([str(TESTS / "helpers" / "kprune_process.py"), str(saved), mode], tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip().endswith(f"compared {len(CASES)}")
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from kprune_helpers import assert_same_state, padded, sequences, state_of, tiny_bert
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForMultipleChoice, GPT2Config, GPT2LMHeadModel
 
 from kprune_ext import KPruneConfig, KPruneReport, kprune
+from tests.helpers.kprune import assert_same_state, padded, sequences, state_of, tiny_bert
 
 # A small ridge, weak scores and few samples would hide differences: all samples are scored.
 ALL = {"score_fraction": 1.0}

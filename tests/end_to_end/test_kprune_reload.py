@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from kprune_helpers import padded, sequences, tiny_bert, word_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import (
@@ -26,6 +25,7 @@ from transformers import (
 
 from kprune_ext import KPruneConfig, kprune
 from kprune_ext.modeling.classes import KPruneBertForSequenceClassification
+from tests.helpers.kprune import padded, sequences, tiny_bert, word_tokenizer
 
 
 @pytest.fixture(params=[0.5, 0.9])

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from kprune_models import CASES, batches_for, outputs_of, tiny
 from torch import Tensor
 from transformers import BertModel, MPNetModel, ViTModel
 
@@ -14,6 +13,7 @@ from kprune_ext import KPruneConfig, kprune
 from kprune_ext.architectures.table import find_architecture
 from kprune_ext.calibration.layer_stack import LayerStack
 from kprune_ext.modeling.classes import MODEL_TASKS, model_task
+from tests.helpers.kprune_models import CASES, batches_for, outputs_of, tiny
 
 MODELS = {"bert": BertModel, "mpnet": MPNetModel, "vit": ViTModel}
 LABELS: dict[str, Any] = {

@@ -10,10 +10,10 @@ import kprune_distillation
 import kprune_glue
 import pytest
 import torch
-from kprune_helpers import tiny_bert, word_tokenizer
 from transformers import AutoModelForSequenceClassification
 
 from kprune_ext import load_report
+from tests.helpers.kprune import tiny_bert, word_tokenizer
 
 
 @pytest.fixture

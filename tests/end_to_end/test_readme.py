@@ -4,9 +4,10 @@ import re
 from pathlib import Path
 
 import torch
-from corda_helpers import make_batches, make_model
 from peft import LoraConfig, PeftModel
 from transformers import TrainingArguments
+
+from tests.helpers.corda import make_batches, make_model
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,9 +1,7 @@
 """The package against the naive oracle, from matrices alone and through whole models."""
 
-import corda_oracle as oracle
 import pytest
 import torch
-from corda_helpers import covariances_of, make_batches, make_config, make_model
 from transformers.pytorch_utils import Conv1D
 
 from peft_corda import calibrate
@@ -11,6 +9,8 @@ from peft_corda.base_model.targets import find_targets
 from peft_corda.decomposition.covariance import CovarianceAccumulator, damped
 from peft_corda.decomposition.directions import left_singular
 from peft_corda.decomposition.starting_factors import starting_factors
+from tests.helpers.corda import covariances_of, make_batches, make_config, make_model
+from tests.reference import corda_oracle as oracle
 
 SHAPES = [(48, 48), (40, 96), (96, 40)]
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import kprune_oracle as oracle
 import pytest
 import torch
-from kprune_helpers import padded, sequences, tiny_bert
 
 from kprune_ext import KPruneConfig, kprune
 from kprune_ext.architectures.table import find_architecture
 from kprune_ext.budget.flops import head_flops, neuron_flops
 from kprune_ext.budget.search import search_masks
-from kprune_ext.calibration.layer_stack import Encoder
+from kprune_ext.calibration.layer_stack import LayerStack
 from kprune_ext.calibration.sharing import shared_data
 from kprune_ext.calibration.state_memory import StateMemory
 from kprune_ext.calibration.streams import start_streams
@@ -21,6 +19,8 @@ from kprune_ext.knowledge.measure import Knowledge, Signal, measure_knowledge
 from kprune_ext.modeling.classes import model_task
 from kprune_ext.tuning.least_squares import NormalEquations, tune_projection
 from kprune_ext.units.sublayers import sublayers
+from tests.helpers.kprune import padded, sequences, tiny_bert
+from tests.reference import kprune_oracle as oracle
 
 TEMPERATURE = 2.0
 
@@ -28,7 +28,7 @@ TEMPERATURE = 2.0
 def knowledge_of(model: torch.nn.Module, samples: list[torch.Tensor]) -> list[Knowledge]:
     architecture = find_architecture(model)
     config = KPruneConfig(score_fraction=1.0)
-    encoder = Encoder(model, architecture)
+    encoder = LayerStack(model, architecture)
     data = shared_data(model, padded(samples), config)
     streams = start_streams(encoder, data, config, StateMemory(2**30, Path()))
     predict = model_task(model).predict

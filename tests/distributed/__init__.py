@@ -1,0 +1,1 @@
+"""What two processes do, and the tests that start them."""

@@ -1,0 +1,1 @@
+"""What tests share: tiny models, data, oracles of what a command prints, processes."""

@@ -1,0 +1,361 @@
+"""Checkpoints of pruned models: whole or not there, sharded, damaged, with report and card."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+
+from kprune_ext import KPruneConfig, kprune, load_report
+from kprune_ext.modeling import checkpoints
+from kprune_ext.modeling import replacing_files as saving
+from tests.helpers.kprune import padded, sequences, tiny_bert
+from tests.helpers.kprune_models import outputs_of, tiny
+
+
+@pytest.fixture(scope="module")
+def pruned() -> PreTrainedModel:
+    return kprune(tiny_bert(), padded(sequences()), KPruneConfig(reduction=0.5), progress=False)
+
+
+def batch() -> dict[str, torch.Tensor]:
+    return padded(sequences(6), 6)[0]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def load(folder: Path, **options: Any) -> Any:
+    return AutoModelForSequenceClassification.from_pretrained(folder, **options)
+
+
+def test_a_failing_save_leaves_the_previous_checkpoint(pruned, tmp_path, monkeypatch) -> None:
+    pruned.save_pretrained(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    before = contents(tmp_path)
+    bias = pruned.classifier.bias.detach().clone()
+    with torch.no_grad():
+        pruned.classifier.bias += 1
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints, "card_text", _full_disk)  # after the weights are written
+            with pytest.raises(OSError, match="no space"):
+                pruned.save_pretrained(tmp_path)
+        assert contents(tmp_path) == before
+        with monkeypatch.context() as patch:
+            replace, calls = os.replace, []
+
+            def failing(source: Any, target: Any) -> None:
+                calls.append(target)
+                if len(calls) == 3:
+                    _full_disk()
+                replace(source, target)
+
+            patch.setattr(saving.os, "replace", failing)
+            with pytest.raises(OSError, match="no space"):
+                pruned.save_pretrained(tmp_path, max_shard_size="8KB", self_contained=True)
+        assert contents(tmp_path) == before
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints, "card_text", _full_disk)
+            with pytest.raises(OSError, match="no space"):
+                pruned.save_pretrained(tmp_path / "new" / "folder")
+        assert not (tmp_path / "new").exists()
+    finally:
+        with torch.no_grad():
+            pruned.classifier.bias.copy_(bias)
+
+
+def _full_disk(*_: Any) -> None:
+    raise OSError("no space left on device")
+
+
+def test_a_killed_save_leaves_the_previous_checkpoint(pruned, tmp_path) -> None:
+    pruned.save_pretrained(tmp_path)
+    before = contents(tmp_path)
+    script = """
+import sys, time
+import kprune_ext
+from kprune_ext import checkpoints
+from transformers import AutoModelForSequenceClassification
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
+model.classifier.bias.data += 1
+def wait(*_):
+    print("weights are written", flush=True)
+    time.sleep(300)
+checkpoints.card_text = wait
+model.save_pretrained(sys.argv[1])
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and "written" in process.stdout.readline()
+    process.send_signal(signal.SIGKILL)
+    process.wait(60)
+    left = [name for name in contents(tmp_path) if name not in before]
+    assert any(name.endswith("model.safetensors") for name in left)
+    assert {name: data for name, data in contents(tmp_path).items() if name in before} == before
+    assert torch.equal(load(tmp_path)(**batch()).logits, pruned(**batch()).logits)
+    pruned.save_pretrained(tmp_path)  # clears what the killed process left
+    assert contents(tmp_path).keys() == before.keys()
+
+
+def test_a_folder_that_is_a_file(pruned, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="it is a file. Pass the name of a folder"):
+        pruned.save_pretrained(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "options", [{"safe_serialization": False}, {"distributed_checkpoint": True}]
+)
+def test_ways_of_saving_that_are_refused(options, pruned, tmp_path) -> None:
+    with pytest.raises(ValueError, match="Leave"):
+        pruned.save_pretrained(tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()
+
+
+def test_shards_and_single_files_replace_each_other(pruned, tmp_path) -> None:
+    expected = pruned(**batch()).logits
+    for size, single in (("8KB", False), ("1GB", True), ("5KB", False), ("8KB", False)):
+        pruned.save_pretrained(tmp_path, max_shard_size=size)
+        shards = sorted(path.name for path in tmp_path.glob("model-*-of-*.safetensors"))
+        assert (tmp_path / "model.safetensors").exists() == single
+        assert (tmp_path / "model.safetensors.index.json").exists() != single
+        assert (len(shards) > 2) != single
+        counted = {name.rsplit("-", 1)[1] for name in shards}
+        assert len(counted) == (0 if single else 1)
+        assert torch.equal(load(tmp_path)(**batch()).logits, expected)
+    pruned.save_pretrained(tmp_path, variant="other")  # beside the usual one
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    assert torch.equal(load(tmp_path, variant="other")(**batch()).logits, expected)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    (tmp_path / index["weight_map"]["classifier.bias"]).unlink()
+    with pytest.raises(OSError, match="model-.*safetensors"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"low_cpu_mem_usage": True},
+        {"device_map": "cpu"},
+        {"device_map": {"": "cpu"}},
+        {"device_map": "auto"},
+        {"dtype": torch.float64},
+        {"dtype": "auto"},
+        {"dtype": "bfloat16"},
+    ],
+)
+@pytest.mark.parametrize("size", ["1GB", "8KB"])
+def test_options_of_loading(options, size: str, pruned, tmp_path) -> None:
+    pruned.save_pretrained(tmp_path, max_shard_size=size)
+    loaded = load(tmp_path, **options)
+    wanted = options.get("dtype", torch.float32)
+    names = {"auto": torch.float32, "bfloat16": torch.bfloat16}
+    assert loaded.dtype == names.get(wanted, wanted)
+    assert not loaded.training
+    for name, value in pruned.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value.to(loaded.state_dict()[name].dtype))
+    with_info, info = load(tmp_path, output_loading_info=True)
+    assert type(with_info) is type(pruned) and not info["missing_keys"]
+
+
+def change_weights(folder: Path, change: Any) -> None:
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", ["bert.encoder.layer.1.output.dense.bias", "classifier.weight"])
+def test_missing_tensors_are_refused(name: str, pruned, tmp_path) -> None:
+    pruned.save_pretrained(tmp_path)
+    change_weights(tmp_path, lambda weights: weights.pop(name))
+    with pytest.raises(ValueError, match=f"lacks 1 tensors of this KPruneBert.*: {name}. "):
+        load(tmp_path)
+
+
+def test_another_head_may_be_missing_but_no_layer(pruned, tmp_path) -> None:
+    pruned.save_pretrained(tmp_path)
+    words = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    assert (
+        torch.equal(words.bert.pooler.dense.weight, pruned.bert.pooler.dense.weight)
+        if (words.bert.pooler)
+        else words.bert.pooler is None
+    )
+    hidden = AutoModel.from_pretrained(tmp_path)(**batch()).last_hidden_state
+    assert torch.equal(hidden, pruned.bert(**batch()).last_hidden_state)
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    change_weights(tmp_path, lambda weights: weights.pop(name))
+    with pytest.raises(ValueError, match="lacks 1 tensors of this KPruneBertForMaskedLM"):
+        AutoModelForMaskedLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="lacks 1 tensors of this KPruneBertModel"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+def test_a_head_of_another_size_only_if_asked_for(pruned, tmp_path) -> None:
+    pruned.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"classifier.*Restore both files"):
+        load(tmp_path, num_labels=5)
+    other = load(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
+    assert other.classifier.out_features == 5
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["kprune"]["layers"][0].update(neurons="0-2", num_neurons=3)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for options in ({}, {"ignore_mismatched_sizes": True}):
+        with pytest.raises(ValueError, match=r"Size mismatch.*3 tensors differ.*layer\.0\."):
+            load(tmp_path, **options)
+
+
+def test_pickled_weights_are_refused(pruned, tmp_path) -> None:
+    pruned.save_pretrained(tmp_path)
+    for options in ({"use_safetensors": False}, {"weights_only": False}):
+        with pytest.raises(ValueError, match="safetensors only, as pickle files can run code"):
+            load(tmp_path, **options)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(pruned.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model.bin, a pickle file.*is not read"):
+        load(tmp_path)
+    (tmp_path / "pytorch_model.bin").unlink()
+    (tmp_path / "model.safetensors").write_bytes(pickle.dumps({"weights": [1.0]}))
+    with pytest.raises(ValueError, match="is damaged or no safetensors file"):
+        load(tmp_path)
+
+
+def test_a_truncated_file_is_reported(pruned, tmp_path) -> None:
+    pruned.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="is damaged or no safetensors file"):
+        load(tmp_path)
+
+
+def test_the_report_is_kept_or_made_from_the_sizes(pruned, tmp_path) -> None:
+    pruned.save_pretrained(tmp_path)
+    report = pruned.kprune_report
+    assert load_report(tmp_path) == load_report(load(tmp_path)) == load_report(pruned) == report
+    (tmp_path / "kprune_report.json").unlink()
+    assert load(tmp_path).kprune_report is None
+    length = report.sequence_length
+    for made in (load_report(tmp_path, length), load_report(load(tmp_path), length)):
+        assert (made.flops, made.flops_before) == (report.flops, report.flops_before)
+        assert (made.parameters, made.parameters_before) == (
+            report.parameters,
+            report.parameters_before,
+        )
+        for one, other in zip(made.sublayers, report.sublayers, strict=True):
+            assert one.error is None
+            assert one.__dict__ | {"error": other.error} == other.__dict__
+        assert "–" in str(made) and "calibrated" not in str(made)
+        made.save_json(tmp_path / "made.json")
+        assert type(made).load_json(tmp_path / "made.json") == made
+        made.plot(tmp_path / "made.png")
+
+
+def test_a_report_made_after_two_prunings_is_about_the_original(tmp_path) -> None:
+    """The run's own budget and report are relative to the model it was given."""
+    model, batches = tiny_bert(neurons=80), padded(sequences())
+    config = KPruneConfig(reduction=0.3)
+    once = kprune(model, batches, config, progress=False)
+    once.save_pretrained(tmp_path / "once")
+    once = load(tmp_path / "once")
+    twice = kprune(once, batches, config, progress=False)
+    report = twice.kprune_report
+    assert report.flops_before == once.kprune_report.flops
+    assert report.flops <= 0.7 * once.kprune_report.flops
+    twice.kprune_report = None
+    made = load_report(twice, report.sequence_length)
+    assert made.flops == report.flops
+    assert made.flops_before == once.kprune_report.flops_before
+    assert made.parameters_before == model.num_parameters()
+
+
+def test_no_report_of_a_dense_model(tmp_path) -> None:
+    model = tiny_bert()
+    model.save_pretrained(tmp_path)
+    for source in (model, tmp_path):
+        with pytest.raises(ValueError, match="was not pruned by kprune_ext"):
+            load_report(source)
+    with pytest.raises(ValueError, match="sequence_length=0 is too small"):
+        load_report(model, 0)
+
+
+def test_another_models_report_is_left_out(pruned, tmp_path, caplog) -> None:
+    pruned.save_pretrained(tmp_path)
+    other = kprune(tiny_bert(), padded(sequences()), KPruneConfig(reduction=0.8), progress=False)
+    other.kprune_report.save_json(tmp_path / "kprune_report.json")
+    assert load(tmp_path).kprune_report is None
+    assert "with other sizes" in caplog.text
+
+
+def test_the_card_has_the_table_and_keeps_the_rest(pruned, tmp_path) -> None:
+    pruned.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data["library_name"] == "transformers" and "kprune" in card.data["tags"]
+    row = pruned.kprune_report.sublayers[0]
+    assert f"| 0 | {row.units} / {row.units_before} |" in card.text
+    assert "import kprune_ext" in card.text and "trust_remote_code" not in card.text
+    assert "AutoModelForSequenceClassification.from_pretrained" in card.text
+    own = (tmp_path / "README.md").read_text().replace("# Pruned model", "# Mine\r\nText\r\n")
+    (tmp_path / "README.md").write_text(own, newline="")
+    pruned.save_pretrained(tmp_path, self_contained=True)
+    after = (tmp_path / "README.md").read_bytes().decode()
+    assert "# Mine\r\nText\r\n" in after and after.count("kprune_ext: start") == 1
+    assert "trust_remote_code" in after
+
+
+def test_push_to_hub(pruned, tmp_path, monkeypatch) -> None:
+    """The hub's client is replaced by one that notes what it would upload."""
+    uploads: list[dict[str, Any]] = []
+    files: list[dict[str, bytes]] = []
+
+    class Client:
+        def __init__(self, token: Any = None) -> None:
+            self.token = token
+
+        def create_repo(self, repo_id: str, **_: Any) -> Any:
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/me/{repo_id}")
+
+        def upload_folder(self, folder_path: str, **options: Any) -> str:
+            uploads.append(options)
+            files.append(contents(Path(folder_path)))
+            return "commit"
+
+    monkeypatch.setattr(checkpoints, "HfApi", Client)
+    card = ModelCard("---\nlicense: mit\n---\n\n# Remote card\n")
+    monkeypatch.setattr(ModelCard, "load", classmethod(lambda *_, **__: card))
+    assert pruned.push_to_hub("name", self_contained=True, revision="branch") == "commit"
+    assert uploads[0]["repo_id"] == "me/name" and uploads[0]["revision"] == "branch"
+    assert "model.safetensors" in files[0] and "modeling_kprune_ext.py" in files[0]
+    text = files[0]["README.md"].decode()
+    assert "# Remote card" in text and "license: mit" in text and "kprune_ext: start" in text
+    pruned.save_pretrained(tmp_path / "local-name", push_to_hub=True, commit_message="two")
+    assert uploads[1]["repo_id"] == "me/local-name" and uploads[1]["commit_message"] == "two"
+    assert files[1].keys() == contents(tmp_path / "local-name").keys()
+
+
+def test_an_embedding_model_reloads_as_one(tmp_path) -> None:
+    model = kprune(tiny("mpnet", "embeddings"), padded(sequences()), progress=False)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    for one, other in zip(outputs_of(loaded, batch()), outputs_of(model, batch()), strict=True):
+        assert torch.equal(one, other)

@@ -1,0 +1,304 @@
+"""The adapter in place: an exact start, an untouched base, and everything PEFT does with it."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from safetensors.torch import load_file
+
+from peft_corda import CordaConfig, calibrate, initialize_corda
+from tests.helpers.corda import (
+    MODELS,
+    logits_of,
+    make_batches,
+    make_config,
+    make_model,
+    train_steps,
+)
+
+KINDS = list(MODELS)
+
+
+def calibrated(kind, dtype=torch.float32, **options):
+    model, config = make_model(kind, dtype), make_config(kind, **options)
+    calibrate(model, config, make_batches())
+    return model, config
+
+
+def hidden_states(model, batch):
+    """Output without the head: PEFT keeps the trained copy of a classification head on unloading."""
+    with torch.no_grad():
+        return model.base_model(**batch).last_hidden_state
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["kpm", "ipm"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_start_is_exact_to_the_bit(kind, method, dtype):
+    batch = make_batches(seed=7)[0]
+    model, config = calibrated(kind, dtype, corda_method=method)
+    before = logits_of(model, batch)
+    adapted = get_peft_model(model, config)
+    assert torch.equal(logits_of(adapted, batch), before)
+    assert sum(p.abs().sum() for n, p in adapted.named_parameters() if "lora_B" in n) > 0
+    train_steps(adapted, batch)
+    assert not torch.equal(logits_of(adapted, batch), before)
+
+
+@pytest.mark.parametrize("scaling", ["balanced", "paper"])
+@pytest.mark.parametrize("options", [{"lora_alpha": 16}, {"use_rslora": True}])
+def test_start_is_the_projection_of_the_weight_whatever_the_scaling(options, scaling):
+    model, config = calibrated("llama", corda_scaling=scaling, **options)
+    adapted = get_peft_model(model, config)
+    for name, layer in adapted.base_model.adapter_layers("default").items():
+        directions = config.corda_factors.modules[name].directions[config.corda_method].U
+        expected = directions @ directions.T @ layer.get_base_layer().weight
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        torch.testing.assert_close(layer.scaling["default"] * b @ a, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_adapter_of_a_bfloat16_base_starts_from_float32_factors():
+    model, config = calibrated("llama", torch.bfloat16)
+    adapted = get_peft_model(model, config)
+    for name, layer in adapted.base_model.adapter_layers("default").items():
+        directions = config.corda_factors.modules[name].directions[config.corda_method].U
+        expected = directions @ directions.T @ layer.get_base_layer().weight.float()
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        assert a.dtype == b.dtype == torch.float32
+        torch.testing.assert_close(b @ a, expected, rtol=1e-4, atol=1e-6)  # bf16 would miss by 4e-3
+
+
+def test_autocast_adapter_dtype_false_keeps_the_dtype_of_the_base():
+    model, config = calibrated("llama", torch.bfloat16)
+    batch = make_batches(seed=7)[0]
+    before = logits_of(model, batch)
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    layer = next(iter(adapted.base_model.adapter_layers("default").values()))
+    assert layer.lora_A["default"].weight.dtype == torch.bfloat16
+    assert layer.lora_A0["default"].dtype == torch.bfloat16
+    assert torch.equal(logits_of(adapted, batch), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_base_weights_never_change(kind):
+    model, config = calibrated(kind)
+    before = copy.deepcopy(model.state_dict())
+    batch = make_batches(seed=7)[0]
+    expected = logits_of(model, batch)
+    adapted = get_peft_model(model, config)
+    train_steps(adapted, batch)
+    base = {
+        name.replace(".base_layer", ""): value
+        for name, value in adapted.get_base_model().state_dict().items()
+        if "lora_" not in name and "modules_to_save.default" not in name
+    }
+    base = {name.replace(".original_module", ""): value for name, value in base.items()}
+    assert base.keys() == before.keys()
+    assert all(torch.equal(base[name], before[name]) for name in before)
+    with adapted.disable_adapter():
+        assert torch.equal(logits_of(adapted, batch), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unload_gives_the_base_model_back(kind):
+    model, config = calibrated(kind)
+    batch = make_batches(seed=7)[0]
+    expected = hidden_states(model, batch)
+    adapted = get_peft_model(model, config)
+    train_steps(adapted, batch)
+    assert not torch.equal(hidden_states(adapted.get_base_model(), batch), expected)
+    assert torch.equal(hidden_states(adapted.unload(), batch), expected)
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_merge_computes_what_the_adapter_does_and_unmerge_undoes_it(kind, safe_merge):
+    model, config = calibrated(kind, corda_method="ipm")
+    batch = make_batches(seed=7)[0]
+    adapted = get_peft_model(model, config)
+    train_steps(adapted, batch)
+    expected = logits_of(adapted, batch)
+    adapted.merge_adapter(safe_merge=safe_merge)
+    torch.testing.assert_close(logits_of(adapted, batch), expected, rtol=0, atol=1e-4)
+    adapted.unmerge_adapter()
+    torch.testing.assert_close(logits_of(adapted, batch), expected, rtol=0, atol=1e-4)
+    merged = adapted.merge_and_unload(safe_merge=safe_merge)
+    assert not any("lora_" in name for name, _ in merged.named_modules())
+    torch.testing.assert_close(logits_of(merged, batch), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_adapter_reloads_on_the_original_base(kind, dtype, low_cpu_mem_usage, tmp_path):
+    model, config = calibrated(kind, dtype, corda_method="ipm")
+    batch = make_batches(seed=7)[0]
+    adapted = get_peft_model(model, config)
+    train_steps(adapted, batch)
+    adapted.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(
+        make_model(kind, dtype), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    assert torch.equal(logits_of(reloaded, batch), logits_of(adapted, batch))
+
+
+def test_checkpoint_has_the_start_in_it_and_the_config_no_factors(tmp_path):
+    model, config = calibrated("llama")
+    get_peft_model(model, config).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    for key in list(tensors):
+        if key.endswith("lora_A.weight"):
+            assert torch.equal(tensors[key], tensors[key.replace("lora_A.weight", "lora_A0")])
+            b = key.replace("lora_A.weight", "lora_B.weight")
+            assert torch.equal(tensors[b], tensors[b.replace("lora_B.weight", "lora_B0")])
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert isinstance(loaded, CordaConfig)
+    assert loaded.corda_method == "kpm" and loaded.corda_factors is None
+    assert config.corda_factors is not None  # saving does not take them from the live config
+
+
+def test_reloaded_adapter_can_be_trained_on(tmp_path):
+    model, config = calibrated("llama")
+    batch = make_batches(seed=7)[0]
+    get_peft_model(model, config).save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(make_model("llama"), tmp_path, is_trainable=True)
+    before = logits_of(reloaded, batch)
+    assert torch.equal(before, logits_of(make_model("llama"), batch))
+    train_steps(reloaded, batch)
+    assert not torch.equal(logits_of(reloaded, batch), before)
+
+
+def test_loading_weights_into_a_live_adapter_is_not_undone(tmp_path):
+    """Trainer resumes by `load_adapter` into the adapter that training began with."""
+    model, config = calibrated("llama", torch.bfloat16)
+    batch = make_batches(seed=7)[0]
+    adapted = get_peft_model(model, config)
+    train_steps(adapted, batch)
+    trained = logits_of(adapted, batch)
+    adapted.save_pretrained(tmp_path)
+    fresh = get_peft_model(make_model("llama", torch.bfloat16), config)
+    fresh.load_adapter(tmp_path, "default", is_trainable=True)
+    assert torch.equal(logits_of(fresh, batch), trained)
+
+
+def test_two_adapters_side_by_side():
+    batch = make_batches(seed=7)[0]
+    model, first = calibrated("llama", corda_method="ipm")
+    base = logits_of(model, batch)
+    second = make_config(corda_method="kpm", r=4, lora_alpha=4)
+    adapted = get_peft_model(model, first, adapter_name="first")
+    train_steps(adapted, batch)
+    with_first = logits_of(adapted, batch)
+    calibrate(adapted, second, make_batches())
+    adapted.add_adapter("second", second)
+    adapted.set_adapter("second")
+    assert torch.equal(logits_of(adapted, batch), base)
+    train_steps(adapted, batch)
+    with_second = logits_of(adapted, batch)
+    adapted.set_adapter("first")
+    assert torch.equal(logits_of(adapted, batch), with_first)
+    mixed = adapted(**batch, adapter_names=["first", "second", "__base__", "first"]).logits
+    torch.testing.assert_close(mixed[0], with_first[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(mixed[1], with_second[1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(mixed[2], base[2], rtol=0, atol=1e-5)
+    adapted.delete_adapter("first")
+    adapted.set_adapter("second")
+    assert torch.equal(logits_of(adapted, batch), with_second)
+    assert not any("first" in key for key in adapted.state_dict())
+
+
+def test_rank_pattern_and_alpha_pattern():
+    model, config = calibrated("llama", rank_pattern={"q_proj": 3}, alpha_pattern={"q_proj": 6})
+    batch = make_batches(seed=7)[0]
+    before = logits_of(model, batch)
+    adapted = get_peft_model(model, config)
+    shapes = {n: p.shape[0] for n, p in adapted.named_parameters() if "lora_A" in n}
+    assert all(rank == (3 if "q_proj" in name else 8) for name, rank in shapes.items())
+    assert torch.equal(logits_of(adapted, batch), before)
+
+
+def test_smaller_rank_starts_from_the_same_factors():
+    model, config = calibrated("llama", r=8)
+    smaller = make_config(r=3, lora_alpha=3, corda_factors=config.corda_factors)
+    adapted = get_peft_model(model, smaller)
+    for name, layer in adapted.base_model.adapter_layers("default").items():
+        directions = config.corda_factors.modules[name].directions[config.corda_method].U[:, :3]
+        expected = directions @ directions.T @ layer.get_base_layer().weight
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        torch.testing.assert_close(b @ a, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_factors_from_a_file(tmp_path):
+    model, config = calibrated("llama")
+    batch = make_batches(seed=7)[0]
+    config.corda_factors.save(tmp_path / "factors.safetensors")
+    from_memory = get_peft_model(model, config)
+    from_file = get_peft_model(
+        make_model("llama"), make_config(corda_factors=str(tmp_path / "factors.safetensors"))
+    )
+    train_steps(from_memory, batch)
+    train_steps(from_file, batch)
+    assert torch.equal(logits_of(from_memory, batch), logits_of(from_file, batch))
+
+
+def test_initialize_corda_after_the_fact():
+    batch = make_batches(seed=7)[0]
+    model, config = calibrated("llama", torch.bfloat16)
+    expected = get_peft_model(model, config)
+    late = get_peft_model(make_model("llama", torch.bfloat16), make_config())
+    initialize_corda(late, make_batches())
+    assert late.state_dict().keys() == expected.state_dict().keys()
+    for key, value in expected.state_dict().items():
+        assert torch.equal(late.state_dict()[key], value), key
+    train_steps(late, batch)
+
+
+def test_inject_adapter_in_model():
+    model, config = calibrated("llama")
+    batch = make_batches(seed=7)[0]
+    before = logits_of(model, batch)
+    injected = inject_adapter_in_model(config, model)
+    assert torch.equal(logits_of(injected, batch), before)
+    assert injected.model.layers[0].mlp.up_proj.lora_B["default"].weight.abs().sum() > 0
+
+
+def test_gradients_reach_the_trained_factors_alone_and_the_input():
+    model, config = calibrated("llama")
+    adapted = get_peft_model(model, config)
+    batch = make_batches(seed=7)[0]
+    adapted.train()
+    adapted(**batch, labels=batch["input_ids"]).loss.backward()
+    for name, parameter in adapted.named_parameters():
+        assert (parameter.grad is not None) == ("lora_A" in name or "lora_B" in name), name
+        if parameter.grad is not None:
+            assert parameter.grad.abs().sum() > 0, name
+
+
+def test_layer_is_the_virtual_residual():
+    """`base(x) + s (B A x − B0 A0 x)` against the same formula on dense float64 matrices."""
+    model, config = calibrated("gpt2", corda_method="ipm", lora_alpha=16)
+    adapted = get_peft_model(model, config)
+    train_steps(adapted, make_batches(seed=7)[0])
+    layer = adapted.base_model.model.transformer.h[0].mlp.c_fc
+    base = layer.get_base_layer()
+    x = torch.randn(5, 48)
+    a, b = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
+    a0, b0 = layer.lora_A0["default"].double(), layer.lora_B0["default"].double()
+    dense = base.weight.double().T + 2.0 * (b @ a - b0 @ a0)  # Conv1D holds (in, out)
+    expected = x.double() @ dense.T + base.bias.double()
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_acts_on_the_trained_path_alone():
+    model, config = calibrated("llama", lora_dropout=0.5)
+    adapted = get_peft_model(model, config)
+    layer = adapted.base_model.model.model.layers[0].mlp.up_proj
+    x = torch.randn(4, 48)
+    layer.eval()
+    assert torch.equal(layer(x), layer.base_layer(x))
+    layer.train()
+    with torch.no_grad():
+        layer.lora_A["default"].weight.zero_()
+    expected = layer.base_layer(x) - x @ layer.lora_A0["default"].T @ layer.lora_B0["default"].T
+    torch.testing.assert_close(layer(x), expected)

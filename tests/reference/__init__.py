@@ -1,0 +1,1 @@
+"""Oracles: the publications, written down naively in float64."""
