@@ -140,7 +140,9 @@ def prepared(
         signal = _signal(model, task, predict, config)
         with processes.error_barrier():
             asked = signal.predict if config.unread_weight < 1 else None
-            streams = start_streams(stack, data, config.batch_tokens, memory, asked)
+            streams = start_streams(
+                stack, data, config.batch_tokens, memory, asked, each_sample=predict is not None
+            )
         run = PruningRun(
             model=model,
             pruned=pruned,

@@ -14,11 +14,9 @@ from ..architectures.row import Context
 from ..architectures.tasks import Predict
 from .device_map import input_device
 from .layer_stack import LayerStack
+from .read_tokens import Reading, first_position, read_by_each, reading_of
 from .samples import CalibrationData, Sample, require_finite
 from .state_memory import StateMemory
-
-#: Logits of so many elements go backward at a time: 64 MiB in float32.
-MOST_LOGITS = 2**24
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,8 @@ def start_streams(
     batch_tokens: int,
     memory: StateMemory,
     predict: Predict | None = None,
+    *,
+    each_sample: bool = False,
 ) -> list[Stream]:
     """The samples in batches of equal length, as they enter the first transformer layer.
 
@@ -64,7 +64,9 @@ def start_streams(
         data: the samples.
         batch_tokens: tokens of a batch at most.
         memory: for hidden states.
-        predict: tells which states are read; by default all count as such.
+        predict: tells which states after the last layer are read; by default all count as such.
+        each_sample: whether to look at every sample for that, since what `predict` reads may depend on
+            the sample's tokens; otherwise two samples tell it.
 
     Raises:
         ValueError: hidden states are NaN or infinite.
@@ -73,12 +75,15 @@ def start_streams(
     for key, sample in zip(data.keys, data.samples, strict=True):
         shapes = tuple((name, value.shape[1:]) for name, value in sorted(sample.inputs.items()))
         groups[sample.tokens.shape[1], key <= data.largest_scored, shapes].append((key, sample))
+    reading: Reading = "all"
+    if predict is not None:
+        reading = "each" if each_sample else reading_of(stack, data.samples, predict)
     streams = []
     for (length, is_scored, _), members in sorted(groups.items(), key=lambda item: item[0][:2]):
         size = max(1, batch_tokens // length)
         for start in range(0, len(members), size):
             own, part = zip(*members[start : start + size], strict=True)
-            streams.append(_enter(stack, own, part, is_scored, memory, predict))
+            streams.append(_enter(stack, own, part, is_scored, memory, reading, predict))
     return streams
 
 
@@ -88,6 +93,7 @@ def _enter(
     part: Sequence[Sample],
     scored: bool,
     memory: StateMemory,
+    reading: Reading,
     predict: Predict | None,
 ) -> Stream:
     device = input_device(stack.model)
@@ -102,27 +108,11 @@ def _enter(
     small = _bytes_in(contexts) <= hidden.numel() * hidden.element_size() // 4
     teacher, student = memory.hold(hidden), memory.hold(hidden)
     read = tokens
-    if predict is not None:
-        read = tokens & _read(stack, inputs, hidden, predict).to(device)
+    if reading == "first":
+        read = tokens & first_position(tokens)
+    elif reading == "each" and predict is not None:
+        read = tokens & read_by_each(stack, inputs, hidden, predict).to(device)
     return Stream(keys, inputs, tokens, scored, read, teacher, student, contexts if small else None)
-
-
-def _read(stack: LayerStack, inputs: dict[str, Tensor], hidden: Tensor, predict: Predict) -> Tensor:
-    """Which positions' states after the last layer have any part in the predictions.
-
-    A classifier that looks at the first token alone has no gradient anywhere else.
-    """
-    found: list[Tensor] = []
-    start, rows = 0, 1  # the first alone tells how many logits there are
-    while start < len(hidden):
-        part = slice(start, start + rows)
-        with torch.enable_grad():
-            state = hidden[part].detach().requires_grad_()
-            z = stack.predict(predict, {n: value[part] for n, value in inputs.items()}, state)
-            (gradient,) = torch.autograd.grad(z.float().square().sum(), state)
-        found.append(gradient.ne(0).any(2))
-        start, rows = part.stop, max(1, MOST_LOGITS // (z.numel() // len(z)))
-    return torch.cat(found)
 
 
 def _bytes_in(contexts: Sequence[Context]) -> int:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..architectures.tasks import Predict, ProblemType
 from ..calibration.layer_stack import LayerStack
+from ..calibration.read_tokens import MOST_LOGITS
 from ..calibration.samples import require_finite
-from ..calibration.streams import MOST_LOGITS, Stream
+from ..calibration.streams import Stream
 from ..common.processes import Processes
 from ..units.sublayers import SubLayer
 from .fisher import directions, divergence_gradient

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..architectures.tasks import Predict, ProblemType
 from ..calibration.layer_stack import LayerStack
+from ..calibration.read_tokens import MOST_LOGITS
 from ..calibration.samples import require_finite
-from ..calibration.streams import MOST_LOGITS, Stream
+from ..calibration.streams import Stream
 from ..common.processes import Processes
 from .divergence import best_scale
 

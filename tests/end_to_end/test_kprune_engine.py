@@ -6,20 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-import kprune_ext.streams
 import pytest
 import torch
 
 from kprune_ext import KPruneConfig, LatencyTable, kprune, measure_latency
 from kprune_ext.architectures.table import find_architecture
 from kprune_ext.calibration.layer_stack import LayerStack
-from kprune_ext.calibration.sharing import shared_data
 from kprune_ext.calibration.state_memory import StateMemory
 from kprune_ext.calibration.streams import start_streams
 from kprune_ext.knowledge.measure import Signal, _in_parts, measure_knowledge, teacher_logits
 from kprune_ext.modeling.classes import model_task
 from kprune_ext.units.sublayers import sublayers
-from tests.helpers.kprune import padded, sequences, tiny_bert
+from tests.helpers.kprune import data_of, padded, sequences, tiny_bert
 from tests.helpers.kprune_models import batches_for, outputs_of, tiny
 from tests.reference import kprune_oracle as oracle
 
@@ -36,7 +34,7 @@ def test_hidden_states_in_a_file_give_the_same_model(monkeypatch) -> None:
             super().__init__(limit, folder)
             memories.append(self)
 
-    monkeypatch.setattr(kprune_ext.streams, "StateMemory", Noted)
+    monkeypatch.setattr("kprune_ext.calibration.state_memory.StateMemory", Noted)
     model, samples = tiny_bert(), sequences(40)
     held = run(model, padded(samples))
     spilled = run(model, padded(samples), max_state_memory=1000)
@@ -156,9 +154,9 @@ def test_paper_mode_squares_the_gradient_of_the_divergence() -> None:
             expected[key] += 0.5 * gradient**2 / len(samples)
 
     architecture, predict = find_architecture(model), model_task(model).predict
-    data = shared_data(model, padded(samples), config)
+    data = data_of(model, padded(samples), config)
     streams = start_streams(
-        LayerStack(model, architecture), data, config, StateMemory(2**30, Path())
+        LayerStack(model, architecture), data, config.batch_tokens, StateMemory(2**30, Path())
     )
     dense = teacher_logits(
         sublayers(model, architecture), LayerStack(model, architecture), predict, streams
@@ -201,10 +199,8 @@ def test_paper_mode_with_fewer_tokens_than_units() -> None:
 def test_what_goes_backward_at_a_time_does_not_grow_with_depth(depth: int) -> None:
     model = tiny_bert(layers=2)
     encoder, config = LayerStack(model, find_architecture(model)), KPruneConfig()
-    data = shared_data(
-        model, [{"input_ids": torch.arange(5, 35).unsqueeze(1).expand(30, 9)}], config
-    )
-    streams = start_streams(encoder, data, config, StateMemory(2**30, Path()))
+    data = data_of(model, [{"input_ids": torch.arange(5, 35).unsqueeze(1).expand(30, 9)}])
+    streams = start_streams(encoder, data, config.batch_tokens, StateMemory(2**30, Path()))
     predict = model_task(model).predict
     signal = Signal(predict, "single_label_classification", 2.0, 8, depth_tokens=1000)
     parts = list(_in_parts(streams, depth, encoder, signal))

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
+from kprune_ext import KPruneConfig
+from kprune_ext.calibration.sharing import shared_data
+
 VOCABULARY = 60
 
 
@@ -108,3 +111,12 @@ def word_tokenizer(folder: Path) -> BertTokenizerFast:
     words += [f"word{number}" for number in range(VOCABULARY - len(words))]
     (folder / "vocab.txt").write_text("\n".join(words))
     return BertTokenizerFast(vocab=str(folder / "vocab.txt"), vocab_file=str(folder / "vocab.txt"))
+
+
+def data_of(model, batches, config=None):
+    """Calibration data as `kprune` collects it."""
+    config = config or KPruneConfig()
+    scored = (config.score_fraction, config.min_score_samples)
+    return shared_data(
+        model, batches, max_tokens=config.max_tokens, seed=config.seed, scored=scored
+    )

@@ -12,14 +12,13 @@ from kprune_ext.architectures.table import find_architecture
 from kprune_ext.budget.flops import head_flops, neuron_flops
 from kprune_ext.budget.search import search_masks
 from kprune_ext.calibration.layer_stack import LayerStack
-from kprune_ext.calibration.sharing import shared_data
 from kprune_ext.calibration.state_memory import StateMemory
 from kprune_ext.calibration.streams import start_streams
 from kprune_ext.knowledge.measure import Knowledge, Signal, measure_knowledge
 from kprune_ext.modeling.classes import model_task
 from kprune_ext.tuning.least_squares import NormalEquations, tune_projection
 from kprune_ext.units.sublayers import sublayers
-from tests.helpers.kprune import padded, sequences, tiny_bert
+from tests.helpers.kprune import data_of, padded, sequences, tiny_bert
 from tests.reference import kprune_oracle as oracle
 
 TEMPERATURE = 2.0
@@ -29,8 +28,8 @@ def knowledge_of(model: torch.nn.Module, samples: list[torch.Tensor]) -> list[Kn
     architecture = find_architecture(model)
     config = KPruneConfig(score_fraction=1.0)
     encoder = LayerStack(model, architecture)
-    data = shared_data(model, padded(samples), config)
-    streams = start_streams(encoder, data, config, StateMemory(2**30, Path()))
+    data = data_of(model, padded(samples), config)
+    streams = start_streams(encoder, data, config.batch_tokens, StateMemory(2**30, Path()))
     predict = model_task(model).predict
     signal = Signal(predict, "single_label_classification", TEMPERATURE, passes=16)
     return measure_knowledge(sublayers(model, architecture), encoder, streams, signal)

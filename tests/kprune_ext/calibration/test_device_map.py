@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from kprune_ext import KPruneConfig, kprune
 from kprune_ext.architectures.table import find_architecture
-from kprune_ext.calibration.device_map import device_map_of, home, require_whole_layers
+from kprune_ext.calibration.device_map import device_map_of, device_of, require_whole_layers
 from kprune_ext.units.sublayers import layers_path
 from tests.helpers.kprune import padded, sequences, tiny_bert
 from tests.helpers.kprune_models import CASES, FAMILIES, batches_for, tiny
@@ -145,7 +145,7 @@ def test_two_devices(
     spread: list[dict[str, torch.device]] = []
     # accelerate's own part needs a real device.
     monkeypatch.setattr(
-        "kprune_ext.placement.dispatch_model",
+        "kprune_ext.calibration.device_map.dispatch_model",
         lambda model, places: (spread.append(places), model)[1],
     )
     model = tiny(family, task)
@@ -161,18 +161,18 @@ def test_two_devices(
     layers = layers_path(model, find_architecture(model))
     for name, value in pruned.named_parameters():
         if value.numel() and name.startswith(f"{layers}."):
-            assert found[name] == home(name, places, CPU), name
+            assert found[name] == device_of(name, places, CPU), name
 
 
 def test_homes_follow_the_longest_path() -> None:
     model = tiny_bert()
     model.hf_device_map = {"": 1, "bert.embeddings": "disk", "bert.encoder.layer.1": "cpu"}
     device_map = device_map_of(model)
-    assert home("bert.embeddings.word_embeddings.weight", device_map, OTHER) == CPU
-    assert home("bert.encoder.layer.1.output.dense.weight", device_map, OTHER) == CPU
-    assert home("bert.encoder.layer.10.output.dense.weight", device_map, OTHER) == OTHER
+    assert device_of("bert.embeddings.word_embeddings.weight", device_map, OTHER) == CPU
+    assert device_of("bert.encoder.layer.1.output.dense.weight", device_map, OTHER) == CPU
+    assert device_of("bert.encoder.layer.10.output.dense.weight", device_map, OTHER) == OTHER
     del model.hf_device_map
-    assert home("embeddings", {"layers": CPU}, OTHER) == OTHER
+    assert device_of("embeddings", {"layers": CPU}, OTHER) == OTHER
     assert device_map_of(model) == {"": CPU}
 
 

@@ -9,6 +9,7 @@ import torch
 
 from kprune_ext import KPruneConfig, kprune
 from kprune_ext.architectures.table import find_architecture
+from kprune_ext.calibration import read_tokens
 from kprune_ext.calibration.layer_stack import LayerStack
 from kprune_ext.calibration.samples import CalibrationData, collect_samples, sample_keys
 from kprune_ext.calibration.state_memory import StateMemory
@@ -16,17 +17,22 @@ from kprune_ext.calibration.streams import start_streams
 from kprune_ext.modeling.classes import model_task
 from kprune_ext.tuning.least_squares import NormalEquations
 from tests.helpers.kprune import padded, sequences, tiny_bert
-from tests.helpers.kprune_models import FAMILIES, batches_for, tiny
+from tests.helpers.kprune_models import CASES, FAMILIES, batches_for, tiny
 
 
-def streams_of(family: str, task: str):
+def streams_of(family: str, task: str, each_sample: bool = False):
     model = tiny(family, task)
-    samples = collect_samples(model, batches_for(family), 10**6)
+    encoder = LayerStack(model, find_architecture(model))
+
+    def image_tokens(inputs):
+        return encoder.enter(inputs)[0].shape[1]
+
+    samples = collect_samples(model, batches_for(family), 10**6, image_tokens)
     keys = sample_keys(samples, 0)
     data = CalibrationData(samples, keys, max(keys), len(samples), sum(s.count for s in samples))
     memory = StateMemory(2**30, Path())
-    encoder = LayerStack(model, find_architecture(model))
-    return start_streams(encoder, data, KPruneConfig(), memory, model_task(model).predict)
+    predict = model_task(model).predict
+    return start_streams(encoder, data, 2048, memory, predict, each_sample=each_sample)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "electra", "distilbert"])
@@ -55,13 +61,59 @@ def test_the_weight_is_nothing_where_all_is_read(task: str) -> None:
 
 def test_which_tokens_are_read_is_looked_up_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = streams_of("bert", "sequence")
-    monkeypatch.setattr("kprune_ext.streams.MOST_LOGITS", 1)
-    for one, other in zip(whole, streams_of("bert", "sequence"), strict=True):
+    monkeypatch.setattr("kprune_ext.calibration.read_tokens.MOST_LOGITS", 1)
+    for one, other in zip(whole, streams_of("bert", "sequence", each_sample=True), strict=True):
         assert torch.equal(one.read, other.read)
 
 
+@pytest.mark.parametrize(("family", "task"), CASES)
+def test_two_samples_tell_what_a_task_reads(family: str, task: str) -> None:
+    """The same as a look at every sample."""
+    for one, other in zip(
+        streams_of(family, task), streams_of(family, task, each_sample=True), strict=True
+    ):
+        assert torch.equal(one.read, other.read)
+
+
+def test_the_head_runs_for_two_samples_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    real = read_tokens.read_by_each
+    monkeypatch.setattr(
+        read_tokens, "read_by_each", lambda *args: seen.append(len(args[2])) or real(*args)
+    )
+    streams_of("bert", "sequence")
+    assert seen == [1, 1]
+
+
+def test_what_a_user_predicts_is_looked_up_for_every_sample() -> None:
+    """Here the token that is read depends on the tokens themselves."""
+
+    def predict(model, batch):
+        hidden = model.bert(**batch).last_hidden_state
+        place = batch["input_ids"].argmax(1)
+        return model.classifier(hidden[torch.arange(len(hidden)), place])
+
+    model, batches = tiny_bert(), padded(sequences())
+    config = KPruneConfig(reduction=0.5, unread_weight=0.0)
+    seen = []
+    real = read_tokens.read_by_each
+
+    def looked_up(stack, inputs, hidden, given):
+        found = real(stack, inputs, hidden, given)
+        assert torch.equal(found.int().argmax(1), inputs["input_ids"].argmax(1))
+        seen.append(len(hidden))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kprune_ext.calibration.streams.read_by_each", looked_up)
+        kprune(model, batches, config, predict=predict, progress=False)
+    assert sum(seen) == len(sequences())
+
+
 def test_nothing_is_looked_up_where_all_count_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kprune_ext.streams._read", lambda *_: pytest.fail("not needed"))
+    monkeypatch.setattr(
+        "kprune_ext.calibration.streams.read_by_each", lambda *_: pytest.fail("not needed")
+    )
     kprune(tiny_bert(), padded(sequences()), KPruneConfig(unread_weight=1.0), progress=False)
 
 

@@ -26,7 +26,8 @@ def known(factor: float = 1.0) -> list[Knowledge]:
 def scores_of(knowledge: list[Knowledge], **options) -> list[torch.Tensor]:
     model = tiny_bert()
     targets = sublayers(model, find_architecture(model))
-    return unit_scores(targets, knowledge, KPruneConfig(**options))
+    relative = options.pop("lambda_scale", "relative") == "relative"
+    return unit_scores(targets, knowledge, relative=relative, **options)
 
 
 def test_relative_lambda_does_not_depend_on_the_scale_of_the_knowledge() -> None:

@@ -94,7 +94,7 @@ def test_a_killed_save_leaves_the_previous_checkpoint(pruned, tmp_path) -> None:
     script = """
 import sys, time
 import kprune_ext
-from kprune_ext import checkpoints
+from kprune_ext.modeling import checkpoints
 from transformers import AutoModelForSequenceClassification
 model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
 model.classifier.bias.data += 1

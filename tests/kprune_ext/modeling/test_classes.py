@@ -20,11 +20,11 @@ from transformers import (
 )
 
 import kprune_ext
-from kprune_ext import KPruneConfig, kprune
-from kprune_ext.architectures import table as architectures
+from kprune_ext import KPruneConfig, kprune, modeling
+from kprune_ext.architectures import row as architectures
 from kprune_ext.architectures.table import find_architecture
-from kprune_ext.modeling import classes as modeling
 from kprune_ext.units import kept
+from kprune_ext.units.kept import kept_units
 from tests.helpers.kprune import padded, sequences, tiny_bert
 
 
@@ -49,7 +49,7 @@ def test_a_config_that_says_nothing_keeps_everything() -> None:
     config = modeling.KPruneBertConfig(
         num_hidden_layers=2, num_attention_heads=2, intermediate_size=5, hidden_size=8
     )
-    assert modeling.kept_units(config) == [kept.KeptUnits((0, 1), (0, 1, 2, 3, 4))] * 2
+    assert kept_units(config) == [kept.KeptUnits((0, 1), (0, 1, 2, 3, 4))] * 2
 
 
 def _drop_layer(stored: dict) -> None:
@@ -170,13 +170,11 @@ def test_pruning_twice_refers_to_the_original_model() -> None:
     model, batches = tiny_bert(neurons=80), padded(sequences())
     once = kprune(model, batches, KPruneConfig(reduction=0.3), progress=False)
     twice = kprune(once, batches, KPruneConfig(reduction=0.3), progress=False)
-    for before, after in zip(
-        modeling.kept_units(once.config), modeling.kept_units(twice.config), strict=True
-    ):
+    for before, after in zip(kept_units(once.config), kept_units(twice.config), strict=True):
         assert set(after.heads) <= set(before.heads)
         assert set(after.neurons) <= set(before.neurons)
     assert twice.kprune_report.flops_before == once.kprune_report.flops
-    for number, row in enumerate(modeling.kept_units(twice.config)):
+    for number, row in enumerate(kept_units(twice.config)):
         neurons = torch.tensor(row.neurons, dtype=torch.long)
         original = model.bert.encoder.layer[number].intermediate.dense.weight[neurons]
         assert torch.equal(twice.bert.encoder.layer[number].intermediate.dense.weight, original)
