@@ -36,15 +36,15 @@ lint: $(VENV)/.lint
 docs: $(VENV)/.test
 	$(BIN)/mkdocs build --strict
 
-# Hours: studies whose results are committed next to the scripts. More, which need data in files,
-# are corda_{finetune,decomposition,exactness}.py and kprune_{accuracy,recovery,export}.py.
+# This takes hours. The results are committed in benchmarks/results. Other benchmarks need data in files:
+# corda_start.{decomposition,exactness}, corda_training.{finetune,encoder} and all the others of kprune.
 bench: $(VENV)/.bench
-	$(BIN)/python benchmarks/demo_rates.py
-	$(BIN)/python benchmarks/corda_crossover.py
-	$(BIN)/python benchmarks/corda_init.py
-	$(BIN)/python benchmarks/corda_step.py
-	$(BIN)/python benchmarks/corda_plan.py
-	$(BIN)/python benchmarks/kprune_scale.py
+	$(BIN)/python -m benchmarks.corda_training.demo_rates
+	$(BIN)/python -m benchmarks.corda_start.crossover
+	$(BIN)/python -m benchmarks.corda_start.init
+	$(BIN)/python -m benchmarks.corda_training.step
+	$(BIN)/python -m benchmarks.corda_training.plan
+	$(BIN)/python -m benchmarks.kprune.scale
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -1,33 +1,34 @@
-"""From which size on subspace iteration is faster than working out all eigenpairs.
+"""The size from which subspace iteration is faster than working out all eigenpairs.
 
-    python benchmarks/corda_crossover.py
+    python -m benchmarks.corda_start.crossover
 
-Square layers with synthetic spectra like those of `corda_init_layers.py`. Times both ways of
-`peft_corda.decomposition.decompose` in turn, in CPU seconds, and compares the energy of the directions.
-The bounds in `peft_corda/iterative.py` come from here. Writes `results/corda_crossover.{json,md}`.
+The layers are square and have synthetic spectra like those of `layers.py`. Both ways of
+`peft_corda.decomposition.directions.decompose` are timed in turn, in CPU seconds, and the energies of
+their directions are compared. The bounds in `peft_corda/decomposition/subspace_iteration.py` come from
+here. Results go to `benchmarks/results/corda_crossover.{json,md}`.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from statistics import median
 from unittest import mock
 
 import torch
-from corda_init_layers import make_covariance, make_weight
-from study import RESULTS, provenance, table, write_report
 
-from peft_corda.decomposition import subspace_iteration as iterative
+from peft_corda.decomposition import subspace_iteration
 from peft_corda.decomposition.covariance import damped
 from peft_corda.decomposition.directions import Directions, decompose
 
-DAMPING = 0.01
+from ..common.command_line import add_results, add_threads, make_parser
+from ..common.models import DAMPING
+from ..common.records import provenance, table, write_report
+from .layers import make_covariance, make_weight
 
 
 def measure(size: int, rank: int, method: str, repeats: int) -> dict:
-    """CPU seconds of both ways, and the energy found by iteration over that of the exact way."""
+    """The CPU seconds of both ways, and the energy found by iteration over that of the exact way."""
     generator = torch.Generator().manual_seed(size)
     weight = make_weight(size, size, generator)
     factor = damped(make_covariance(size, 2 * size, generator), DAMPING)
@@ -35,8 +36,10 @@ def measure(size: int, rank: int, method: str, repeats: int) -> dict:
     energies = {}
     for _ in range(repeats):
         for way in seconds:
-            # Which of the two pays is what is asked here.
-            with mock.patch.object(iterative, "pays", return_value=way == "iterative"):
+            # Which of the two is faster is the question here.
+            with mock.patch.object(
+                subspace_iteration, "is_faster", return_value=way == "iterative"
+            ):
                 start = time.process_time()
                 found, _ = decompose(weight, factor, rank, method, exact=way == "exact")
                 seconds[way].append(time.process_time() - start)
@@ -51,10 +54,12 @@ def measure(size: int, rank: int, method: str, repeats: int) -> dict:
 
 
 def energy(found: Directions, weight: torch.Tensor, factor: torch.Tensor) -> float:
+    """The energy of `W C` that the directions capture."""
     return float((found.U.double().T @ weight.double() @ factor).square().sum())
 
 
 def as_markdown(report: dict) -> str:
+    """The table."""
     rows = [
         [
             run["method"],
@@ -76,21 +81,24 @@ def as_markdown(report: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[192, 384, 576, 1024, 2048])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64, 128, 256])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    sizes = [192, 384, 576, 1024, 2048]
+    add("--sizes", type=int, nargs="+", default=sizes, help="Sizes of the layers.")
+    add("--ranks", type=int, nargs="+", default=[16, 64, 128, 256], help="Ranks.")
+    add("--repeats", type=int, default=3, help="Number of rounds.")
+    add_threads(parser, 1)
+    add_results(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    report = provenance(__file__, sys.argv[1:]) | {"runs": []}
+    report = provenance(__spec__.name, sys.argv[1:]) | {"runs": []}
     for method in ("ipm", "kpm"):
         for size in args.sizes:
             for rank in args.ranks:
                 if 2 * rank <= size:
                     report["runs"].append(measure(size, rank, method, args.repeats))
                     print(report["runs"][-1], flush=True)
-    write_report(RESULTS, "corda_crossover", report, as_markdown(report))
+    write_report(args.results, "corda_crossover", report, as_markdown(report))
 
 
 if __name__ == "__main__":

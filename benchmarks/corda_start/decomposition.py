@@ -1,19 +1,20 @@
 """What a model loses with the k smallest components of every linear layer (CorDA, Table 6).
 
-    python benchmarks/corda_decomposition.py --wikitext train.txt test.txt \
+    python -m benchmarks.corda_start.decomposition --wikitext train.txt test.txt \\
         --nq train.jsonl validation.jsonl
 
 The components of `W C` are ordered by what the layer does on the text that `C` comes from. Discarding
 the k smallest of them, and multiplying by `C⁻¹`, leaves `W − U_k U_kᵀ W`, where `U_k` are the left
-singular vectors with the smallest singular values. Compared are
+singular vectors with the smallest singular values. Three choices of `U_k` are compared by perplexity on
+both corpora:
 
     svd             U_k of W itself
-    corda(corpus)   U_k of W C, C the damped mean outer product of the inputs on that corpus
+    corda(corpus)   U_k of W C, where C is the damped mean outer product of the inputs on that corpus
     sqrt(corpus)    U_k of W C^½: the eigenvectors of W C Wᵀ (not in the paper)
 
-by perplexity on both corpora. The paper finds that `corda` calibrated on the corpus that is measured
-loses least, and that `corda` calibrated on the other one still loses less than `svd`. Writes
-`benchmarks/results/corda_decomposition.json` and a Markdown table beside it.
+The paper finds that `corda` loses least when it is calibrated on the corpus that is measured, and still
+less than `svd` when it is calibrated on the other one. Results go to
+`benchmarks/results/corda_decomposition.json` and to a Markdown table beside it.
 """
 
 from __future__ import annotations
@@ -26,9 +27,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import study
 import torch
-from corda_language_model import load_model, load_tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -36,9 +35,12 @@ from peft_corda.base_model.weights import decomposable, dense_weight
 from peft_corda.decomposition.covariance import damped
 from peft_corda.decomposition.directions import left_singular
 
+from ..common import corpora, models, records
+from ..common.command_line import add_language_model, add_results, add_threads, make_parser
+
 CORPORA = ("wikitext", "nq")
 KS = [16, 32, 64, 128, 256]
-JUDGED = [16, 64, 128]  # the k at which the order of the methods is looked at
+JUDGED = [16, 64, 128]  # the k for which the order of the methods is judged
 
 # From a layer's name and weight to the matrix that its weight is multiplied by.
 Factor = Callable[[str, Tensor], Tensor]
@@ -47,22 +49,26 @@ Losses = dict[str, Tensor]
 
 
 def discarded_count(k: int, shape: torch.Size) -> int:
-    """How many components a layer loses: k, but half of what it has at most.
+    """The number of components that a layer loses: k, but at most half of what it has.
 
-    Without the cap, k would take all of a key or value projection, whichever the method."""
+    Without the cap, a key or value projection would lose all of them, whatever the method.
+    """
     return min(k, min(shape) // 2)
 
 
 def plain(name: str, weight: Tensor) -> Tensor:
+    """No weighting."""
     return torch.eye(weight.shape[1], dtype=torch.float64)
 
 
 def weighted_by(covariances: Mapping[str, Tensor], root: bool) -> Factor:
-    """`C`, or with `root` a factor `L` of it: as `L Lᵀ = C`, `W L` has the left singular vectors and
-    the singular values of `W C^½`."""
+    """`C`, or with `root` a factor `L` of it.
+
+    As `L Lᵀ = C`, the left singular vectors and singular values of `W L` are those of `W C^½`.
+    """
 
     def factor(name: str, weight: Tensor) -> Tensor:
-        covariance = damped(covariances[name], study.DAMPING)
+        covariance = damped(covariances[name], models.DAMPING)
         return torch.linalg.cholesky(covariance) if root else covariance
 
     return factor
@@ -71,7 +77,7 @@ def weighted_by(covariances: Mapping[str, Tensor], root: bool) -> Factor:
 def smallest_directions(
     weights: Mapping[str, Tensor], factor: Factor, most: int
 ) -> dict[str, Tensor]:
-    """`U (out, …)` of each layer, the smallest component first."""
+    """The directions `U (out, …)` of each layer, the smallest component first."""
     return {
         name: left_singular(
             decomposable(weight), factor(name, weight), discarded_count(most, weight.shape), "kpm"
@@ -84,7 +90,7 @@ def smallest_directions(
 def discarded(
     weights: Mapping[str, Tensor], directions: Mapping[str, Tensor], k: int
 ) -> Iterator[None]:
-    """The model without the k smallest components; its own weights come back."""
+    """Run a block with the k smallest components discarded, then restore the weights."""
     originals = {name: weight.clone() for name, weight in weights.items()}
     try:
         for name, weight in weights.items():
@@ -104,15 +110,15 @@ def measure_all(
     evaluation: Mapping[str, Tensor],
     args: argparse.Namespace,
 ) -> dict[tuple[str, int], Losses]:
-    """Losses by method and k; k = 0, the whole model, goes by the name of ``whole``."""
+    """The losses by method and k. The whole model, k = 0, is called `whole`."""
 
     def measure(method: str, k: int) -> Losses:
         start = time.perf_counter()
         losses = {
-            name: study.window_losses(model, windows, args.batch_size)
+            name: models.window_losses(model, windows, args.batch_size)
             for name, windows in evaluation.items()
         }
-        values = {name: study.perplexity(loss) for name, loss in losses.items()}
+        values = {name: models.perplexity(loss) for name, loss in losses.items()}
         seconds = round(time.perf_counter() - start, 1)
         print(json.dumps({"method": method, "k": k, **values, "seconds": seconds}), flush=True)
         return losses
@@ -127,7 +133,7 @@ def measure_all(
 
 
 def order_of(found: Mapping[tuple[str, int], Losses], family: str, corpus: str, k: int) -> dict:
-    """Whether calibration on this corpus is better than on the other, and that better than none."""
+    """Whether calibrating on this corpus is better than on the other, and that better than none."""
     (other_corpus,) = set(CORPORA) - {corpus}
     own = found[f"{family}({corpus})", k][corpus]
     other = found[f"{family}({other_corpus})", k][corpus]
@@ -137,13 +143,13 @@ def order_of(found: Mapping[tuple[str, int], Losses], family: str, corpus: str, 
         "corpus": corpus,
         "k": k,
         "perplexity": {
-            "own": study.perplexity(own),
-            "other": study.perplexity(other),
-            "svd": study.perplexity(svd),
+            "own": models.perplexity(own),
+            "other": models.perplexity(other),
+            "svd": models.perplexity(svd),
         },
-        "own_to_other": study.compared(own, other),
-        "other_to_svd": study.compared(other, svd),
-        "holds": study.perplexity(own) < study.perplexity(other) < study.perplexity(svd),
+        "own_to_other": models.compared(own, other),
+        "other_to_svd": models.compared(other, svd),
+        "holds": models.perplexity(own) < models.perplexity(other) < models.perplexity(svd),
     }
 
 
@@ -153,6 +159,7 @@ def as_report(
     settings: dict,
     origin: dict,
 ) -> dict:
+    """All figures, as JSON."""
     ks = sorted({k for _, k in found})
     shapes = [weight.shape for weight in weights.values()]
     return {
@@ -166,7 +173,7 @@ def as_report(
             {
                 "method": method,
                 "k": k,
-                "perplexity": {name: study.perplexity(loss) for name, loss in losses.items()},
+                "perplexity": {name: models.perplexity(loss) for name, loss in losses.items()},
             }
             for (method, k), losses in found.items()
         ],
@@ -181,6 +188,7 @@ def as_report(
 
 
 def as_markdown(report: dict) -> str:
+    """A table per corpus, and whether the order of the methods holds."""
     settings = report["settings"]
     by_method: dict[str, dict[int, dict[str, float]]] = {}
     for run in report["runs"]:
@@ -202,16 +210,17 @@ def as_markdown(report: dict) -> str:
             [method, shown(whole[corpus]), *(shown(values[k][corpus]) for k in ks)]
             for method, values in by_method.items()
         ]
-        parts += [f"On {corpus}:\n", study.table(["method", "k = 0", *map(str, ks)], rows)]
+        parts += [f"On {corpus}:\n", records.table(["method", "k = 0", *map(str, ks)], rows)]
     return "\n".join([*parts, *(statement(report["order"], f) for f in ("corda", "sqrt"))])
 
 
 def shown(value: float) -> str:
+    """A perplexity with two decimals, or with an exponent where it is large."""
     return f"{value:.2f}" if value < 1e4 else f"{value:.1e}"
 
 
 def statement(order: list[dict], family: str) -> str:
-    """In words: does calibrated on this corpus < on the other < plain SVD hold?"""
+    """A sentence on whether the order holds: calibrated on this corpus < on the other < plain SVD."""
     rows = [row for row in order if row["family"] == family]
     if not rows:
         return f"{family}: the order of the methods was not looked at (k = {JUDGED}).\n"
@@ -234,22 +243,22 @@ def statement(order: list[dict], family: str) -> str:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """The options."""
+    parser = make_parser(__doc__)
+    add = parser.add_argument
     split = {"nargs": 2, "type": Path, "required": True, "metavar": ("TRAIN", "TEST")}
-    parser.add_argument("--wikitext", **split, help="text files")
-    parser.add_argument("--nq", **split, help="JSON Lines with question and answer")
-    parser.add_argument("--model", help="hub id or local path (default: packaged SmolLM2-135M)")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--k", type=int, nargs="+", default=KS)
-    parser.add_argument("--length", type=int, default=256, help="tokens of a window")
-    parser.add_argument("--calibration-windows", type=int, default=64)
-    parser.add_argument("--test-windows", type=int, default=20)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seed", type=int, default=0, help="draws the calibration windows")
-    parser.add_argument("--output", type=Path, default=study.RESULTS)
+    add("--wikitext", **split, help="Text files.")
+    add("--nq", **split, help="JSON Lines files with the fields question and answer.")
+    add_language_model(parser)
+    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="Precision.")
+    add("--k", type=int, nargs="+", default=KS, help="Numbers of components to discard.")
+    add("--length", type=int, default=256, help="Tokens per window.")
+    add("--calibration-windows", type=int, default=64, help="Number of windows to calibrate on.")
+    add("--test-windows", type=int, default=20, help="Number of windows to measure with.")
+    add("--batch-size", type=int, default=4, help="Windows per batch.")
+    add_threads(parser)
+    add("--seed", type=int, default=0, help="Seed for drawing the calibration windows.")
+    add_results(parser, "--output")
     return parser.parse_args(argv)
 
 
@@ -257,30 +266,30 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     torch.set_num_threads(args.threads)
     start = time.perf_counter()
-    model = load_model(args.model, getattr(torch, args.dtype))
-    tokenizer = load_tokenizer(args.model)
-    targets = study.linear_layers(model)
+    model = models.load_model(args.model, getattr(torch, args.dtype))
+    tokenizer = models.load_tokenizer(args.model)
+    targets = models.linear_layers(model)
     methods: dict[str, Factor] = {"svd": plain}
     evaluation = {}
     for corpus in CORPORA:
         train, test = (
-            study.cut(study.read_corpus(path), tokenizer, args.length)
+            corpora.cut(corpora.read_corpus(path), tokenizer, args.length)
             for path in getattr(args, corpus)
         )
-        sample = study.drawn(train, args.calibration_windows, args.seed)
-        found = study.covariances(model, targets, sample, args.batch_size)
+        sample = corpora.drawn(train, args.calibration_windows, args.seed)
+        found = models.covariances(model, targets, sample, args.batch_size)
         methods[f"corda({corpus})"] = weighted_by(found, root=False)
         methods[f"sqrt({corpus})"] = weighted_by(found, root=True)
-        evaluation[corpus] = study.spread(test, args.test_windows)
+        evaluation[corpus] = corpora.spread(test, args.test_windows)
     weights = {name: dense_weight(name, module) for name, module in targets.items()}
     losses = measure_all(model, weights, methods, evaluation, args)
     kept = ("dtype", "length", "calibration_windows", "test_windows", "batch_size", "seed")
-    settings = {"model": study.model_label(args.model), "damping": study.DAMPING}
+    settings = {"model": records.model_label(args.model), "damping": models.DAMPING}
     settings |= {name: getattr(args, name) for name in kept}
-    origin = study.provenance(__file__, argv or sys.argv[1:])
+    origin = records.provenance(__spec__.name, argv or sys.argv[1:])
     report = as_report(losses, weights, settings, origin)
     report["seconds"] = round(time.perf_counter() - start)
-    study.write_report(args.output, "corda_decomposition", report, as_markdown(report))
+    records.write_report(args.output, "corda_decomposition", report, as_markdown(report))
 
 
 if __name__ == "__main__":

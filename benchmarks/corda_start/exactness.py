@@ -1,21 +1,21 @@
 """How exact the start of an adapter is, for every linear layer of a real model.
 
-    python benchmarks/corda_exactness.py --text train.txt
+    python -m benchmarks.corda_start.exactness --text train.txt
 
-`W C` is the weight times the damped covariance. For the r largest singular values (``ipm``) the best r
-orthonormal directions capture `S₁² + … + S_r²` of its energy `‖W C‖²`, for the r smallest (``kpm``)
-they let through as little as `S_n² + …`. Both optima come from a float64 singular value decomposition;
-the error is what the directions found miss of the one, or let through beyond the other, relative to
-it. Looked at are
+`W C` is the weight times the damped covariance. For the r largest singular values (`ipm`) the best r
+orthonormal directions capture `S₁² + … + S_r²` of its energy `‖W C‖²`, for the r smallest (`kpm`)
+they let through as little as `S_n² + …`. Both optima come from a float64 singular value decomposition.
+The error is what the directions found miss of the first, or let through beyond the second, relative to
+that optimum. Three kinds of directions are compared, with more calibration tokens than dimensions and
+with fewer:
 
     peft_corda   `left_singular`
     peft         `peft.tuners.lora.corda.collect_eigens_for_layer`, a float32 decomposition
     rounded      the directions of the float64 decomposition, rounded to float32
 
-with more calibration tokens than dimensions, and with fewer. Second, the norms of the starting
-factors, `‖A‖ / ‖B‖`, after a short and after a longer calibration: training depends on them, so they
-had better not depend on how long the calibration was. Writes `benchmarks/results/corda_exactness.json`
-and Markdown tables beside it.
+The second part compares the norms of the starting factors, `‖A‖ / ‖B‖`, after a short and after a
+longer calibration. Training depends on them, so they should not depend on the length of the
+calibration. Results go to `benchmarks/results/corda_exactness.json` and to Markdown tables beside it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 
-import peft_reference
-import study
 import torch
-from corda_language_model import load_model, load_tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -38,6 +35,10 @@ from peft_corda.base_model.weights import decomposable, dense_weight
 from peft_corda.decomposition.covariance import damped
 from peft_corda.decomposition.directions import left_singular
 from peft_corda.decomposition.starting_factors import starting_factors
+
+from ..common import corpora, models, records
+from ..common.command_line import add_language_model, add_results, add_threads, make_parser
+from . import peft_reference
 
 METHODS = ("ipm", "kpm")
 RANKS = (16, 128)
@@ -50,13 +51,16 @@ Case = tuple[str, int, str]  # method, rank, subject
 
 
 def at_end(values: Tensor, method: str, rank: int) -> Tensor:
-    """The part for the method of what a decomposition gives, largest first along the last axis."""
+    """The end that the method wants of what a decomposition has found, sorted from the largest."""
     return values[..., :rank] if method == "ipm" else values[..., -rank:]
 
 
 def energy_errors(weight: Tensor, covariance: Tensor) -> dict[Case, float]:
-    """Relative errors of one layer; negative only where rounding made a vector too long or short."""
-    damped_covariance = damped(covariance, study.DAMPING)
+    """The relative errors of one layer.
+
+    They are negative only where rounding has made a vector too long or too short.
+    """
+    damped_covariance = damped(covariance, models.DAMPING)
     product = weight.double() @ damped_covariance
     left, values, _ = torch.linalg.svd(product, full_matrices=False)
     theirs = peft_reference.eigens_of(weight, covariance).U_WC
@@ -77,6 +81,7 @@ def energy_errors(weight: Tensor, covariance: Tensor) -> dict[Case, float]:
 
 
 def summary(values: Mapping[str, float]) -> dict:
+    """The greatest value with its layer, and the median."""
     worst = max(values, key=values.__getitem__)
     return {"worst": values[worst], "layer": worst, "median": median(values.values())}
 
@@ -84,7 +89,7 @@ def summary(values: Mapping[str, float]) -> dict:
 def energy_rows(
     calibration: str, weights: Mapping[str, Tensor], covariances: Mapping[str, Tensor]
 ) -> list[dict]:
-    """Worst and median error by case, over the layers of each type and over all."""
+    """The worst and the median error by case, over the layers of each type and over all layers."""
     errors: dict[Case, dict[str, float]] = {}
     for name, weight in weights.items():
         for case, error in energy_errors(weight, covariances[name]).items():
@@ -100,7 +105,7 @@ def energy_rows(
 
 
 def synthetic_rows(size: int, seed: int) -> list[dict]:
-    """The same for a random square layer whose spectra fall like powers."""
+    """The errors of a random square layer whose spectra fall like powers."""
     torch.manual_seed(seed)
     first, second, third = (
         torch.linalg.qr(torch.randn(size, size, dtype=torch.float64)).Q for _ in range(3)
@@ -117,11 +122,11 @@ def synthetic_rows(size: int, seed: int) -> list[dict]:
 
 
 def norm_ratios(weight: Tensor, covariance: Tensor) -> dict[tuple[str, str], float]:
-    """`‖A‖ / ‖B‖` of the start by method and scaling."""
+    """`‖A‖ / ‖B‖` of the starting factors, by method and scaling."""
     ratios = {}
     for method in METHODS:
         directions, values = left_singular(
-            weight, damped(covariance, study.DAMPING), NORM_RANK, method
+            weight, damped(covariance, models.DAMPING), NORM_RANK, method
         )
         for scaling in ("balanced", "paper"):
             a, b = starting_factors(weight, directions, values, scaling, adapter_scale=1.0)
@@ -130,7 +135,7 @@ def norm_ratios(weight: Tensor, covariance: Tensor) -> dict[tuple[str, str], flo
 
 
 def peft_norm_ratios(weight: Tensor, covariance: Tensor) -> dict[tuple[str, str], float]:
-    """The same for the factors that PEFT starts with (`corda_init`)."""
+    """`‖A‖ / ‖B‖` of the factors that PEFT starts with (`corda_init`)."""
     eigens = peft_reference.eigens_of(weight, covariance)
     ratios = {}
     for method in METHODS:
@@ -142,10 +147,10 @@ def peft_norm_ratios(weight: Tensor, covariance: Tensor) -> dict[tuple[str, str]
 def norm_rows(
     model: PreTrainedModel, targets: Mapping[str, nn.Module], lengths: Mapping[str, Tensor]
 ) -> list[dict]:
-    """How far apart `‖A‖ / ‖B‖` is between two calibrations, worst and median over the layers."""
+    """The factor between `‖A‖ / ‖B‖` after two calibrations, worst and median over the layers."""
     found: dict[str, dict[tuple[str, str], dict[str, float]]] = {}
     for length, windows in lengths.items():
-        ours = study.covariances(model, targets, windows, batch_size=1)
+        ours = models.covariances(model, targets, windows, batch_size=1)
         theirs = peft_reference.covariances(model, targets, windows)
         for name, module in targets.items():
             weight = decomposable(dense_weight(name, module))
@@ -166,6 +171,7 @@ def norm_rows(
 
 
 def energy_table(rows: list[dict], kinds: list[str]) -> str:
+    """The errors of these types of layers."""
     cells: dict[tuple, dict[str, str]] = {}
     for row in rows:
         if row["type"] in kinds:
@@ -173,10 +179,11 @@ def energy_table(rows: list[dict], kinds: list[str]) -> str:
             cells.setdefault(key, {})[row["subject"]] = f"{row['median']:.1e}, {row['worst']:.1e}"
     header = ["layers", "calibration", "method", "r", *SUBJECTS]
     ordered = sorted(cells.items(), key=lambda item: kinds.index(item[0][0]))
-    return study.table(header, [[*key, *(v[s] for s in SUBJECTS)] for key, v in ordered])
+    return records.table(header, [[*key, *(v[s] for s in SUBJECTS)] for key, v in ordered])
 
 
 def as_markdown(report: dict) -> str:
+    """All tables."""
     settings = report["settings"]
     lengths = [name for name in settings["tokens"] if name not in ("full", "deficient")]
     raised = ", ".join(f"{n} ({name})" for name, n in report["peft_raised_damping"].items())
@@ -193,7 +200,7 @@ def as_markdown(report: dict) -> str:
         ),
         f"`‖A‖ / ‖B‖` of the start at r = {NORM_RANK}, after {' and '.join(lengths)}: factor between "
         "the two calibrations, median and worst over the layers; and its range over the layers.\n",
-        study.table(
+        records.table(
             ["method", "scaling", "factor", *lengths],
             [
                 [row["method"], row["scaling"]]
@@ -210,29 +217,30 @@ def as_markdown(report: dict) -> str:
         ]
         parts += [
             "Random layer, spectra falling like powers:\n",
-            study.table(list(report["synthetic"][0]), rows),
+            records.table(list(report["synthetic"][0]), rows),
         ]
     return "\n".join(parts)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--text", type=Path, required=True, help="text file to calibrate on")
-    parser.add_argument("--model", help="hub id or local path (default: packaged SmolLM2-135M)")
-    parser.add_argument("--large", type=int, nargs="?", const=4096, metavar="SIZE")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seed", type=int, default=0, help="draws the calibration windows")
-    parser.add_argument("--output", type=Path, default=study.RESULTS)
+    """The options."""
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--text", type=Path, required=True, help="Text file to calibrate on.")
+    add_language_model(parser)
+    about = "Also judge a random square layer of this size; 4096 without a number."
+    add("--large", type=int, nargs="?", const=4096, metavar="SIZE", help=about)
+    add_threads(parser)
+    add("--seed", type=int, default=0, help="Seed for drawing the calibration windows.")
+    add_results(parser, "--output")
     return parser.parse_args(argv)
 
 
 def calibrations(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Windows for the energies and for the norms."""
-    tokenizer, text = load_tokenizer(args.model), study.read_corpus(args.text)
-    windows = study.drawn(study.cut(text, tokenizer, 256), 64, args.seed)
-    long = study.drawn(study.cut(text, tokenizer, 1000), 10, args.seed)
+    """The windows for the energies, and those for the norms."""
+    tokenizer, text = models.load_tokenizer(args.model), corpora.read_corpus(args.text)
+    windows = corpora.drawn(corpora.cut(text, tokenizer, 256), 64, args.seed)
+    long = corpora.drawn(corpora.cut(text, tokenizer, 1000), 10, args.seed)
     return (
         {"full": windows, "deficient": windows[:1, :128]},
         {"1 x 100 tokens": long[:1, :100], "10 x 1,000 tokens": long},
@@ -244,22 +252,22 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     torch.set_num_threads(args.threads)
     start = time.perf_counter()
-    model = load_model(args.model, torch.float32)
-    targets = study.linear_layers(model)
+    model = models.load_model(args.model, torch.float32)
+    targets = models.linear_layers(model)
     weights = {name: dense_weight(name, module) for name, module in targets.items()}
     for_energy, for_norms = calibrations(args)
     energy, raised = [], {}
     for calibration, windows in for_energy.items():
-        found = study.covariances(model, targets, windows)
+        found = models.covariances(model, targets, windows)
         raised[calibration] = sum(peft_reference.raises_damping(found[name]) for name in targets)
         energy += energy_rows(calibration, weights, found)
         print(f"{calibration}: {time.perf_counter() - start:.0f} s", flush=True)
     report = {
-        **study.provenance(__file__, argv or sys.argv[1:]),
+        **records.provenance(__spec__.name, argv or sys.argv[1:]),
         "settings": {
-            "model": study.model_label(args.model),
+            "model": records.model_label(args.model),
             "seed": args.seed,
-            "damping": study.DAMPING,
+            "damping": models.DAMPING,
             "tokens": {n: w.numel() for n, w in (for_energy | for_norms).items()},
             "synthetic": {"weight_power": WEIGHT_POWER, "covariance_power": COVARIANCE_POWER},
         },
@@ -270,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
         "synthetic": synthetic_rows(args.large, args.seed) if args.large else [],
     }
     report["seconds"] = round(time.perf_counter() - start)
-    study.write_report(args.output, "corda_exactness", report, as_markdown(report))
+    records.write_report(args.output, "corda_exactness", report, as_markdown(report))
 
 
 if __name__ == "__main__":

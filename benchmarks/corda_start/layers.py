@@ -1,4 +1,4 @@
-"""Single layers at the sizes of 7B models, for `corda_init.py`: synthetic, from a seed.
+"""Single synthetic layers at the sizes of 7B models, for `init.py`, made from a seed.
 
 The weight is Gaussian with a mild power law of singular values in a random basis. The covariance is
 that of random tokens whose variances follow a steeper power law, with a few massive directions on top
@@ -14,7 +14,6 @@ import sys
 from typing import Any
 
 import torch
-from corda_init_sides import Seconds, Stopwatch, in_turn
 from peft import LoraConfig
 from peft.tuners.lora.config import CordaConfig as PeftCordaConfig
 from peft.tuners.lora.corda import collect_eigens_for_layer
@@ -24,8 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from peft_corda.decomposition.covariance import damped
 from peft_corda.decomposition.directions import left_singular
 
+from ..common.models import DAMPING
+from ..common.stopwatch import Seconds, Stopwatch
+from .sides import in_turn
+
 METHODS = ("kpm", "ipm")
-DAMPING = 0.01  # the default of both sides
 WEIGHT_DECAY, VARIANCE_DECAY = 0.25, 1.2
 MASSIVE, MASSIVE_FACTOR = 4, 100.0
 FEW_TOKENS, TOKENS_PER_DIMENSION = 512, 2
@@ -33,7 +35,7 @@ ROWS = 2048  # tokens made at a time
 
 
 class CountInversions(TorchDispatchMode):
-    """PEFT doubles its damping until its inverse is good enough, and does not tell."""
+    """Counts inversions: PEFT doubles its damping until its inverse is good enough, silently."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,31 +49,33 @@ class CountInversions(TorchDispatchMode):
 
 
 def rotated(rows: Tensor, signs: Tensor) -> Tensor:
-    """Rows in another orthonormal basis, a dense one: random signs, then the Hartley transform.
+    """Rows in a dense orthonormal basis: random signs, then the Hartley transform.
 
-    As good as a random rotation here, and takes `n log n` where that takes `n²`.
+    This is as good as a random rotation here, and takes `n log n` steps in place of `n²`.
     """
     spectrum = torch.fft.fft(rows * signs, norm="ortho")
     return spectrum.real - spectrum.imag
 
 
 def random_signs(size: int, generator: torch.Generator) -> Tensor:
+    """Signs `(size,)`, each 1 or −1."""
     return torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1.0
 
 
 def power_law(size: int, exponent: float) -> Tensor:
+    """The numbers from 1 to `size` to the power of `−exponent`."""
     return torch.arange(1, size + 1, dtype=torch.float32) ** -exponent
 
 
 def make_weight(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    """`(rows, columns)` float32."""
+    """A weight `(rows, columns)` in float32."""
     gaussian = torch.randn(rows, columns, generator=generator) / columns**0.5
     scaled = gaussian * power_law(columns, WEIGHT_DECAY)
     return rotated(scaled, random_signs(columns, generator))
 
 
 def make_covariance(size: int, tokens: int, generator: torch.Generator) -> Tensor:
-    """`(size, size)` float32, the mean outer product of `tokens` tokens."""
+    """The mean outer product `(size, size)` of as many tokens, in float32."""
     variances = power_law(size, VARIANCE_DECAY)
     variances[:MASSIVE] *= MASSIVE_FACTOR
     signs = random_signs(size, generator)
@@ -86,13 +90,17 @@ def make_covariance(size: int, tokens: int, generator: torch.Generator) -> Tenso
 
 @torch.no_grad()
 def ours(weight: Tensor, covariance: Tensor, rank: int, method: str) -> tuple[Seconds, Tensor]:
+    """The time that `peft_corda` takes, and the directions that it finds."""
     watch = Stopwatch()
     directions, _ = left_singular(weight, damped(covariance, DAMPING), rank, method)
     return watch.read(), directions
 
 
 def peft(weight: Tensor, covariance: Tensor) -> tuple[Seconds, Tensor, int]:
-    """Time, all left singular vectors (PEFT crops them later) and the number of inversions."""
+    """The time that PEFT takes, all left singular vectors and the number of inversions.
+
+    PEFT crops the vectors later.
+    """
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.covariance_matrix = covariance
@@ -104,23 +112,23 @@ def peft(weight: Tensor, covariance: Tensor) -> tuple[Seconds, Tensor, int]:
 
 
 def exact_values(product: Tensor) -> Tensor:
-    """Singular values of `W C` in float64, largest first.
+    """The singular values of `W C` in float64, largest first.
 
-    A QR decomposition first makes the matrix square. Both steps are backward stable, so that the
-    values are as accurate as those of a plain decomposition, at a fraction of the time.
+    First, a QR decomposition makes the matrix square. Both steps are backward stable, so the values
+    are as accurate as those of a plain decomposition, in a fraction of the time.
     """
     tall = product if product.shape[0] >= product.shape[1] else product.T
     return torch.linalg.svdvals(torch.linalg.qr(tall, mode="r").R)
 
 
 def energy(directions: Tensor, product: Tensor) -> float:
-    """`‖Uᵀ W C‖²` for the space spanned by `U`, which float32 leaves a little short of orthonormal."""
+    """`‖Uᵀ W C‖²` for the space that `U` spans; in float32, `U` is not quite orthonormal."""
     basis = torch.linalg.qr(directions.double()).Q
     return float((basis.T @ product).square().sum())
 
 
 class LayerCase:
-    """One weight and covariance, both sides' times and what they found."""
+    """One weight and covariance, the times of both sides, and what each has found."""
 
     def __init__(self, shape: str, kind: str, rank: int) -> None:
         rows, columns = (int(size) for size in shape.split("x"))
@@ -140,12 +148,14 @@ class LayerCase:
         }
 
     def run_ours(self) -> None:
+        """Measure `peft_corda` with both methods."""
         for method in METHODS:
             seconds, directions = ours(self.weight, self.covariance, self.rank, method)
             self.record["seconds"][f"ours {method}"].append(seconds)
             self.found["ours", method] = directions
 
     def run_peft(self) -> None:
+        """Measure PEFT, whose decomposition serves both methods."""
         seconds, vectors, inversions = peft(self.weight, self.covariance)
         self.record["seconds"]["peft"].append(seconds)
         self.record["peft_damping"] = DAMPING * 2 ** (inversions - 1)
@@ -153,7 +163,7 @@ class LayerCase:
         self.found["peft", "ipm"] = vectors[:, : self.rank].clone()
 
     def judge(self) -> None:
-        """Energies relative to the best that is possible, under the damping of either side."""
+        """Record the energies relative to the best possible ones, for the damping of either side."""
         found: dict[str, float] = {}
         for damping in sorted({DAMPING, self.record["peft_damping"]}):
             product = self.weight.double() @ damped(self.covariance, damping)
@@ -167,6 +177,7 @@ class LayerCase:
 
 
 def measure_layer(shape: str, kind: str, args: argparse.Namespace) -> dict:
+    """The record of one layer, by both sides in turn."""
     case = LayerCase(shape, kind, args.layer_rank)
     for number in range(args.repeats):
         in_turn(number, [case.run_ours, case.run_peft])

@@ -1,59 +1,35 @@
-"""Peak memory of each side of `corda_init.py`, each in a process of its own. Linux only."""
+"""Peak memory of each side of `init.py`, each measured in a process of its own. Linux only."""
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import hashlib
 import json
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
-from corda_init_sides import Sample, forward, load, run_ours, run_peft, time_forward
 from transformers import PreTrainedModel
 
 from peft_corda import CordaConfig, CordaFactors
+from peft_corda.base_model.forward import Runner
 from peft_corda.base_model.input_groups import discover
 from peft_corda.base_model.targets import find_targets
 
+from ..common.memory import RESET, STATUS, resident, settle
+from ..common.records import in_child
+from .sides import Sample, forward, load, run_ours, run_peft, time_forward
+
 # "forward" is the floor: the batches are run through the model and nothing is kept.
 SIDES = ("forward", "peft", "ours", "ours-least")
-STATUS = Path("/proc/self/status")
-RESET = Path("/proc/self/clear_refs")
-
-
-def resident(field: str) -> int:
-    """Bytes of `VmRSS` (now) or `VmHWM` (the most so far)."""
-    for line in STATUS.read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"{STATUS} has no {field}")
-
-
-def settle() -> int:
-    """Give freed memory back to the system, forget the peak so far, and say what is left in use.
-
-    Memory that loading the model has freed would else be used again unseen.
-    """
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    RESET.write_text("5")
-    before, peak = resident("VmRSS"), resident("VmHWM")
-    if peak > before + 16 * 2**20:
-        raise RuntimeError("the kernel did not reset the peak of memory in use")
-    return before
 
 
 def least_memory(model: PreTrainedModel, sample: Sample) -> int:
-    """The smallest `max_memory` at which hidden states are carried from pass to pass.
+    """The smallest `max_memory` with which one pass resumes from the hidden states of another.
 
-    The statistics of the largest layer, and the hidden states of all tokens.
+    It holds the statistics of the largest layer, and the hidden states of all tokens.
     """
     config = CordaConfig(target_modules="all-linear", r=1)
-    groups = discover(model, find_targets(model, config), sample.batches[0]).groups
+    groups = discover(Runner(model, find_targets(model, config)), sample.batches[0]).groups
     tokens = sum(batch["input_ids"].numel() for batch in sample.batches)
     hidden = tokens * model.config.hidden_size * model.dtype.itemsize
     # A margin, as the length of batches to come is not known beforehand.
@@ -61,6 +37,7 @@ def least_memory(model: PreTrainedModel, sample: Sample) -> int:
 
 
 def fingerprint(factors: CordaFactors) -> str:
+    """A hash of all directions and singular values."""
     digest = hashlib.sha256()
     for name, module in factors.modules.items():
         digest.update(name.encode())
@@ -71,41 +48,32 @@ def fingerprint(factors: CordaFactors) -> str:
 
 
 def measure_child(model: PreTrainedModel, sample: Sample, args: argparse.Namespace) -> dict:
-    """Run one side at one rank in this process, and say what it took."""
-    rank = args.ranks[0]
-    limit = least_memory(model, sample) if args.child == "ours-least" else None
-    # Memory that the libraries take once and for all is not a side's own.
+    """Run one side at one rank in this process, and record what it took."""
+    rank, side = args.ranks[0], args.one
+    limit = least_memory(model, sample) if side == "ours-least" else None
+    # Memory that the libraries take once and keep is not a side's own.
     forward(model, sample.batches[:1])
     before = settle()
     factors = None
-    if args.child == "forward":
+    if side == "forward":
         seconds = time_forward(model, sample.batches)
-    elif args.child == "peft":
+    elif side == "peft":
         seconds = run_peft(model, args.memory_method, rank, sample.singles)[0]["total"]
     else:
         options = {} if limit is None else {"max_memory": limit}
         times, factors = run_ours(model, args.memory_method, rank, sample.batches, **options)
         seconds = times["total"]
     above = resident("VmHWM") - before
-    record = {"side": args.child, "before": before, "peak_above": above, "seconds": seconds}
+    record = {"side": side, "before": before, "peak_above": above, "seconds": seconds}
     if factors is not None:
         record |= {"max_memory": limit or "default", "factors_sha256": fingerprint(factors)}
     return record
 
 
-def run_child(side: str, rank: int, arguments: list[str]) -> dict:
-    """The script again, with the same arguments, as a child that measures one side."""
-    script = Path(__file__).with_name("corda_init.py")
-    command = [sys.executable, str(script), *arguments]
-    # The last of an option that comes twice counts.
-    command += ["--child", side, "--ranks", str(rank)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def measure_memory(
-    args: argparse.Namespace, arguments: list[str], save: Callable[[dict], None]
+    args: argparse.Namespace, module: str, arguments: list[str], save: Callable[[dict], None]
 ) -> None:
+    """Measure every side at every rank, each in a child process of this benchmark."""
     if not RESET.exists():
         sys.exit(f"The memory part reads {STATUS} and writes {RESET}, which only Linux has.")
     part: dict = {
@@ -116,7 +84,8 @@ def measure_memory(
     }
     for rank in args.ranks:
         runs = [
-            run_child(side, rank, arguments)
+            # If an option is given twice, the last one counts.
+            in_child(module, [*arguments, "--ranks", str(rank)], side)
             for _ in range(args.memory_repeats)
             for side in args.sides
         ]
@@ -128,5 +97,6 @@ def measure_memory(
 
 
 def child_main(args: argparse.Namespace) -> None:
+    """Measure what `--one` names, and print it."""
     model, samples = load(args, args.dtypes[0])
     print(json.dumps(measure_child(model, samples[0], args)))

@@ -1,10 +1,9 @@
-"""PEFT's own CorDA (`peft.tuners.lora.corda`), one layer at a time, to compare with."""
+"""PEFT's own CorDA (`peft.tuners.lora.corda`), one layer at a time, as something to compare with."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import study
 import torch
 from peft import LoraConfig
 from peft.tuners.lora.config import CordaConfig
@@ -14,9 +13,11 @@ from transformers import PreTrainedModel
 
 from peft_corda.decomposition.covariance import damped
 
+from ..common.models import DAMPING
+
 
 def eigens_of(weight: Tensor, covariance: Tensor) -> CordaEigens:
-    """What PEFT decomposes a layer into; it damps the covariance itself."""
+    """What PEFT decomposes a layer into. It damps the covariance itself."""
     layer = nn.Linear(*weight.T.shape, bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.covariance_matrix = covariance
@@ -25,7 +26,7 @@ def eigens_of(weight: Tensor, covariance: Tensor) -> CordaEigens:
 
 def raises_damping(covariance: Tensor) -> bool:
     """Whether PEFT finds its float32 inverse too inexact, and damps more than it was told to."""
-    matrix = damped(covariance, study.DAMPING).float()
+    matrix = damped(covariance, DAMPING).float()
     error = torch.dist(matrix @ torch.linalg.inv(matrix), torch.eye(len(matrix)))
     return not error < 0.05
 
@@ -33,7 +34,7 @@ def raises_damping(covariance: Tensor) -> bool:
 def covariances(
     model: PreTrainedModel, targets: Mapping[str, nn.Module], windows: Tensor
 ) -> dict[str, Tensor]:
-    """PEFT's statistics: sums over a sample, not means, relative to its greatest entry."""
+    """PEFT's statistics: sums over a sample instead of means, relative to their greatest entry."""
     config = LoraConfig(
         target_modules=list(targets),
         init_lora_weights="corda",

@@ -1,16 +1,13 @@
-"""The two sides that `corda_init.py` compares, the data both are given, and the clock."""
+"""The two sides that `init.py` compares, and the data that both are given."""
 
 from __future__ import annotations
 
 import argparse
-import gc
-import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import torch
 from peft import LoraConfig
@@ -20,41 +17,25 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_corda import CordaConfig, CordaFactors, calibrate
+from peft_corda.base_model.forward import Runner
 from peft_corda.base_model.input_groups import discover
 from peft_corda.base_model.targets import find_targets
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-import local_text
-from corda_language_model import load_model, load_tokenizer
+from ..common import corpora
+from ..common.models import load_model, load_tokenizer
+from ..common.stopwatch import Seconds, Stopwatch
 
 # What PEFT leaves on the modules, or would leave after an error.
 PEFT_ATTRIBUTES = ("eigens", "covariance_matrix", "sample_count", "corda_method", "rank")
 
-Seconds = dict[str, float]  # "cpu" and "wall"
 Inputs = dict[str, Tensor]
 
 
-class Stopwatch:
-    """CPU time of this process (all threads) and wall time since it was made."""
-
-    def __init__(self) -> None:
-        gc.collect()
-        self._start = self._now()
-
-    def read(self) -> Seconds:
-        cpu, wall = self._now()
-        return {"cpu": cpu - self._start[0], "wall": wall - self._start[1]}
-
-    @staticmethod
-    def _now() -> tuple[float, float]:
-        return time.process_time(), time.perf_counter()
-
-
 class Watched:
-    """Batches that add up the time it takes to run them through.
+    """Batches that add up the time it takes to run through all of them.
 
     What comes before the first complete run, and every complete run, is the statistics phase; what
-    comes between runs and behind them is decomposition.
+    comes between the runs and after the last one is decomposition.
     """
 
     def __init__(self, batches: list[Inputs], watch: Stopwatch) -> None:
@@ -85,6 +66,7 @@ class Sample:
     batch_size: int
 
     def describe(self) -> dict:
+        """What the report says of the data."""
         return {
             "data": self.name,
             "sequences": len(self.singles),
@@ -96,6 +78,7 @@ class Sample:
 def make_sample(
     name: str, rows: list[list[int]], tokenizer: PreTrainedTokenizerBase, batch_size: int
 ) -> Sample:
+    """Rows of tokens as batches, and each row on its own."""
     batches = [
         dict(tokenizer.pad({"input_ids": rows[start : start + batch_size]}, return_tensors="pt"))
         for start in range(0, len(rows), batch_size)
@@ -106,7 +89,7 @@ def make_sample(
 
 def read_samples(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
     """Long sequences of running text, and two sizes of short questions."""
-    text = args.text.read_text(encoding="utf-8") if args.text else "\n".join(local_text.manual())
+    text = args.text.read_text(encoding="utf-8") if args.text else "\n".join(corpora.manual())
     ids, length, count = tokenizer(text).input_ids, args.length, args.sequences
     rows = [ids[start : start + length] for start in range(0, length * count, length)]
     if len(rows[-1]) < length:
@@ -119,16 +102,17 @@ def read_samples(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -
 
 
 def read_questions(args: argparse.Namespace, count: int) -> list[str]:
+    """Short texts: the questions of the given file, or sentences of Python's manual."""
     if not args.questions:
-        return [question for question, _ in local_text.word_problems(count, seed=0)]
-    with args.questions.open(encoding="utf-8") as lines:
-        questions = [json.loads(line)[args.field] for line in islice(lines, count)]
+        return corpora.short_sentences(count)
+    questions = [row[args.field] for row in islice(corpora.read_rows(args.questions), count)]
     if len(questions) < count:
         sys.exit(f"{args.questions.name} has {len(questions)} questions; {count} were asked for.")
     return questions
 
 
 def load(args: argparse.Namespace, dtype: str) -> tuple[PreTrainedModel, list[Sample]]:
+    """The model in this precision, and the data."""
     tokenizer = load_tokenizer(args.model)
     return load_model(args.model, getattr(torch, dtype)), read_samples(args, tokenizer)
 
@@ -142,13 +126,14 @@ def forward(model: PreTrainedModel, data: Iterable[Inputs], head: bool = False) 
 
 
 def time_forward(model: PreTrainedModel, data: list[Inputs], head: bool = False) -> Seconds:
+    """How long a forward pass over the data takes."""
     watch = Stopwatch()
     forward(model, data, head)
     return watch.read()
 
 
 def gemm_rate(dtype: torch.dtype, size: int = 2048) -> float:
-    """FLOP a second of one large matrix product: the most of five tries."""
+    """FLOPs per second of one large matrix product, the best of five tries."""
     one, other = torch.randn(2, size, size).to(dtype)
     rates = []
     for _ in range(5):
@@ -159,15 +144,16 @@ def gemm_rate(dtype: torch.dtype, size: int = 2048) -> float:
 
 
 def least_flops(model: PreTrainedModel, sample: Sample) -> dict[str, int]:
-    """What statistics cannot do without: each target's product, and half of each symmetric sum.
+    """The FLOPs that no statistics can do without: the targets' products, and half of each sum.
 
-    Targets with the same input share a sum, and it may be the cross-covariance where that is less.
+    A sum is symmetric, so half of it is enough. Targets with the same input share one, and it may be
+    the cross-covariance where that is smaller.
     """
     targets = find_targets(model, CordaConfig(target_modules="all-linear"))
     tokens = sum(inputs["input_ids"].numel() for inputs in sample.singles)
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in targets.items()}
     sums = 0
-    for group in discover(model, targets, sample.singles[0]).groups:
+    for group in discover(Runner(model, targets), sample.singles[0]).groups:
         rows, columns = sum(shapes[name][0] for name in group.members), group.features
         sums += tokens * min(columns**2, 2 * rows * columns)
     return {"forward": 2 * tokens * sum(a * b for a, b in shapes.values()), "sums": sums}
@@ -180,6 +166,7 @@ def run_ours(
     batches: list[Inputs],
     max_memory: int | str | None = None,
 ) -> tuple[dict[str, Seconds], CordaFactors]:
+    """The times of `peft_corda.calibrate` by phase, and the factors that it has found."""
     config = CordaConfig(corda_method=method, r=rank, target_modules="all-linear")
     watch = Stopwatch()
     data = Watched(batches, watch)
@@ -190,9 +177,9 @@ def run_ours(
 def run_peft(
     model: PreTrainedModel, method: str, rank: int, singles: list[Inputs]
 ) -> tuple[dict[str, Seconds], int]:
-    """Also returns the number of modules that PEFT has worked out a start for.
+    """The times of `preprocess_corda` by phase, and the number of modules that it has decomposed.
 
-    Its callback runs the model as PEFT's own example does, head included, but takes no cache.
+    Its callback runs the model as PEFT's own example does, head included, but uses no cache.
     """
     config = LoraConfig(
         r=rank,
@@ -213,7 +200,7 @@ def run_peft(
 
 
 def linear_endings(model: PreTrainedModel) -> set[str]:
-    """What "all-linear" stands for: `preprocess_corda` would take that for a module's name."""
+    """What "all-linear" stands for, which `preprocess_corda` would take for a module's name."""
     return {
         name.rpartition(".")[2]
         for name, module in model.base_model.named_modules()
@@ -222,7 +209,7 @@ def linear_endings(model: PreTrainedModel) -> set[str]:
 
 
 def clear_peft(model: nn.Module) -> int:
-    """Take PEFT's results off the modules; how many modules had any."""
+    """Take PEFT's results off the modules, and say how many modules had any."""
     count = 0
     for module in model.modules():
         count += "eigens" in vars(module)
@@ -232,6 +219,7 @@ def clear_peft(model: nn.Module) -> int:
 
 
 def phases(statistics: Seconds | None, total: Seconds) -> dict[str, Seconds]:
+    """The total split into statistics and decomposition."""
     if statistics is None:
         raise RuntimeError("the calibration data was never run through to the end")
     rest = {clock: total[clock] - statistics[clock] for clock in total}
@@ -239,6 +227,6 @@ def phases(statistics: Seconds | None, total: Seconds) -> dict[str, Seconds]:
 
 
 def in_turn(round_number: int, sides: list[Callable[[], None]]) -> None:
-    """Run the sides, the order turned round every other time, so that drift falls on both."""
+    """Run the sides, in reverse order every other round, so that drift falls on all of them."""
     for side in sides if round_number % 2 == 0 else reversed(sides):
         side()

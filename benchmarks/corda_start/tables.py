@@ -1,15 +1,15 @@
-"""The results of `corda_init.py` as Markdown tables: medians, and ratios of medians."""
+"""The results of `init.py` as Markdown tables: medians, and ratios of medians."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from statistics import median
 
-MIB = 2**20
+from ..common.memory import MIB
 
 
 def as_markdown(parts: dict) -> str:
-    """All parts that there are."""
+    """All parts that were measured."""
     tables: dict[str, Callable[[dict], list[str]]] = {
         "time": time_table,
         "memory": memory_table,
@@ -24,6 +24,7 @@ def as_markdown(parts: dict) -> str:
 
 
 def about(part: dict) -> list[str]:
+    """The command, the machine and the versions."""
     where = part["environment"]
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
     threads = f"{where['threads']} thread" + "s" * (where["threads"] != 1)
@@ -32,31 +33,37 @@ def about(part: dict) -> list[str]:
 
 
 def middle(seconds: Iterable[dict], clock: str = "cpu") -> float:
+    """The median of one clock."""
     return median(run[clock] for run in seconds)
 
 
 def phase(runs: list[dict], name: str, clock: str = "cpu") -> float:
+    """The median time of one phase."""
     return middle((run[name] for run in runs), clock)
 
 
 def row(*cells: object) -> str:
+    """A row of a table."""
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 
 def head(*titles: str) -> list[str]:
+    """The first two lines of a table."""
     return [row(*titles), row(*("---" for _ in titles))]
 
 
 def times(ratio: float) -> str:
+    """A ratio, as a multiple."""
     return f"{ratio:.1f}×"
 
 
 def amount(value: float) -> str:
-    """Three digits, without an exponent."""
+    """A number with three digits, without an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def time_table(part: dict) -> list[str]:
+    """The times of both sides, and how many times as long PEFT takes."""
     where = part["environment"]
     lines = [
         f"{where['model']}, {part['cells'][0]['modules']} modules; sequences from {where['text']}, "
@@ -84,12 +91,13 @@ def time_table(part: dict) -> list[str]:
 
 
 def least_seconds(cell: dict) -> float:
+    """The least time of statistics: their FLOPs at the speed of a large product."""
     rates, flops = cell["flops_per_second"], cell["least_flops"]
     return flops["forward"] / rates[cell["dtype"]] + flops["sums"] / rates["float32"]
 
 
 def compare_phases(runs: list[dict], peft: list[dict]) -> list[str]:
-    """Seconds of each phase, then how many times as long PEFT takes."""
+    """The seconds of each phase, then how many times as long PEFT takes."""
     names = ("statistics", "decomposition", "total")
     seconds = [amount(phase(runs, name)) for name in names]
     if runs is peft:
@@ -100,6 +108,7 @@ def compare_phases(runs: list[dict], peft: list[dict]) -> list[str]:
 
 
 def memory_table(part: dict) -> list[str]:
+    """The peaks of both sides."""
     where = part["environment"]
     lines = [
         f"{where['model']}, {part['method']}, {part['dtype']}, the sequences of the time table. Peak "
@@ -136,6 +145,7 @@ def memory_table(part: dict) -> list[str]:
 
 
 def layers_table(part: dict) -> list[str]:
+    """Times and accuracy of single layers."""
     lines = [
         "Synthetic layers, float32, r = "
         f"{part['cells'][0]['rank']}, CPU seconds, median of {part['repeats']}. Energy: of the "

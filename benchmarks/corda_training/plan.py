@@ -1,33 +1,36 @@
-"""What `peft-corda plan` says of memory against what a calibration takes. Linux only.
+"""The memory that `peft-corda plan` forecasts, against what a calibration takes. Linux only.
 
-    python benchmarks/corda_plan.py
+    python -m benchmarks.corda_training.plan
 
-Calibrates SmolLM2-135M on random tokens, in a process of its own for each setting, and compares the peak
-of the memory in use with the planner's: above that of the loaded model, and of what the numerical
-libraries keep for themselves once they were used. Writes `results/corda_plan.{json,md}`.
+SmolLM2-135M is calibrated on random tokens, in a process of its own for each setting. The peak of the
+memory in use is compared with the forecast. It is measured above what the loaded model has in use, and
+above what the numerical libraries keep for themselves once they have been used. Results go to
+`benchmarks/results/corda_plan.{json,md}`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import torch
-from corda_init_memory import resident, settle
-from study import RESULTS, model_label, provenance, table, write_report
 
 from peft_corda import CordaConfig, calibrate
 from peft_corda.calibration.forecast import estimate
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-import corda_language_model
+from ..common.command_line import (
+    add_child,
+    add_language_model,
+    add_results,
+    add_threads,
+    make_parser,
+)
+from ..common.memory import MIB, resident, settle
+from ..common.models import load_model
+from ..common.records import in_child, model_label, provenance, table, write_report
 
 NAME = "corda_plan"
-MIB = 2**20
 # What is freed goes back to the system at once, so that what is measured is what is in use.
 PROMPT = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
 # Rank, sequences per batch, max_memory in MiB (None: the default).
@@ -35,10 +38,10 @@ SETTINGS = [(32, 1, None), (32, 1, 24), (128, 1, None), (32, 8, None), (32, 1, 2
 
 
 def measured(args: argparse.Namespace) -> dict:
-    """Plan and calibrate in this process."""
+    """Forecast and calibrate in this process."""
     torch.set_num_threads(args.threads)
     rank, batch_size, limit = args.one
-    model = corda_language_model.load_model(args.model, torch.float32)
+    model = load_model(args.model, torch.float32)
     generator = torch.Generator().manual_seed(0)
     shape = (args.sequences, args.length)
     ids = torch.randint(model.config.vocab_size, shape, generator=generator)
@@ -50,7 +53,7 @@ def measured(args: argparse.Namespace) -> dict:
     options = {} if limit is None else {"max_memory": limit * MIB}
     sizes = {"sequences": shape[0], "length": shape[1], "batch_size": batch_size}
     planned = estimate(model, config, **sizes, **options)
-    # Memory that the libraries take once and for all: they are used on the first block alone.
+    # Memory that the libraries take once and keep: they are used on the first block alone.
     first = CordaConfig(corda_method=args.method, r=rank, target_modules=r".*layers\.0\..*_proj")
     calibrate(model, first, batches[:1], verbose=False)
     before = settle()
@@ -67,6 +70,7 @@ def measured(args: argparse.Namespace) -> dict:
 
 
 def as_markdown(report: dict) -> str:
+    """The table."""
     rows = [
         [
             str(run["rank"]),
@@ -88,15 +92,16 @@ def as_markdown(report: dict) -> str:
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    """The options."""
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--model", help="hub id or local path (default: packaged SmolLM2-135M)")
-    add("--method", choices=["kpm", "ipm"], default="kpm")
-    add("--sequences", type=int, default=16)
-    add("--length", type=int, default=256)
-    add("--threads", type=int, default=1)
-    add("--results", type=Path, default=RESULTS)
-    add("--one", type=json.loads, help=argparse.SUPPRESS)
+    add_language_model(parser)
+    add("--method", choices=["kpm", "ipm"], default="kpm", help="Method.")
+    add("--sequences", type=int, default=16, help="Number of sequences.")
+    add("--length", type=int, default=256, help="Tokens per sequence.")
+    add_threads(parser, 1)
+    add_results(parser)
+    add_child(parser, type=json.loads)
     return parser.parse_args(arguments)
 
 
@@ -105,18 +110,14 @@ def main(arguments: list[str]) -> None:
     if args.one is not None:
         print(json.dumps(measured(args)))
         return
-    report = provenance(__file__, arguments) | {
+    report = provenance(__spec__.name, arguments) | {
         "model": model_label(args.model),
         **{name: getattr(args, name) for name in ("sequences", "length", "method")},
         "runs": [],
     }
     for setting in SETTINGS:
-        command = [sys.executable, __file__, *arguments, "--one", json.dumps(setting)]
-        environment = os.environ | PROMPT
-        done = subprocess.run(
-            command, check=True, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        report["runs"].append(json.loads(done.stdout.splitlines()[-1]))
+        run = in_child(__spec__.name, arguments, json.dumps(setting), **PROMPT)
+        report["runs"].append(run)
         write_report(args.results, NAME, report, as_markdown(report))
     print(as_markdown(report))
 

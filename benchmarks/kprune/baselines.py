@@ -1,12 +1,12 @@
-"""What K-prune is measured against, written for comparison: magnitude, and a Fisher mask.
+"""The baselines of K-prune, written for comparison: magnitude, and a Fisher mask.
 
 Both choose all units at once, from the dense model, under the same budget of FLOPs.
 
 - `magnitude` ranks units by the squared norm of their weights (all projections), and tunes nothing.
-- `fisher_mask` is in the manner of Kwon et al. (arXiv 2204.09656): units are ranked by the Fisher
-  information of their masks, and every kept unit is rescaled by one number, so that each sub-layer's
-  output comes closest to the dense one's, bottom-up. The Fisher information is the expected one, which
-  needs no labels; the rearrangement of masks within layers is left out.
+- `fisher_mask` follows Kwon et al. (arXiv 2204.09656): units are ranked by the Fisher information of
+  their masks, and every kept unit is rescaled by one number, so that the output of each sub-layer,
+  bottom-up, comes closest to the dense one's. The Fisher information is the expected one, which needs
+  no labels. The rearrangement of masks within layers is left out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kprune_ext.architectures.tasks import problem_type
 from kprune_ext.budget.costs import budget_for, cost_tables
 from kprune_ext.budget.search import search_masks
 from kprune_ext.calibration.hooks import watching
-from kprune_ext.calibration.layer_stack import Encoder
+from kprune_ext.calibration.layer_stack import LayerStack
 from kprune_ext.calibration.sharing import shared_data
 from kprune_ext.calibration.state_memory import StateMemory
 from kprune_ext.calibration.streams import Stream, start_streams
@@ -44,20 +44,26 @@ def prune_by(
 ) -> tuple[PreTrainedModel, float]:
     """The pruned model, and the share of encoder FLOPs that it keeps."""
     architecture, task = find_architecture(model), model_task(model)
-    data = shared_data(model, batches, config)
+    data = shared_data(
+        model,
+        batches,
+        max_tokens=config.max_tokens,
+        seed=config.seed,
+        scored=(config.score_fraction, config.min_score_samples),
+    )
     length = round(data.tokens / data.count)
     pruned: Any = uneven_copy(model).requires_grad_(False)
     dense, student = (sublayers(m, architecture) for m in (model, pruned))
     costs = cost_tables(model, dense, "flops", length, None)
-    encoder = Encoder(pruned, architecture)
+    stack = LayerStack(pruned, architecture)
     streams: list[Stream] = []
     if kind == "magnitude":
         scores = [_squared_norms(sublayer) for sublayer in student]
     else:
-        streams = start_streams(encoder, data, config, StateMemory(2**40, Path()))
+        streams = start_streams(stack, data, config.batch_tokens, StateMemory(2**40, Path()))
         signal = Signal(task.predict, problem_type(model, task), 1.0, config.max_score_passes)
         scored = [stream for stream in streams if stream.scored]
-        found = measure_knowledge(student, encoder, scored, signal)
+        found = measure_knowledge(student, stack, scored, signal)
         scores = [knowledge.predictive for knowledge in found]
     kept = []
     masks = search_masks(scores, costs, budget_for(costs, config.reduction))
@@ -65,7 +71,7 @@ def prune_by(
         kept.append(mask.nonzero().flatten().tolist())
         shrink(target, kept[-1])
         if streams:
-            _rescale(before, target, encoder, streams)
+            _rescale(before, target, stack, streams)
     record_kept(pruned, zip(kept[::2], kept[1::2], strict=True))
     spent = sum(float(table[len(units)]) for table, units in zip(costs, kept, strict=True))
     return pruned, spent / sum(float(table[-1]) for table in costs)
@@ -81,15 +87,15 @@ def _squared_norms(sublayer: SubLayer) -> Tensor:
 
 @torch.no_grad()
 def _rescale(
-    dense: SubLayer, target: SubLayer, encoder: Encoder, streams: Sequence[Stream]
+    dense: SubLayer, target: SubLayer, stack: LayerStack, streams: Sequence[Stream]
 ) -> None:
-    """One factor per kept unit by least squares; moves both models' states past the sub-layer."""
+    """Fit one factor per kept unit by least squares, and run both models' states past the sub-layer."""
     weight = target.output.weight.detach().double()
     equations = NormalEquations.zeros(weight.shape[1], len(weight))
     bias = target.output.bias
     with watching(dense) as teacher, watching(target) as student:
         for stream in streams:
-            context, tokens = stream.contexts_in(encoder)[target.layer], stream.tokens
+            context, tokens = stream.contexts_in(stack)[target.layer], stream.tokens
             after = dense.run(stream.teacher, context)
             target.run(stream.student, context)
             difference = stream.teacher - stream.student
@@ -101,12 +107,12 @@ def _rescale(
         spread = factors.repeat_interleave(target.unit_size)
         set_output(target, weight * spread, None)
     for stream in streams:
-        contexts = stream.contexts_in(encoder)
+        contexts = stream.contexts_in(stack)
         stream.student.copy_(target.run(stream.student, contexts[target.layer]))
 
 
 def unit_factors(equations: NormalEquations, weight: Tensor, unit_size: int) -> Tensor:
-    """Factors s `(units,)` that minimise Σ ‖Σ_u s_u W_u f_u − y‖², drawn slightly towards 1."""
+    """Factors s `(units,)` that minimise Σ ‖Σ_u s_u W_u f_u − y‖², with a slight pull towards 1."""
     units = weight.shape[1] // unit_size
     products = equations.gram * (weight.T @ weight)
     gram = products.reshape(units, unit_size, units, unit_size).sum((1, 3))

@@ -1,10 +1,10 @@
-"""What K-prune's defaults cost against the paper's way, and by which of them that comes. Linux only.
+"""What K-prune costs with its defaults and the paper's way, and which default saves what. Linux only.
 
-    python benchmarks/kprune_cost.py --data DATA --checkpoints FOLDER
+    python -m benchmarks.kprune.cost --data DATA --checkpoints FOLDER
 
-One task, checkpoint, sample and thread for all; each way in a process of its own, all in one run, one
-after the other. Writes `results/kprune_cost.{json,md}` after every one; started again, it goes on with
-what is missing. See `kprune_accuracy.py` for data and checkpoints.
+All ways share one task, checkpoint, sample and number of threads. They run one after the other, each
+in a process of its own. Results go to `benchmarks/results/kprune_cost.{json,md}` after every one.
+Started again, the benchmark resumes with what is missing. See `accuracy.py` for data and checkpoints.
 """
 
 from __future__ import annotations
@@ -16,20 +16,28 @@ from argparse import Namespace
 from typing import Any
 
 import torch
-from corda_init_memory import resident, settle
-from kprune_accuracy import dense_model
-from kprune_tasks import TASKS, calibration, common_parser, evaluate, read
-from study import as_code, in_child, table, with_provenance, write_report
 from transformers import PreTrainedModel
 
 from kprune_ext import KPruneConfig, kprune
 
+from ..common.command_line import add_child
+from ..common.memory import MIB, resident, settle
+from ..common.records import (
+    as_code,
+    in_child,
+    read_report,
+    table,
+    with_provenance,
+    write_report,
+)
+from .fine_tuning import common_parser, dense_model, evaluate
+from .tasks import TASKS, calibration, read
+
 NAME = "kprune_cost"
-MIB = 2**20
 FORWARD, PAPER, DEFAULT = "forward", "paper", "default"
 _ONCE = {"schedule": KPruneConfig.schedule}
 _FEWER = _ONCE | {"score_fraction": KPruneConfig.score_fraction}
-# Each takes over one more of the defaults; None are the defaults themselves.
+# Each way adopts one more of the defaults; None stands for the defaults themselves.
 WAYS: dict[str, dict[str, Any] | None] = {
     PAPER: {},
     "paper, knowledge once a layer": _ONCE,
@@ -39,25 +47,27 @@ WAYS: dict[str, dict[str, Any] | None] = {
 
 
 def arguments(given: list[str] | None = None) -> Namespace:
+    """The options."""
     parser = common_parser(__doc__)
     add = parser.add_argument
-    add("--task", choices=TASKS, default="sst2")
-    add("--reduction", type=float, default=0.8)
-    add("--tokens", type=int, default=100_000, help="of the calibration sample")
-    add("--seed", type=int, default=0, help="of the sample")
-    add("--one", choices=[FORWARD, *WAYS], help="measure this in the present process")
+    add("--task", choices=TASKS, default="sst2", help="Task.")
+    add("--reduction", type=float, default=0.8, help="Share of FLOPs to remove.")
+    tokens = "Greatest size of the calibration sample, in tokens."
+    add("--tokens", type=int, default=100_000, help=tokens)
+    add("--seed", type=int, default=0, help="Seed of the calibration sample.")
+    add_child(parser, choices=[FORWARD, *WAYS])
     return parser.parse_args(given)
 
 
 def measured(args: Namespace) -> dict[str, Any]:
-    """CPU seconds, peak memory above the loaded model and data, and the result on the validation set."""
+    """Measure CPU seconds, peak memory above model and data, and the result on the validation set."""
     torch.set_num_threads(args.threads)
     task = TASKS[args.task]
     model, tokenizer = dense_model(args.task, args)
     train = read(args.data, args.task, "train", args.limit)
     batches = list(calibration(task, tokenizer, train, args.seed))
     common = {"reduction": args.reduction, "max_tokens": args.tokens, "seed": args.seed}
-    for parameter in model.parameters():  # weights are read from their file when first looked at
+    for parameter in model.parameters():  # weights are read from their file at the first use
         parameter.sum()
     before, cpu, wall = settle(), time.process_time(), time.perf_counter()
     if args.one == FORWARD:
@@ -84,7 +94,7 @@ def measured(args: Namespace) -> dict[str, Any]:
 def forward(
     model: PreTrainedModel, batches: list[dict[str, torch.Tensor]], most: int, size: int = 2048
 ) -> int:
-    """Run the encoder over as many samples, in batches of equal length; returns their tokens."""
+    """Run the encoder over at most `most` tokens, in batches of equal length; returns their number."""
     samples: dict[int, list[dict[str, torch.Tensor]]] = {}
     tokens = 0
     for batch in batches:
@@ -103,6 +113,7 @@ def forward(
 
 
 def as_markdown(report: dict[str, Any]) -> str:
+    """A row per way."""
     ways = {run["way"]: run for run in report["runs"]}
     paper = ways.get(PAPER)
     main = TASKS[report["task"]].main
@@ -140,14 +151,13 @@ def main(given: list[str] | None = None) -> None:
         print(json.dumps(measured(args)))
         return
     dense_model(args.task, args)  # fine-tuned here, if it is not there yet
-    path = args.results / f"{NAME}.json"
-    report = json.loads(path.read_text()) if path.exists() else {"runs": []}
+    report = read_report(args.results, NAME, {"runs": []})
     settings = {name: getattr(args, name) for name in ("task", "reduction", "tokens", "threads")}
     for name in (FORWARD, *WAYS):
         if name in [run["way"] for run in report["runs"]]:
             continue
-        runs = [*report["runs"], in_child(__file__, given, name)]
-        report = with_provenance(report, __file__, given) | settings | {"runs": runs}
+        runs = [*report["runs"], in_child(__spec__.name, given, name)]
+        report = with_provenance(report, __spec__.name, given) | settings | {"runs": runs}
         write_report(args.results, NAME, report, as_markdown(report))
         print(as_markdown(report), flush=True)
 

@@ -1,10 +1,10 @@
-"""Speed of a pruned MiniLM-L6 in onnxruntime against PyTorch: is what was gained still there?
+"""Speed of a pruned MiniLM-L6 in onnxruntime and in PyTorch: does the speed-up survive the export?
 
-    python benchmarks/kprune_export.py --data DATA --checkpoints FOLDER
+    python -m benchmarks.kprune.export --data DATA --checkpoints FOLDER
 
-Exports the fine-tuned model of `kprune_accuracy.py` and pruned ones with `torch.onnx.export`, for a
-batch of one shape each, compares the logits, and times both models in turns, in PyTorch and in
-onnxruntime. Writes `results/kprune_export.{json,md}`.
+The fine-tuned model of `accuracy.py` and pruned ones are exported with `torch.onnx.export`, for batches
+of one shape at a time. Their logits are compared, and both models are timed in turn, in PyTorch and in
+onnxruntime. Results go to `benchmarks/results/kprune_export.{json,md}`.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from typing import Any
 
 import onnxruntime
 import torch
-from kprune_accuracy import SHAPES, dense_model
-from kprune_recovery import pruned_model
-from kprune_tasks import common_parser
-from study import provenance, table, write_report
 
 from kprune_ext.budget.latency import median_seconds
+
+from ..common.records import provenance, table, write_report
+from .accuracy import SHAPES
+from .fine_tuning import common_parser, dense_model
+from .recovery import pruned_model
 
 NAME = "kprune_export"
 NAMES = ["input_ids", "attention_mask"]
 
 
 class Logits(torch.nn.Module):
-    """A model with tensors as arguments and result, as exporters like it."""
+    """A model whose arguments and result are tensors, as exporters need it."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -43,11 +44,17 @@ class Logits(torch.nn.Module):
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    """The options."""
     parser = common_parser(__doc__)
-    parser.add_argument("--task", choices=["sst2", "mrpc", "stsb"], default="sst2")
-    parser.add_argument("--reductions", nargs="+", type=float, default=[0.4, 0.6, 0.8])
-    parser.add_argument("--tokens", type=int, default=12_000, help="that are pruned with")
-    parser.add_argument("--rounds", type=int, default=15)
+    add = parser.add_argument
+    add("--task", choices=["sst2", "mrpc", "stsb"], default="sst2", help="Task.")
+    reductions = [0.4, 0.6, 0.8]
+    add(
+        "--reductions", nargs="+", type=float, default=reductions, help="Shares of FLOPs to remove."
+    )
+    tokens = "Greatest size of the calibration sample, in tokens."
+    add("--tokens", type=int, default=12_000, help=tokens)
+    add("--rounds", type=int, default=15, help="Number of rounds of timing.")
     return parser.parse_args(given)
 
 
@@ -66,7 +73,7 @@ def in_onnxruntime(model: Any, inputs: tuple[torch.Tensor, ...], args: Any, fold
 
 @torch.no_grad()
 def measure(dense: Any, pruned: Any, shape: tuple[int, int], args: Any, folder: Path) -> dict:
-    """Seconds per batch of both models by runtime, and how far the logits are apart."""
+    """The seconds per batch of both models in each runtime, and how far the logits are apart."""
     length = min(shape[1], dense.config.max_position_embeddings)
     ids = torch.randint(5, dense.config.vocab_size, (shape[0], length))
     inputs = (ids, torch.ones_like(ids))
@@ -84,10 +91,12 @@ def measure(dense: Any, pruned: Any, shape: tuple[int, int], args: Any, folder: 
 
 
 def speedup(seconds: dict[str, float]) -> float:
+    """How many times faster the pruned model is."""
     return seconds["dense"] / seconds["pruned"]
 
 
 def as_markdown(report: dict[str, Any]) -> str:
+    """A row per reduction and shape."""
     rows = []
     for run in report["runs"]:
         plain, exported = speedup(run["pytorch"]), speedup(run["onnxruntime"])
@@ -122,7 +131,7 @@ def main(given: list[str] | None = None) -> None:
                 found = measure(dense, pruned, shape, args, Path(folder))
             runs.append({"reduction": reduction} | found)
     own = {"rounds": args.rounds, "onnxruntime": onnxruntime.__version__, "runs": runs}
-    report = provenance(__file__, given) | own
+    report = provenance(__spec__.name, given) | own
     write_report(args.results, NAME, report, as_markdown(report))
     print((args.results / f"{NAME}.md").read_text())
 

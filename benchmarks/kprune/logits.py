@@ -1,11 +1,11 @@
 """What one factor on all logits does to a pruned classifier's probabilities.
 
-    python benchmarks/kprune_logits.py --data DATA --checkpoints FOLDER
+    python -m benchmarks.kprune.logits --data DATA --checkpoints FOLDER
 
-Prunes the models of `kprune_accuracy.py` and compares their predictions on the test sets with the
-dense model's, with the factor that `KPruneConfig(scale_logits=True)` chose on the calibration data
-and without it. Writes `results/kprune_logits.{json,md}` after every run; started again, it goes on
-with the runs that are missing.
+The models of `accuracy.py` are pruned. Their predictions on the test sets are compared with the dense
+model's, with the factor that `KPruneConfig(scale_logits=True)` has chosen on the calibration data, and
+without it. Results go to `benchmarks/results/kprune_logits.{json,md}` after every run. Started again,
+the study resumes with the runs that are missing.
 """
 
 from __future__ import annotations
@@ -17,31 +17,43 @@ import sys
 from typing import Any
 
 import torch
-from kprune_accuracy import dense_model
-from kprune_tasks import TASKS, Row, Task, calibration, common_parser, encode, read
-from study import as_code, table, with_provenance, write_report
 from torch import Tensor
 
 from kprune_ext import KPruneConfig, kprune
 from kprune_ext.tuning.divergence import divergence
+
+from ..common.records import (
+    as_code,
+    mean_and_error,
+    read_report,
+    table,
+    with_provenance,
+    write_report,
+)
+from .fine_tuning import common_parser, dense_model
+from .tasks import TASKS, Row, Task, calibration, encode, letters, read
 
 NAME = "kprune_logits"
 KEY = ("task", "reduction", "tokens", "seed")
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    """The options."""
     parser = common_parser(__doc__)
-    parser.add_argument("--task", choices=["sst2", "mrpc"], default="sst2")
-    parser.add_argument("--reduction", type=float, default=0.8)
-    parser.add_argument("--tokens", nargs="+", type=int, default=[2000, 12_000, 100_000])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[59, 60, 61], help="of the sample")
+    add = parser.add_argument
+    add("--task", choices=["sst2", "mrpc"], default="sst2", help="Task.")
+    add("--reduction", type=float, default=0.8, help="Share of FLOPs to remove.")
+    tokens = "Greatest sizes of the calibration sample, in tokens."
+    add("--tokens", nargs="+", type=int, default=[2000, 12_000, 100_000], help=tokens)
+    seeds = [59, 60, 61]
+    add("--seeds", nargs="+", type=int, default=seeds, help="Seeds of the calibration sample.")
     return parser.parse_args(given)
 
 
 @torch.no_grad()
 def logits_of(task: Task, tokenizer: Any, model: Any, rows: list[Row]) -> Tensor:
-    """Of rows in their order, ``(rows, classes)``; batches of like length."""
-    order = sorted(range(len(rows)), key=lambda row: sum(len(rows[row][f]) for f in task.fields))
+    """The logits `(rows, classes)` of rows in their order, computed in batches of like length."""
+    order = sorted(range(len(rows)), key=lambda row: letters(task, rows[row]))
     found = torch.empty(len(rows), task.labels)
     for start in range(0, len(rows), 32):
         part = order[start : start + 32]
@@ -51,7 +63,7 @@ def logits_of(task: Task, tokenizer: Any, model: Any, rows: list[Row]) -> Tensor
 
 
 def compared(logits: Tensor, dense: Tensor, rows: list[Row], task: Task) -> dict[str, float]:
-    """Divergence from the dense model (nats), agreement with it, and the task's metrics (percent)."""
+    """Divergence from the dense model in nats; agreement with it and the task's metrics in percent."""
     apart = divergence(logits, dense, "single_label_classification")
     agreement = (logits.argmax(1) == dense.argmax(1)).float().mean()
     right = torch.tensor([row["label"] for row in rows])
@@ -64,6 +76,7 @@ def compared(logits: Tensor, dense: Tensor, rows: list[Row], task: Task) -> dict
 
 
 def run_one(run: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Prune once, and compare the predictions with and without the factor."""
     task = TASKS[run["task"]]
     dense, tokenizer = dense_model(run["task"], args)
     train = read(args.data, run["task"], "train", args.limit)
@@ -83,7 +96,7 @@ def run_one(run: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
 
 
 def as_markdown(report: dict[str, Any]) -> str:
-    """A row per task, reduction and sample size: means over seeds, and standard errors."""
+    """A row per task, reduction and sample size, with means over seeds and their errors."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for run in report["runs"]:
         groups.setdefault(tuple(run[name] for name in KEY[:3]), []).append(run)
@@ -92,11 +105,7 @@ def as_markdown(report: dict[str, Any]) -> str:
         main = TASKS[task].main
 
         def mean(way: str, name: str, form: str, runs: list[dict[str, Any]] = runs) -> str:
-            values = [run[way][name] for run in runs]
-            shown = format(statistics.mean(values), form)
-            if len(values) == 1:
-                return shown
-            return f"{shown} ± {statistics.stdev(values) / len(values) ** 0.5:{form}}"
+            return mean_and_error([run[way][name] for run in runs], form)
 
         ratios = [run["with"]["divergence"] / run["without"]["divergence"] for run in runs]
         rows.append(
@@ -130,8 +139,7 @@ def main(given: list[str] | None = None) -> None:
     given = sys.argv[1:] if given is None else given
     args = arguments(given)
     torch.set_num_threads(args.threads)
-    path = args.results / f"{NAME}.json"
-    report = json.loads(path.read_text()) if path.exists() else {"runs": []}
+    report = read_report(args.results, NAME, {"runs": []})
     done = {tuple(run[name] for name in KEY) for run in report["runs"]}
     for seed in args.seeds:
         for tokens in args.tokens:
@@ -139,7 +147,7 @@ def main(given: list[str] | None = None) -> None:
             if tuple(run.values()) in done:
                 continue
             report["runs"].append(run_one(run, args))
-            report = with_provenance(report, __file__, given) | {"runs": report["runs"]}
+            report = with_provenance(report, __spec__.name, given) | {"runs": report["runs"]}
             write_report(args.results, NAME, report, as_markdown(report))
             print(json.dumps(report["runs"][-1]), flush=True)
 

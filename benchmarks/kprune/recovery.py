@@ -1,17 +1,17 @@
 """What an adapter wins back after pruning: K-prune, then nothing, LoRA or CorDA for one epoch.
 
-    python benchmarks/kprune_recovery.py --data DATA --checkpoints FOLDER
+    python -m benchmarks.kprune.recovery --data DATA --checkpoints FOLDER
 
-Prunes the fine-tuned MiniLM-L6 of `kprune_accuracy.py` (made if it is not in `--checkpoints`) and trains
-an adapter on every linear layer that is left. The rate of each method and reduction is the one that
-is best on the validation set; the test set is reported. Writes `results/kprune_recovery.{json,md,png}`
-after every run; started again, it goes on with the runs that are missing.
+The fine-tuned MiniLM-L6 of `accuracy.py` is pruned (and made first, if it is not in `--checkpoints`).
+Then an adapter is trained on every linear layer that is left. The rate of each method and reduction is
+the one that is best on the validation set; the test set is reported. Results go to
+`benchmarks/results/kprune_recovery.{json,md,png}` after every run. Started again, the study resumes with
+the runs that are missing.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from functools import partial
@@ -19,14 +19,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kprune_accuracy import dense_model, source_of, speed
-from kprune_tasks import TASKS, calibration, common_parser, evaluate, read, train
 from peft import LoraConfig, get_peft_model
-from study import as_code, model_label, table, with_provenance, write_report
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, set_seed
 
 from kprune_ext import KPruneConfig, kprune
 from peft_corda import CordaConfig, calibrate
+
+from ..common.figures import make_panels
+from ..common.models import encoder_linear_layers
+from ..common.records import (
+    as_code,
+    mean_and_error,
+    model_label,
+    read_report,
+    table,
+    with_provenance,
+    write_report,
+)
+from .accuracy import speed
+from .fine_tuning import common_parser, dense_model, evaluate, train
+from .tasks import TASKS, calibration, read
 
 NAME = "kprune_recovery"
 RATES = {"none": [0.0], "lora": [3e-4, 1e-3, 3e-3], "corda": [1e-4, 3e-4, 1e-3]}
@@ -34,23 +46,28 @@ KEY = ("task", "reduction", "after", "rate", "seed")
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    """The options."""
     parser = common_parser(__doc__)
-    parser.add_argument("--task", choices=["sst2", "mrpc", "stsb"], default="sst2")
-    parser.add_argument("--reductions", nargs="+", type=float, default=[0.4, 0.6, 0.8])
-    parser.add_argument("--after", nargs="+", choices=RATES, default=list(RATES))
-    parser.add_argument("--rates", nargs="+", type=float, help="in place of each method's own")
-    parser.add_argument(
-        "--seeds", nargs="+", type=int, default=[0], help="of the sample, and of training"
+    add = parser.add_argument
+    add("--task", choices=["sst2", "mrpc", "stsb"], default="sst2", help="Task.")
+    reductions = [0.4, 0.6, 0.8]
+    add(
+        "--reductions", nargs="+", type=float, default=reductions, help="Shares of FLOPs to remove."
     )
-    parser.add_argument("--tokens", type=int, default=12_000, help="that are pruned with")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--adapter-epochs", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=9, help="of timing; 0 for none")
+    add("--after", nargs="+", choices=RATES, default=list(RATES), help="What follows pruning.")
+    add("--rates", nargs="+", type=float, help="Learning rates; by default each method's own.")
+    seeds = "Seeds of the calibration sample, and of training."
+    add("--seeds", nargs="+", type=int, default=[0], help=seeds)
+    tokens = "Greatest size of the calibration sample, in tokens."
+    add("--tokens", type=int, default=12_000, help=tokens)
+    add("--rank", type=int, default=8, help="Rank of the adapters.")
+    add("--adapter-epochs", type=int, default=1, help="Epochs of training an adapter.")
+    add("--rounds", type=int, default=9, help="Number of rounds of timing; 0 leaves it out.")
     return parser.parse_args(given)
 
 
 def pruned_model(reduction: float, seed: int, args: argparse.Namespace) -> PreTrainedModel:
-    """The pruned model, kept beside the dense one for the next run."""
+    """The pruned model, which is kept beside the dense one for the next run."""
     folder = args.checkpoints / f"{args.task}-{reduction:g}-{args.tokens}-{seed}"
     if not (folder / "config.json").exists():
         model, tokenizer = dense_model(args.task, args)
@@ -62,16 +79,11 @@ def pruned_model(reduction: float, seed: int, args: argparse.Namespace) -> PreTr
 
 
 def adapt(model: PreTrainedModel, run: dict[str, Any], batches: Any, args: Any) -> torch.nn.Module:
-    """A LoRA or CorDA (ipm) adapter on the encoder's linear layers; the head is trained as well."""
-    targets = [
-        f"{model.base_model_prefix}.{name}"
-        for name, module in model.base_model.named_modules()
-        if isinstance(module, torch.nn.Linear) and ".layer." in f".{name}" and module.weight.numel()
-    ]
+    """The model with a LoRA or CorDA (ipm) adapter on its linear layers; its head is trained, too."""
     common = {
         "r": args.rank,
         "lora_alpha": args.rank,
-        "target_modules": targets,
+        "target_modules": encoder_linear_layers(model),
         "task_type": "SEQ_CLS",
     }
     if run["after"] == "lora":
@@ -82,7 +94,7 @@ def adapt(model: PreTrainedModel, run: dict[str, Any], batches: Any, args: Any) 
 
 
 def run_one(run: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """Train (or not) and measure, on validation and test set, in percent."""
+    """Train or not, and measure on the validation and test sets, in percent."""
     task = TASKS[args.task]
     dense, tokenizer = dense_model(args.task, args)
     rows = read(args.data, args.task, "train", args.limit)
@@ -113,6 +125,7 @@ def run_one(run: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
 
 
 def wanted_runs(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What the options ask for, and the dense model."""
     make = partial(dict, task=args.task)
     runs = [make(reduction=0.0, after="none", rate=0.0, seed=0)]
     for seed in args.seeds:
@@ -124,9 +137,9 @@ def wanted_runs(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def best_rates(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """For each reduction and method the runs, one a seed, with the rate that validation prefers.
+    """For each reduction and method, the runs (one per seed) with the rate that validation prefers.
 
-    Rates that were not run with every seed of the method are compared by the seeds they have.
+    Rates that were not run with all seeds of the method are compared by the seeds that they have.
     """
     groups: dict[tuple[float, str], dict[float, list[dict[str, Any]]]] = {}
     for run in runs:
@@ -141,10 +154,10 @@ def best_rates(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def as_markdown(report: dict[str, Any]) -> str:
+    """A row per reduction and method."""
     rows = []
     for runs in best_rates(report["runs"]):
         first, tests = runs[0], [run["test"] for run in runs]
-        error = f" ± {statistics.stdev(tests) / len(tests) ** 0.5:.1f}" if len(tests) > 1 else ""
         timed = [run["latency_32"]["speedup"] for run in runs if "latency_32" in run]
         rows.append(
             [
@@ -152,7 +165,7 @@ def as_markdown(report: dict[str, Any]) -> str:
                 first["after"],
                 f"{first['rate']:g}" if first["rate"] else "–",
                 f"{statistics.mean(run['validation'] for run in runs):.1f}",
-                f"{statistics.mean(tests):.1f}{error}",
+                mean_and_error(tests, ".1f"),
                 str(len(runs)),
                 f"{statistics.mean(timed):.2f}×" if timed else "–",
                 f"{first['parameters'] / 1e6:.1f} M" if "parameters" in first else "–",
@@ -171,13 +184,8 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """What the test set says against how much was pruned, and against the latency."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2)
+    """Draw the test results against the share that was pruned, and against the speed-up."""
+    figure, panels = make_panels(2, 9, 3.6)
     chosen = best_rates(report["runs"])
     timed = [run for run in report["runs"] if "latency_32" in run]
     for after in RATES:
@@ -206,22 +214,19 @@ def main(given: list[str] | None = None) -> None:
     given = sys.argv[1:] if given is None else given
     args = arguments(given)
     torch.set_num_threads(args.threads)
-    path = args.results / f"{NAME}.json"
-    label = "MiniLM-L6" if args.model is None else model_label(source_of(args))
+    label = "MiniLM-L6" if args.model is None else model_label(args.model)
     settings = {"model": label} | {
         n: getattr(args, n) for n in ("task", "tokens", "rank", "adapter_epochs")
     }
-    report = json.loads(path.read_text()) if path.exists() else {"runs": [], "settings": settings}
-    if report["settings"] != settings:
-        sys.exit(
-            f"{path} is of another study: {report['settings']}. Move it away, or pass --results."
-        )
+    report = read_report(args.results, NAME, {"runs": [], "settings": settings})
+    if (found := report["settings"]) != settings:
+        sys.exit(f"{NAME}.json has other settings: {found}. Move it away, or pass --results.")
     done = {tuple(run[name] for name in KEY) for run in report["runs"]}
     for run in wanted_runs(args):
         if tuple(run[name] for name in KEY) in done:
             continue
         report["runs"].append(run_one(run, args))
-        report = with_provenance(report, __file__, given)
+        report = with_provenance(report, __spec__.name, given)
         write_report(args.results, NAME, report, as_markdown(report))
         print({n: report["runs"][-1][n] for n in (*KEY, "validation", "test")}, flush=True)
     plot(report, args.results / f"{NAME}.png")

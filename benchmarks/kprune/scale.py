@@ -1,9 +1,10 @@
-"""What pruning costs at other sizes: memory against depth, and time and memory at BERT-base. Linux only.
+"""What pruning costs at other sizes: memory against depth, time and memory of BERT-base. Linux only.
 
-    python benchmarks/kprune_scale.py
+    python -m benchmarks.kprune.scale
 
-Random weights and tokens, two classes; each model in a process of its own. Writes
-`results/kprune_scale.{json,md}` after every run; started again, it goes on with what is missing.
+The models have random weights, random tokens and two classes. Each runs in a process of its own. Results
+go to `benchmarks/results/kprune_scale.{json,md}` after every run. Started again, the benchmark resumes
+with what is missing.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ import json
 import resource
 import sys
 import time
-from pathlib import Path
 
 import torch
-from corda_init_memory import resident, settle
-from study import RESULTS, in_child, provenance, table, write_report
 from transformers import BertConfig, BertForSequenceClassification
 
 from kprune_ext import KPruneConfig, kprune
 
+from ..common.command_line import add_child, add_results, add_threads, make_parser
+from ..common.memory import MIB, resident, settle
+from ..common.records import in_child, provenance, read_report, table, write_report
+
 NAME = "kprune_scale"
-MIB = 2**20
 VOCABULARY = 30_522
 # Name: layers, hidden size, heads, neurons, calibration tokens.
 MODELS = {
@@ -34,6 +35,7 @@ MODELS = {
 
 
 def batches_of(tokens: int, length: int) -> list[dict[str, torch.Tensor]]:
+    """Batches of at least so many random tokens."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, VOCABULARY, (-(-tokens // length), length), generator=generator)
     return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(32)]
@@ -72,6 +74,7 @@ def measured(args: argparse.Namespace) -> dict:
 
 
 def as_markdown(report: dict) -> str:
+    """A row per model."""
     rows = [
         [
             run["model"],
@@ -94,14 +97,15 @@ def as_markdown(report: dict) -> str:
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    """The options."""
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    add("--length", type=int, default=64)
-    add("--reduction", type=float, default=0.8)
-    add("--threads", type=int, default=1)
-    add("--results", type=Path, default=RESULTS)
-    add("--one", choices=MODELS, help=argparse.SUPPRESS)
+    add("--models", nargs="+", choices=MODELS, default=list(MODELS), help="Models.")
+    add("--length", type=int, default=64, help="Tokens per sequence.")
+    add("--reduction", type=float, default=0.8, help="Share of FLOPs to remove.")
+    add_threads(parser, 1)
+    add_results(parser)
+    add_child(parser, choices=MODELS)
     return parser.parse_args(arguments)
 
 
@@ -110,14 +114,13 @@ def main(arguments: list[str]) -> None:
     if args.one is not None:
         print(json.dumps(measured(args)))
         return
-    path = args.results / f"{NAME}.json"
-    runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    runs = read_report(args.results, NAME, {"runs": []})["runs"]
     settings = {"length": args.length, "reduction": args.reduction, "threads": args.threads}
     for name in args.models:
         if name in [run["model"] for run in runs]:
             continue
-        runs.append(in_child(__file__, arguments, name))
-        report = provenance(__file__, arguments) | settings | {"runs": runs}
+        runs.append(in_child(__spec__.name, arguments, name))
+        report = provenance(__spec__.name, arguments) | settings | {"runs": runs}
         write_report(args.results, NAME, report, as_markdown(report))
         print(as_markdown(report), flush=True)
 

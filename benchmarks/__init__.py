@@ -1,0 +1,1 @@
+"""Benchmarks of both packages. What they measured is kept in `benchmarks/results`."""

@@ -1,0 +1,1 @@
+"""What several benchmarks use: texts, models, memory and how results are written."""

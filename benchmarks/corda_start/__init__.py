@@ -1,0 +1,1 @@
+"""Benchmarks of where a CorDA adapter starts: time, memory and accuracy of the decompositions."""

@@ -1,0 +1,1 @@
+"""Benchmarks of training with CorDA adapters, and of calibrating for it."""

@@ -1,0 +1,1 @@
+"""Benchmarks of pruning with K-prune."""
