@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 
 from peft_corda.base_model.weights import decomposable, dense_weight
 from peft_corda.decomposition.covariance import damped
-from peft_corda.decomposition.directions import left_singular
+from peft_corda.decomposition.directions import decompose
 
 from ..common import corpora, models, records
 from ..common.command_line import add_language_model, add_results, add_threads, make_parser
@@ -78,12 +78,12 @@ def smallest_directions(
     weights: Mapping[str, Tensor], factor: Factor, most: int
 ) -> dict[str, Tensor]:
     """The directions `U (out, …)` of each layer, the smallest component first."""
-    return {
-        name: left_singular(
-            decomposable(weight), factor(name, weight), discarded_count(most, weight.shape), "kpm"
-        )[0]
-        for name, weight in weights.items()
-    }
+    directions = {}
+    for name, weight in weights.items():
+        count = discarded_count(most, weight.shape)
+        found, _ = decompose(decomposable(weight), factor(name, weight), count, "kpm")
+        directions[name] = found.U
+    return directions
 
 
 @contextmanager

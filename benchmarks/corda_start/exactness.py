@@ -9,7 +9,7 @@ The error is what the directions found miss of the first, or let through beyond 
 that optimum. Three kinds of directions are compared, with more calibration tokens than dimensions and
 with fewer:
 
-    peft_corda   `left_singular`
+    peft_corda   `peft_corda.decomposition.directions.decompose`
     peft         `peft.tuners.lora.corda.collect_eigens_for_layer`, a float32 decomposition
     rounded      the directions of the float64 decomposition, rounded to float32
 
@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 
 from peft_corda.base_model.weights import decomposable, dense_weight
 from peft_corda.decomposition.covariance import damped
-from peft_corda.decomposition.directions import left_singular
+from peft_corda.decomposition.directions import decompose
 from peft_corda.decomposition.starting_factors import starting_factors
 
 from ..common import corpora, models, records
@@ -69,7 +69,7 @@ def energy_errors(weight: Tensor, covariance: Tensor) -> dict[Case, float]:
         for rank in RANKS:
             best = at_end(values, method, rank).square().sum()
             found = {
-                "peft_corda": left_singular(weight, damped_covariance, rank, method)[0],
+                "peft_corda": decompose(weight, damped_covariance, rank, method)[0].U,
                 "peft": at_end(theirs, method, rank),
                 "rounded": at_end(left, method, rank).float(),
             }
@@ -125,11 +125,9 @@ def norm_ratios(weight: Tensor, covariance: Tensor) -> dict[tuple[str, str], flo
     """`‖A‖ / ‖B‖` of the starting factors, by method and scaling."""
     ratios = {}
     for method in METHODS:
-        directions, values = left_singular(
-            weight, damped(covariance, models.DAMPING), NORM_RANK, method
-        )
+        found, _ = decompose(weight, damped(covariance, models.DAMPING), NORM_RANK, method)
         for scaling in ("balanced", "paper"):
-            a, b = starting_factors(weight, directions, values, scaling, adapter_scale=1.0)
+            a, b = starting_factors(weight, found.U, found.S, scaling, adapter_scale=1.0)
             ratios[method, scaling] = float(a.norm() / b.norm())
     return ratios
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_corda.decomposition.covariance import damped
-from peft_corda.decomposition.directions import left_singular
+from peft_corda.decomposition.directions import decompose
 
 from ..common.models import DAMPING
 from ..common.stopwatch import Seconds, Stopwatch
@@ -92,8 +92,8 @@ def make_covariance(size: int, tokens: int, generator: torch.Generator) -> Tenso
 def ours(weight: Tensor, covariance: Tensor, rank: int, method: str) -> tuple[Seconds, Tensor]:
     """The time that `peft_corda` takes, and the directions that it finds."""
     watch = Stopwatch()
-    directions, _ = left_singular(weight, damped(covariance, DAMPING), rank, method)
-    return watch.read(), directions
+    found, _ = decompose(weight, damped(covariance, DAMPING), rank, method)
+    return watch.read(), found.U
 
 
 def peft(weight: Tensor, covariance: Tensor) -> tuple[Seconds, Tensor, int]:

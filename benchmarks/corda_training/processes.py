@@ -1,10 +1,10 @@
 """One process against two, one thread each: wall time of calibration and of decomposition.
 
-    python -m benchmarks.corda_training.processes --report corda_processes.json
+    python -m benchmarks.corda_training.processes
 
 A random Llama model is calibrated on the same sequences, divided among the processes. This needs as many
 idle cores as processes. Statistics and decompositions are timed apart, by the calls that `calibrate`
-makes.
+makes. Results go to `benchmarks/results/corda_processes.json`.
 """
 
 from __future__ import annotations
