@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from accelerate.utils import convert_file_size_to_int
-
 from .architectures.tasks import PROBLEM_TYPES, ProblemType
 from .budget.costs import METRICS, Metric
-from .config_checks import check_choice, check_ranges, check_types
+from .common.memory import bytes_of
+from .config_checks import number, one_of, option, or_none, size, switch, whole_number
 
 Schedule = Literal["per_layer", "per_sublayer"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
@@ -30,186 +28,164 @@ class KPruneConfig:
         TypeError: an option has the wrong type.
     """
 
-    reduction: float = dataclasses.field(
-        default=0.5,
-        metadata={
-            "help": "Fraction of the encoder's FLOPs to remove, strictly between 0 and 1 (or of "
-            "what metric says). For a model that was pruned before, a fraction of what it has now."
-        },
+    reduction: float = option(
+        0.5,
+        number(
+            "(0, 1)",
+            "It is the fraction of encoder FLOPs to remove: pass 0.5 to keep half of them.",
+        ),
+        "Fraction of the encoder's FLOPs to remove, strictly between 0 and 1 (or of "
+        "what metric says). For a model that was pruned before, a fraction of what it has now.",
     )
-    metric: Metric = dataclasses.field(
-        default="flops",
-        metadata={
-            "help": "What reduction counts: 'flops', 'params' (of heads and neurons), or 'latency' "
-            "(measured on the model's device)."
-        },
+    metric: Metric = option(
+        "flops",
+        one_of(*METRICS),
+        "What reduction counts: 'flops', 'params' (of heads and neurons), or 'latency' "
+        "(measured on the model's device).",
     )
-    temperature: float = dataclasses.field(
-        default=2.0,
-        metadata={"help": "Temperature at which class probabilities are softened for the scores."},
+    temperature: float = option(
+        2.0,
+        number("(0, inf)"),
+        "Temperature at which class probabilities are softened for the scores.",
     )
-    lambda_rep: float = dataclasses.field(
-        default=1.0,
-        metadata={
-            "help": "Weight of representational against predictive knowledge (lambda), in the unit "
-            "that lambda_scale says."
-        },
+    lambda_rep: float = option(
+        1.0,
+        number(
+            "[0, inf)",
+            "Pass 0 (and prior_samples=0) to use predictive knowledge alone, or a positive weight.",
+        ),
+        "Weight of representational against predictive knowledge (lambda), in the unit "
+        "that lambda_scale says.",
     )
-    lambda_scale: LambdaScale = dataclasses.field(
-        default="relative",
-        metadata={
-            "help": "'relative': the two kinds of knowledge of all units that are still to be "
-            "pruned are brought to the same sum first; 'absolute': as they are (the paper's way)."
-        },
+    lambda_scale: LambdaScale = option(
+        "relative",
+        one_of(*LAMBDA_SCALES),
+        "'relative': the two kinds of knowledge of all units that are still to be "
+        "pruned are brought to the same sum first; 'absolute': as they are (the paper's way).",
     )
-    prior_samples: float = dataclasses.field(
-        default=1.0,
-        metadata={
-            "help": "Predictive knowledge counts as if it had been measured on so many samples more, "
-            "on which it were spread over the units as representational knowledge is; 0: as measured."
-        },
+    prior_samples: float = option(
+        1.0,
+        number("[0, inf)", "Pass 0 to take predictive knowledge as it was measured."),
+        "Predictive knowledge counts as if it had been measured on so many samples more, "
+        "on which it were spread over the units as representational knowledge is; 0: as measured.",
     )
-    min_share: float = dataclasses.field(
-        default=0.5,
-        metadata={
-            "help": "Every sub-layer keeps at least this part of the units that it would keep if "
-            "all sub-layers were pruned alike, whatever the scores say; 0 for no such bound."
-        },
+    min_share: float = option(
+        0.5,
+        number("[0, 1]", "Pass 0 for no lower bound on what a sub-layer keeps."),
+        "Every sub-layer keeps at least this part of the units that it would keep if "
+        "all sub-layers were pruned alike, whatever the scores say; 0 for no such bound.",
     )
-    mu: float | None = dataclasses.field(
-        default=None,
-        metadata={
-            "help": "Weight of an attention head's mean knowledge per dimension against a "
-            "neuron's knowledge (mu). None: the head size, which turns the mean into a sum."
-        },
+    mu: float | None = option(
+        None,
+        or_none(number("(0, inf)")),
+        "Weight of an attention head's mean knowledge per dimension against a "
+        "neuron's knowledge (mu). None: the head size, which turns the mean into a sum.",
     )
-    schedule: Schedule = dataclasses.field(
-        default="per_layer",
-        metadata={
-            "help": "How often knowledge is measured anew: 'per_layer', before the attention of "
-            "each layer, or 'per_sublayer', before every sub-layer (the paper's way, twice the "
-            "cost)."
-        },
+    schedule: Schedule = option(
+        "per_layer",
+        one_of(*SCHEDULES),
+        "How often knowledge is measured anew: 'per_layer', before the attention of "
+        "each layer, or 'per_sublayer', before every sub-layer (the paper's way, twice the "
+        "cost).",
     )
-    score_fraction: float = dataclasses.field(
-        default=0.1,
-        metadata={
-            "help": "Part of the calibration samples on which knowledge is measured, in (0, 1]. "
-            "Weight tuning always uses all of them."
-        },
+    score_fraction: float = option(
+        0.1,
+        number(
+            "(0, 1]",
+            "It is the part of the calibration samples on which knowledge is measured: pass 1.0 for "
+            "all of them.",
+        ),
+        "Part of the calibration samples on which knowledge is measured, in (0, 1]. "
+        "Weight tuning always uses all of them.",
     )
-    min_score_samples: int = dataclasses.field(
-        default=512,
-        metadata={
-            "help": "Knowledge is measured on at least so many samples, if there are as many."
-        },
+    min_score_samples: int = option(
+        512,
+        whole_number(),
+        "Knowledge is measured on at least so many samples, if there are as many.",
     )
-    max_score_passes: int = dataclasses.field(
-        default=8,
-        metadata={
-            "help": "Predictive knowledge takes one backward pass per class and position (one in "
-            "all for two classes). Where that is more than this, so many passes with random signs "
-            "estimate it, without bias."
-        },
+    max_score_passes: int = option(
+        8,
+        whole_number(),
+        "Predictive knowledge takes one backward pass per class and position (one in "
+        "all for two classes). Where that is more than this, so many passes with random signs "
+        "estimate it, without bias.",
     )
-    sensitivity: Sensitivity = dataclasses.field(
-        default="fisher",
-        metadata={
-            "help": "Predictive knowledge: 'fisher', the Fisher information of the predictive "
-            "distribution; 'gradient', the squared gradient of the divergence from the original "
-            "model (the paper's, zero at the first sub-layer)."
-        },
+    sensitivity: Sensitivity = option(
+        "fisher",
+        one_of(*SENSITIVITIES),
+        "Predictive knowledge: 'fisher', the Fisher information of the predictive "
+        "distribution; 'gradient', the squared gradient of the divergence from the original "
+        "model (the paper's, zero at the first sub-layer).",
     )
-    problem_type: ProblemType | None = dataclasses.field(
-        default=None,
-        metadata={
-            "help": "What the logits mean: 'single_label_classification', "
-            "'multi_label_classification' or 'regression'. None: what the task or the model's "
-            "config says."
-        },
+    problem_type: ProblemType | None = option(
+        None,
+        one_of(None, *PROBLEM_TYPES),
+        "What the logits mean: 'single_label_classification', "
+        "'multi_label_classification' or 'regression'. None: what the task or the model's "
+        "config says.",
     )
-    ridge: float | None = dataclasses.field(
-        default=None,
-        metadata={
-            "help": "Strength of the pull towards the original weights in weight tuning, in units "
-            "of (units / tokens) x the mean square activation. 0: what rounding needs. None: for "
-            "each sub-layer what fits best where it is tried on samples that it was not fitted to."
-        },
+    ridge: float | None = option(
+        None,
+        or_none(number("[0, inf)", "Pass 0 for the least that works.")),
+        "Strength of the pull towards the original weights in weight tuning, in units "
+        "of (units / tokens) x the mean square activation. 0: what rounding needs. None: for "
+        "each sub-layer what fits best where it is tried on samples that it was not fitted to.",
     )
-    tune_bias: bool = dataclasses.field(
-        default=True,
-        metadata={"help": "Tune the output projections' biases, too, not their weights alone."},
+    tune_bias: bool = option(
+        True,
+        switch,
+        "Tune the output projections' biases, too, not their weights alone.",
     )
-    scale_logits: bool = dataclasses.field(
-        default=True,
-        metadata={
-            "help": "At the end, multiply the classifier's weight and bias by the one number that "
-            "brings class probabilities nearest to the original model's. No ranking changes."
-        },
+    scale_logits: bool = option(
+        True,
+        switch,
+        "At the end, multiply the classifier's weight and bias by the one number that "
+        "brings class probabilities nearest to the original model's. No ranking changes.",
     )
-    unread_weight: float = dataclasses.field(
-        default=0.1,
-        metadata={
-            "help": "How much a token counts in the last layer whose state there no prediction depends "
-            "on, such as all but the first for most classifiers; 1: as much as those that are read."
-        },
+    unread_weight: float = option(
+        0.1,
+        number("[0, 1]", "Pass 1 to count all tokens of the last layer alike."),
+        "How much a token counts in the last layer whose state there no prediction depends "
+        "on, such as all but the first for most classifiers; 1: as much as those that are read.",
     )
-    max_tokens: int = dataclasses.field(
-        default=100_000,
-        metadata={
-            "help": "Calibration stops before the sample that would exceed this many unmasked "
-            "tokens (the first sample is always taken)."
-        },
+    max_tokens: int = option(
+        100_000,
+        whole_number(),
+        "Calibration stops before the sample that would exceed this many unmasked "
+        "tokens (the first sample is always taken).",
     )
-    batch_tokens: int = dataclasses.field(
-        default=2048,
-        metadata={
-            "help": "Tokens that go through the model at a time. Samples are regrouped by length, "
-            "so the dataloader's own batch size does not matter."
-        },
+    batch_tokens: int = option(
+        2048,
+        whole_number(),
+        "Tokens that go through the model at a time. Samples are regrouped by length, "
+        "so the dataloader's own batch size does not matter.",
     )
-    sequence_length: int | None = dataclasses.field(
-        default=None,
-        metadata={
-            "help": "Tokens per sequence at which FLOPs are counted. None: the mean number of "
-            "unmasked tokens of the calibration samples, rounded."
-        },
+    sequence_length: int | None = option(
+        None,
+        or_none(whole_number()),
+        "Tokens per sequence at which FLOPs are counted. None: the mean number of "
+        "unmasked tokens of the calibration samples, rounded.",
     )
-    max_state_memory: int | str = dataclasses.field(
-        default="4GiB",
-        metadata={
-            "help": "Hidden states of the calibration data beyond this, such as '500MiB' or a "
-            "number of bytes, are kept in a temporary file that is mapped into memory."
-        },
+    max_state_memory: int | str = option(
+        "4GiB",
+        size,
+        "Hidden states of the calibration data beyond this, such as '500MiB' or a "
+        "number of bytes, are kept in a temporary file that is mapped into memory.",
     )
-    seed: int = dataclasses.field(
-        default=0,
-        metadata={"help": "Chooses the samples on which knowledge is measured."},
+    seed: int = option(
+        0,
+        whole_number(least=None),
+        "Chooses the samples on which knowledge is measured.",
     )
 
     def __post_init__(self) -> None:
-        check_types(self)
-        check_ranges(self)
-        for name, known in (
-            ("schedule", SCHEDULES),
-            ("metric", METRICS),
-            ("lambda_scale", LAMBDA_SCALES),
-            ("sensitivity", SENSITIVITIES),
-            ("problem_type", (None, *PROBLEM_TYPES)),
-        ):
-            check_choice(self, name, known)
-        _ = self.state_bytes  # complains about what is no size
+        for field in dataclasses.fields(self):
+            field.metadata["check"](field.name, getattr(self, field.name))
 
     @property
     def state_bytes(self) -> int:
-        """``max_state_memory`` in bytes."""
-        try:
-            return int(convert_file_size_to_int(self.max_state_memory))
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"max_state_memory={self.max_state_memory!r} is no size. Pass a number of bytes of "
-                "at least 0, or a text such as '4GiB'."
-            ) from None
+        """`max_state_memory` in bytes."""
+        return bytes_of("max_state_memory", self.max_state_memory)
 
     @classmethod
     def paper(cls, reduction: float = 0.5, **options: Any) -> KPruneConfig:
@@ -258,22 +234,3 @@ class KPruneConfig:
                 f"Unknown option {', '.join(unknown)}. KPruneConfig has: {', '.join(known)}."
             )
         return cls(**options)
-
-    def to_json(self) -> str:
-        """The options as a JSON object."""
-        return json.dumps(self.to_dict(), indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> KPruneConfig:
-        """The inverse of :meth:`to_json`.
-
-        Raises:
-            ValueError: the text is no JSON object, or holds an unknown or ill option.
-        """
-        options = json.loads(text)
-        if not isinstance(options, dict):
-            raise ValueError(
-                f"Expected a JSON object of options, got {type(options).__name__}. Write it with "
-                "KPruneConfig.to_json()."
-            )
-        return cls.from_dict(options)

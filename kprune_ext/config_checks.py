@@ -1,99 +1,96 @@
-"""Checks of the options of :class:`kprune_ext.KPruneConfig`: each error says what to pass instead."""
+"""What the options of `KPruneConfig` may be: each error says what to pass instead."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import field
 from typing import Any
 
-_WHOLE = (
-    *("min_score_samples", "max_score_passes", "max_tokens", "batch_tokens"),
-    *("sequence_length", "seed"),
-)
-_NUMBERS = (
-    *("reduction", "temperature", "lambda_rep", "score_fraction", "ridge", "mu"),
-    *("min_share", "unread_weight", "prior_samples"),
-)
-_MAY_BE_NONE = frozenset({"sequence_length", "mu", "ridge"})
+from .common.memory import bytes_of
+
+#: `(name, value)`; raises ValueError or TypeError where the value is wrong.
+Check = Callable[[str, Any], None]
 
 
-def check_types(options: Any) -> None:
-    """Whole numbers of at least 1 (a seed: any), finite numbers, and a switch.
+def option(default: Any, check: Check, text: str) -> Any:
+    """A dataclass field with what its values may be, and what it is for, in its metadata.
 
-    Raises:
-        TypeError, ValueError: one of them is something else.
+    Args:
+        default: The default value.
+        check: Of its values.
+        text: The help text.
     """
-    for name in _WHOLE:
-        value = getattr(options, name)
-        if name in _MAY_BE_NONE and value is None:
-            continue
+    return field(default=default, metadata={"help": text, "check": check})
+
+
+def whole_number(least: int | None = 1) -> Check:
+    """Integers of at least `least`; any if None."""
+
+    def check(name: str, value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name}={value!r} is not an integer. Pass a whole number.")
-        if name != "seed" and value < 1:
-            raise ValueError(f"{name}={value} is too small. Pass 1 or more.")
-    for name in _NUMBERS:
-        value = getattr(options, name)
-        if name in _MAY_BE_NONE and value is None:
-            continue
+        if least is not None and value < least:
+            raise ValueError(f"{name}={value} is too small. Pass {least} or more.")
+
+    return check
+
+
+def number(interval: str, advice: str = "") -> Check:
+    """Finite numbers in an interval, such as `"(0, 1]"` or `"[0, inf)"`.
+
+    Args:
+        interval: A round bracket leaves its end out.
+        advice: What to pass instead, as a sentence.
+    """
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    with_low, with_high = interval[0] == "[", interval[-1] == "]"
+
+    def check(name: str, value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"{name}={value!r} is not a number. Pass a float.")
         if not math.isfinite(value):
             raise ValueError(f"{name}={value} is not finite. Pass an ordinary number.")
-    if not isinstance(options.tune_bias, bool):
-        raise TypeError(f"tune_bias={options.tune_bias!r} is not a bool. Pass True or False.")
+        above = value >= low if with_low else value > low
+        below = value <= high if with_high else value < high
+        if above and below:
+            return
+        if math.isfinite(high):
+            wrong = f"is outside {interval}"
+        else:
+            wrong = "is negative" if with_low else "is not positive"
+        raise ValueError(f"{name}={value} {wrong}. {advice or 'Pass a number above 0.'}")
+
+    return check
 
 
-def check_ranges(options: Any) -> None:
-    """Numbers lie where they mean something.
-
-    Raises:
-        ValueError: one of them does not.
-    """
-    if not 0 < options.reduction < 1:
-        raise ValueError(
-            f"reduction={options.reduction} is outside (0, 1). It is the fraction of encoder FLOPs to "
-            "remove: pass 0.5 to keep half of them."
-        )
-    if not 0 <= options.min_share <= 1:
-        raise ValueError(
-            f"min_share={options.min_share} is outside [0, 1]. Pass 0 for no lower bound on what a "
-            "sub-layer keeps."
-        )
-    if not 0 <= options.unread_weight <= 1:
-        raise ValueError(
-            f"unread_weight={options.unread_weight} is outside [0, 1]. Pass 1 to count all tokens of "
-            "the last layer alike."
-        )
-    if not 0 < options.score_fraction <= 1:
-        raise ValueError(
-            f"score_fraction={options.score_fraction} is outside (0, 1]. It is the part of the "
-            "calibration samples on which knowledge is measured: pass 1.0 for all of them."
-        )
-    for name in ("temperature", "mu"):
-        value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"{name}={value} is not positive. Pass a number above 0.")
-    if options.lambda_rep < 0:
-        raise ValueError(
-            f"lambda_rep={options.lambda_rep} is negative. Pass 0 (and prior_samples=0) to use "
-            "predictive knowledge alone, or a positive weight."
-        )
-    if options.prior_samples < 0:
-        raise ValueError(
-            f"prior_samples={options.prior_samples} is negative. Pass 0 to take predictive knowledge "
-            "as it was measured."
-        )
-    if options.ridge is not None and options.ridge < 0:
-        raise ValueError(f"ridge={options.ridge} is negative. Pass 0 for the least that works.")
+def switch(name: str, value: Any) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} is not a bool. Pass True or False.")
 
 
-def check_choice(options: Any, name: str, known: tuple[Any, ...]) -> None:
-    """The option is one of the known values.
+def one_of(*known: Any) -> Check:
+    """One of these values."""
 
-    Raises:
-        ValueError: naming them.
-    """
-    value = getattr(options, name)
-    if value not in known:
-        raise ValueError(
-            f"{name}={value!r} is unknown. Pass one of {', '.join(str(one) for one in known)}."
-        )
+    def check(name: str, value: Any) -> None:
+        if value not in known:
+            shown = ", ".join(str(one) for one in known)
+            raise ValueError(f"{name}={value!r} is unknown. Pass one of {shown}.")
+
+    return check
+
+
+def or_none(check: Check) -> Check:
+    """What another check allows, or None."""
+
+    def checked(name: str, value: Any) -> None:
+        if value is not None:
+            check(name, value)
+
+    return checked
+
+
+def size(name: str, value: Any) -> None:
+    """A number of bytes, or a text such as `"4GiB"`."""
+    bytes_of(name, value)

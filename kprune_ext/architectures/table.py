@@ -7,9 +7,15 @@ transformers' own tables. Nothing outside of this wing names a family.
 
 from __future__ import annotations
 
+from typing import Any
+
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+)
 
 from .image_encoders import IMAGE_ENCODERS
 from .row import Architecture
@@ -38,8 +44,13 @@ def find_architecture(model: nn.Module) -> Architecture:
     if isinstance(model, PreTrainedModel):
         for row in ARCHITECTURES:
             if kind in (row.model_type, row.pruned_type):
-                _refuse(row, config)
+                _refuse(row, model)
                 return row
+    if is_decoder(model):
+        raise ValueError(
+            f"Cannot prune a {type(model).__name__} (model type {kind!r}): it is a decoder. Supported "
+            f"are encoders of the model types {supported()}."
+        )
     raise ValueError(
         f"Cannot prune a {type(model).__name__} (model type {kind!r}). Supported model types: "
         f"{supported()}. Unwrap the model first if it is inside another "
@@ -48,18 +59,33 @@ def find_architecture(model: nn.Module) -> Architecture:
     )
 
 
-def _refuse(row: Architecture, config: object) -> None:
+def is_decoder(model: nn.Module) -> bool:
+    """Whether a model predicts tokens from those before them alone.
+
+    Configs do not tell it of most families (Llama, Qwen, Gemma, GPT-2), so the class of the model, or of
+    its family's language models, does.
+    """
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "is_decoder", False):
+        return True
+    kind = type(config)
+    if kind in MODEL_FOR_MASKED_LM_MAPPING:  # such as BERT, which can be either
+        return False
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "is_encoder_decoder", False)
+
+
+def _refuse(row: Architecture, model: PreTrainedModel) -> None:
     if not row.is_available:
         raise ValueError(
             f"Pruning {row.model_type} models needs transformers {row.transformers} or newer, but "
             f"{transformers.__version__} is installed. Update it: pip install -U transformers"
         )
-    if getattr(config, "is_decoder", False):
+    if is_decoder(model):
         raise ValueError(
             "Cannot prune a decoder (config.is_decoder=True). Supported are encoders: load the "
             "model with is_decoder=False."
         )
-    reason = row.refusal(config)
+    reason = row.refusal(model.config)
     if reason is not None:
         raise ValueError(
             f"Cannot prune this {row.model_type} model: {reason}. Use a checkpoint without it."

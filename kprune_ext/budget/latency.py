@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.files import replacing
+from ..common.files import write_json
 
 LATENCY_FORMAT = 1
 
@@ -60,9 +60,7 @@ class LatencyTable:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as JSON; the file appears only when it is complete."""
-        text = json.dumps({"format": LATENCY_FORMAT, **asdict(self)}, indent=1)
-        with replacing(path) as temporary:
-            Path(temporary).write_text(text + "\n", encoding="utf-8")
+        write_json(path, {"format": LATENCY_FORMAT, **asdict(self)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LatencyTable:

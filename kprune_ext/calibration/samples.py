@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-_LABELS = frozenset(
-    {"labels", "label", "label_ids", "next_sentence_label", "start_positions", "end_positions"}
-)
+from ..common.text_data import LABEL_KEYS
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def collect_samples(
         ValueError: a batch has no ``input_ids`` or ``pixel_values``, an ``attention_mask`` of a
             shape that is not ``(batch, tokens)``, or needed data hold no unmasked token.
     """
-    accepted = set(inspect.signature(model.forward).parameters) - _LABELS
+    accepted = set(inspect.signature(model.forward).parameters) - LABEL_KEYS
     images = model.main_input_name == "pixel_values" and image_tokens is not None
     samples: list[Sample] = []
     total = batches = 0

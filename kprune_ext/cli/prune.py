@@ -19,7 +19,6 @@ from ..common.files import (
 from ..common.text_data import load_rows
 from ..config import KPruneConfig
 from ..pruning import kprune
-from ..report.report import REPORT_FILE, KPruneReport
 from .inputs import image_batches, load_model, text_batches
 from .report import print_report
 
@@ -54,7 +53,7 @@ def run_prune(options: PruneOptions) -> PreTrainedModel:
         processor = AutoTokenizer.from_pretrained(options.model, revision=options.revision)
         batches = text_batches(rows, processor, options, about)
     pruned: Any = kprune(model, batches, config, latency=_latency(options, model))
-    _save_all(out, pruned, processor, pruned.kprune_report, options.plot)
+    _save_all(out, pruned, processor, options.plot)
     print_report(pruned.kprune_report)
     print(f"Wrote {options.output}. Load it as usual after `import kprune_ext`.")
     return pruned
@@ -100,13 +99,10 @@ def _latency(options: PruneOptions, model: PreTrainedModel) -> LatencyTable | No
     return table
 
 
-def _save_all(
-    out: str, pruned: Any, processor: Any, report: KPruneReport, plot: str | None
-) -> None:
-    """Write the model, its processor, its report and its picture, all of them or none."""
+def _save_all(out: str, pruned: Any, processor: Any, plot: str | None) -> None:
+    """Write the model with its report, its processor and its picture, all of them or none."""
     with replacing_folder(out) as folder:
         pruned.save_pretrained(folder)
         processor.save_pretrained(folder)
-        report.save_json(Path(folder, REPORT_FILE))
         if plot is not None:
-            report.plot(plot)
+            pruned.kprune_report.plot(plot)

@@ -9,7 +9,7 @@ import tempfile
 import uuid
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -186,6 +186,17 @@ def replacing(path: StrPath) -> Iterator[str]:
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def write_json(path: StrPath, values: Any, indent: int = 1) -> None:
+    """Write JSON-ready values; the file appears only when it is complete.
+
+    Raises:
+        ValueError: If `path` is empty.
+        OSError: If it cannot be written.
+    """
+    with replacing(path) as temporary, open(temporary, "x", encoding="utf-8") as file:
+        file.write(json.dumps(values, indent=indent) + "\n")
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import nn
 def trim_memory() -> None:
     """Return freed memory to the system, where the C library can be asked to (Linux, glibc).
 
-    Calibration frees large matrices of many sizes; what glibc keeps of them for later grows to several
+    Where large matrices of many sizes come and go, what glibc keeps of them for later grows to several
     times of what is in use.
     """
     if not sys.platform.startswith("linux"):
@@ -55,18 +55,29 @@ def without_onednn(model: nn.Module) -> Iterator[None]:
         backend.enabled = before
 
 
-def bytes_of_limit(max_memory: int | str | None) -> int | None:
-    """`max_memory` as a number of bytes, or None.
+def bytes_of(name: str, value: int | str) -> int:
+    """A size in bytes.
+
+    Args:
+        name: Of the option, for the message.
+        value: Number of bytes, or a text such as `"500MB"` or `"4GiB"`.
 
     Raises:
-        ValueError: if it is neither a number nor a text that tells one.
+        ValueError: If the value is not a valid size.
     """
-    if max_memory is None:
-        return None
     try:
-        return convert_file_size_to_int("" if isinstance(max_memory, bool) else max_memory)
-    except (ValueError, OverflowError, AttributeError):
+        return int(convert_file_size_to_int("" if isinstance(value, bool) else value))
+    except (ValueError, TypeError, OverflowError, AttributeError):
         raise ValueError(
-            "max_memory must be a whole number of bytes or a text such as '500MB' or '4GiB', got "
-            f"{max_memory!r}."
+            f"{name}={value!r} is not a valid size. Pass a whole number of bytes of at least 0, or a "
+            "text such as '500MB' or '4GiB'."
         ) from None
+
+
+def bytes_of_limit(max_memory: int | str | None) -> int | None:
+    """`max_memory` as a number of bytes; None where there is no limit.
+
+    Raises:
+        ValueError: If it is not a valid size.
+    """
+    return None if max_memory is None else bytes_of("max_memory", max_memory)

@@ -25,7 +25,7 @@ def sharding_of(model: nn.Module) -> str | None:
             raise ValueError(
                 "The model is wrapped by FullyShardedDataParallel (FSDP1), which flattens weights of "
                 "many layers into one. Use torch.distributed.fsdp.fully_shard (fsdp_version: 2 in "
-                "accelerate's config), or calibrate before the model is wrapped."
+                "accelerate's config), or do this before the model is wrapped."
             )
     if (getattr(model, "_tp_size", None) or 1) > 1:
         _refuse_tensor_parallel(next(iter(dict(model.named_parameters())), "the model"))
@@ -177,6 +177,6 @@ def _dtensor(tensor: Tensor) -> Any:
 def _refuse_tensor_parallel(name: str) -> None:
     raise ValueError(
         f"The model is tensor-parallel: {name} is cut over processes so that each computes a part of "
-        "every layer, and no layer's whole input and output are seen in one place. Calibrate without "
-        "tp_plan / tp_size: with data-parallel processes, fully_shard, or device_map='auto'."
+        "every layer, and no layer's whole input and output are seen in one place. Load it "
+        "without tp_plan / tp_size: with data-parallel processes, fully_shard, or device_map='auto'."
     )

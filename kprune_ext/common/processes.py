@@ -1,4 +1,4 @@
-"""Several processes that calibrate together: sums, shared work, and errors that end all of them."""
+"""Several processes at one piece of work: sums, shared work, and errors that end all of them."""
 
 from __future__ import annotations
 
@@ -142,8 +142,8 @@ class Processes:
 
     def _failed(self, process: int, text: str) -> str:
         return (
-            f"Calibration failed in process {process}, and this process ({self.rank}) stops with it. "
-            f"There it was: {text}"
+            f"Process {process} failed, and this process ({self.rank}) stops with it. The error there "
+            f"was: {text}"
         )
 
     def _object_from(self, value: T, owner: int) -> T:
@@ -161,8 +161,8 @@ class Processes:
             if note is not None and note[0] != self.rank:
                 raise RuntimeError(self._failed(*note)) from error
             raise RuntimeError(
-                f"Process {self.rank} of {self.count} lost contact with another process during "
-                "calibration: it has ended (killed, or out of memory; see its own output), or was not "
+                f"Process {self.rank} of {self.count} lost contact with another process: it "
+                "has ended (killed, or out of memory; see its own output), or was not "
                 "there in time. If it only has more to do, allow more time: "
                 "init_process_group(timeout=...), or Accelerator(kwargs_handlers="
                 "[InitProcessGroupKwargs(timeout=...)])."
@@ -175,8 +175,8 @@ class Notes:
     _numbers = count()
 
     def __init__(self) -> None:
-        # One for each calibration: all processes begin equally many.
-        self._key = f"peft_corda/failed/{next(self._numbers)}"
+        # One for each piece of work: all processes begin equally many.
+        self._key = f"failed/{next(self._numbers)}"
         try:
             from torch.distributed.distributed_c10d import _get_default_store
 

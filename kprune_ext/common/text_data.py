@@ -25,6 +25,11 @@ FILE_LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
 }
 
+# Entries of a batch that serve the loss alone.
+LABEL_KEYS = frozenset(
+    {"labels", "label", "label_ids", "next_sentence_label", "start_positions", "end_positions"}
+)
+
 Batch = dict[str, Tensor]
 
 

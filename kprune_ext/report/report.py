@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..common.files import replacing
+from ..common.files import write_json
 from .figure import save_kept
 from .rows import SubLayerReport
 
@@ -89,8 +89,7 @@ class KPruneReport:
 
     def save_json(self, path: str | os.PathLike[str]) -> None:
         """Write :meth:`to_json`; the file appears only when it is complete."""
-        with replacing(path) as temporary:
-            Path(temporary).write_text(self.to_json() + "\n", encoding="utf-8")
+        write_json(path, self.to_dict(), indent=2)
 
     @classmethod
     def load_json(cls, path: str | os.PathLike[str]) -> KPruneReport:

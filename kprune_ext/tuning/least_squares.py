@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..common.precision import exact_products
+
 # The least ridge, relative to the mean square activation: what float64 needs to stay positive
 # definite when units are copies of one another, and what rounded products need. Their error has a
 # norm of up to 2.2 ε √units (40 to 2000 tokens a batch, 64 to 1536 units).
@@ -65,8 +67,9 @@ class NormalEquations:
         """
         if features.dtype in (torch.float16, torch.bfloat16):
             features, targets = features.float(), targets.float()
-        self.gram.add_((features.T @ features).double(), alpha=weight)
-        self.cross.add_((features.T @ targets).double(), alpha=weight)
+        with exact_products(features.device):
+            self.gram.add_((features.T @ features).double(), alpha=weight)
+            self.cross.add_((features.T @ targets).double(), alpha=weight)
         self.feature_sum.add_(features.sum(0, dtype=torch.float64), alpha=weight)
         self.target_sum.add_(targets.sum(0, dtype=torch.float64), alpha=weight)
         self.target_square += weight * float(targets.square().sum(dtype=torch.float64))

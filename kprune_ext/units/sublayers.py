@@ -83,7 +83,7 @@ class SubLayer:
 
         Args:
             hidden: state before the sub-layer.
-            context: the layer's other arguments, from :func:`kprune_ext.streams.enter`.
+            context: the layer's other arguments, from `LayerStack.enter`.
         """
         device = self.device
         moved: Context = send_to_device(dict(context), device)
@@ -142,6 +142,6 @@ def _variant(layer: nn.Module, variants: tuple[SubLayerPaths, ...], prefix: str)
 def _other_build(path: str, where: nn.Module) -> str:
     return (
         f"There is no module {path} in this {type(where).__name__} of transformers "
-        f"{transformers.__version__}. The row in kprune_ext/architectures.py describes another "
+        f"{transformers.__version__}. The row in kprune_ext/architectures/ describes another "
         "version: update transformers, or this package."
     )

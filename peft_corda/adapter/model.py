@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from peft.tuners.lora import LoraModel
@@ -22,6 +23,9 @@ from ..factors import CordaFactors, WeightSample, sample_of
 from .combining import Combination, combined
 from .dispatch import new_layer
 from .layer import CordaLayer
+
+#: By module name, `A (r, in)` and `B (out, r)` that an adapter starts from.
+Starts: TypeAlias = dict[str, tuple[Tensor, Tensor]]
 
 
 class CordaModel(LoraModel):
@@ -61,9 +65,9 @@ class CordaModel(LoraModel):
             state_dict=state_dict,
         )
         # Kept until the adapter's final dtype is known, see `_cast_adapter_dtype`.
-        self._pending_factors = {adapter_name: factors} if factors is not None else {}
+        self._pending_starts: dict[str, Starts] = {}
         if factors is not None:
-            self._fill(adapter_name, factors)
+            self._pending_starts[adapter_name] = self._fill(adapter_name, factors)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Cast as LoRA does, and fill a new adapter again if that widened it.
@@ -71,11 +75,13 @@ class CordaModel(LoraModel):
         On injection PEFT gives the adapter the dtype of the base; the cast to float32 alone would
         keep what the factors lost to it.
         """
-        before = self._dtypes(adapter_name)
+        layers = self.adapter_layers(adapter_name)
+        before = {name: layer.adapter_dtype(adapter_name) for name, layer in layers.items()}
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-        factors = self.__dict__.get("_pending_factors", {}).pop(adapter_name, None)
-        if factors is not None and before != self._dtypes(adapter_name):
-            self._fill(adapter_name, factors)
+        starts = self.__dict__.get("_pending_starts", {}).pop(adapter_name, {})
+        for name, start in starts.items():
+            if layers[name].adapter_dtype(adapter_name) != before[name]:
+                layers[name].start_adapter(adapter_name, *start)
 
     def start_adapter(self, adapter_name: str, factors: CordaFactors) -> None:
         """Set where an adapter that is in place starts from; it then computes what the base does.
@@ -108,8 +114,21 @@ class CordaModel(LoraModel):
             if ".lora_A0." in name or ".lora_B0." in name
         ]
 
+    def _fill(self, adapter_name: str, factors: CordaFactors) -> Starts:
+        """Start the adapter of each layer; gives back the starts that its dtype has rounded."""
+        rounded: Starts = {}
+        layers = self.adapter_layers(adapter_name)
+        for name, start in self._starts(adapter_name, factors):
+            layers[name].start_adapter(adapter_name, *start)
+            if layers[name].adapter_dtype(adapter_name).itemsize < start[0].element_size():
+                rounded[name] = start
+        return rounded
+
     @torch.no_grad()
-    def _fill(self, adapter_name: str, factors: CordaFactors) -> None:
+    def _starts(
+        self, adapter_name: str, factors: CordaFactors
+    ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+        """By module name, what its adapter starts from, in float32."""
         config = self._config_of(adapter_name)
         config.corda_method = method = config.method_for(factors)
         processes = Processes()
@@ -120,7 +139,7 @@ class CordaModel(LoraModel):
             if not from_main or processes.is_main:
                 weight = dense_weight(name, base)
                 directions = factors.modules[name].directions[method]
-                starts = starting_factors(
+                start = starting_factors(
                     decomposable(weight),
                     directions.U[:, :rank].to(weight.device),
                     directions.S[:rank].to(weight.device),
@@ -129,17 +148,13 @@ class CordaModel(LoraModel):
                 )
             else:
                 rows, columns = weight_shape(base)
-                starts = torch.zeros(rank, columns), torch.zeros(rows, rank)
+                start = torch.zeros(rank, columns), torch.zeros(rows, rank)
             if from_main:
-                starts = processes.from_owner(starts[0], 0), processes.from_owner(starts[1], 0)
-            layer.start_adapter(adapter_name, *starts)
+                start = processes.from_owner(start[0], 0), processes.from_owner(start[1], 0)
+            yield name, start
 
     def _config_of(self, adapter_name: str) -> CordaConfig:
         return cast(CordaConfig, self.peft_config[adapter_name])
-
-    def _dtypes(self, adapter_name: str) -> list[torch.dtype]:
-        layers = self.adapter_layers(adapter_name).values()
-        return [layer.adapter_dtype(adapter_name) for layer in layers]
 
     @staticmethod
     def _create_new_module(

@@ -15,21 +15,18 @@ from ..config import CordaConfig, rank_of
 from ..factors import CordaFactors
 from .spectra import energy_shares, pick_method, rank_cost
 
-RULES = ("energy",)
-
 
 def allocate_ranks(
     factors: CordaFactors,
     budget: int | None = None,
     method: str | None = None,
-    rule: str = "energy",
-    min_rank: int = 1,
     *,
+    min_rank: int = 1,
     mean_rank: float | None = None,
 ) -> dict[str, int]:
     """Spend a budget of trainable parameters where the spectra say that it is best spent.
 
-    Rule ``"energy"`` gives out ranks one at a time. For ``ipm`` the next one goes to the module whose
+    Ranks are given out one at a time. For ``ipm`` the next one goes to the module whose
     next direction has the largest share of its module's energy per parameter: among all ways to spend
     as many parameters, the sum of captured shares is then the largest, but for what is left over
     where the next rank no longer fits. For ``kpm`` it goes to the module whose next direction has the
@@ -42,7 +39,6 @@ def allocate_ranks(
             four times, say): no module can be given more than `factors.rank(name, method)`.
         budget: at most so many adapter parameters, `Σ r (out + in)` over the modules.
         method: ``"kpm"`` or ``"ipm"``; needed only if the factors hold both.
-        rule: ``"energy"``.
         min_rank: least rank of every module.
         mean_rank: in place of `budget`, what a uniform rank of this size takes.
 
@@ -50,12 +46,10 @@ def allocate_ranks(
         Rank by module name, in the order of the factors; for `apply_ranks`. Never over budget.
 
     Raises:
-        ValueError: if not exactly one of `budget` and `mean_rank` is given, the rule or method is
+        ValueError: if not exactly one of `budget` and `mean_rank` is given, the method is
             unknown, the factors do not hold the method or are of a smaller rank than `min_rank`, or
             the budget is not enough for `min_rank` everywhere.
     """
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {RULES}, got {rule!r}.")
     method = pick_method(factors, method)
     names = list(factors.modules)
     costs = [rank_cost(factors.modules[name].shape) for name in names]

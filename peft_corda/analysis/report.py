@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from kprune_ext.common.files import replacing
+from kprune_ext.common.files import write_json
 
 from ..config import SCALINGS, CordaConfig, rank_of
 from ..decomposition.starting_factors import norm_ratio
@@ -93,9 +91,7 @@ class CordaReport:
 
     def save_json(self, path: str | os.PathLike[str]) -> None:
         """Write `to_dict` as JSON; the file appears only when it is complete."""
-        with replacing(path) as temporary:
-            text = json.dumps(self.to_dict(), indent=1) + "\n"
-            Path(temporary).write_text(text, encoding="utf-8")
+        write_json(path, self.to_dict())
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Write a picture of the spectra: a panel for each type of module, a line for each layer.

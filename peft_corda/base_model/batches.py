@@ -13,9 +13,6 @@ from torch import Tensor
 
 from .masks import token_mask
 
-# Batch entries that only serve a loss.
-_LABEL_KEYS = {"labels", "label", "label_ids", "start_positions", "end_positions"}
-
 _FEW_TOKENS = 16
 
 Batch = Mapping[str, Any]

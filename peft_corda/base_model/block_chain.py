@@ -8,7 +8,7 @@ that were kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -69,15 +69,14 @@ class Candidate:
     holds_from: Callable[[int], bool]
 
 
-def find_chain(
-    model: nn.Module, targets: Mapping[str, nn.Module], example: dict[str, Any]
-) -> Candidate | None:
+def find_chain(runner: Runner, example: dict[str, Any]) -> Candidate | None:
     """The chain of blocks that holds the targets; None if there is none.
 
     Args:
-        model, targets: as for `collect.collect_covariances`.
+        runner: of the model and its target modules.
         example: a small batch, which is run.
     """
+    model, targets = runner.model, runner.targets
     if is_offloaded(model):
         return None
     lists = [
@@ -88,8 +87,7 @@ def find_chain(
     held, name, blocks = max(lists, key=lambda entry: entry[0], default=(0, "", nn.ModuleList()))
     if held == 0:
         return None
-    runner = Runner(model, targets)
-    seen = _run_and_watch(model, blocks, targets, runner, example)
+    seen = _run_and_watch(runner, blocks, example)
     if not _is_chain(seen.calls, len(blocks)):
         return None
     hidden = seen.states[0]
@@ -104,7 +102,7 @@ def find_chain(
     def holds_from(start: int) -> bool:
         try:
             with resumed_from_block(chain, start, partial(seen.states.__getitem__, start)):
-                again = _run_and_watch(model, blocks, targets, runner, example)
+                again = _run_and_watch(runner, blocks, example)
         except Exception:  # whatever a block misses that an earlier one leaves behind for it
             return False
         return _same_from(start, seen, again)
@@ -168,13 +166,7 @@ class _Run:
     inputs: list[list[tuple[str, Tensor]]]
 
 
-def _run_and_watch(
-    model: nn.Module,
-    blocks: nn.ModuleList,
-    targets: Mapping[str, nn.Module],
-    runner: Runner,
-    example: dict[str, Any],
-) -> _Run:
+def _run_and_watch(runner: Runner, blocks: nn.ModuleList, example: dict[str, Any]) -> _Run:
     run = _Run([], [], [[]])
 
     def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -184,7 +176,7 @@ def _run_and_watch(
     def see(name: str, inputs: Tensor, *_: Any) -> None:
         run.inputs[-1].append((name, inputs.clone()))
 
-    with evaluating(model), visiting(targets, see), ExitStack() as stack:
+    with evaluating(runner.model), visiting(runner.targets, see), ExitStack() as stack:
         for number, block in enumerate(blocks):
 
             def leave(

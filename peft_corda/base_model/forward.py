@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from copy import copy
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from kprune_ext.common.placement import execution_device, is_offloaded, reshard, sharding_of
+from kprune_ext.common.text_data import LABEL_KEYS
 
-from .batches import _LABEL_KEYS, Batch, of_like_length, token_shape, unpadded
+from .batches import Batch, of_like_length, token_shape, unpadded
 from .masks import token_mask
 from .quantized import quantization_of
 
@@ -39,6 +41,8 @@ class Runner:
     """Runs batches through a model, no further than needed.
 
     Attributes:
+        model: takes a batch as keyword arguments.
+        targets: modules of interest by name.
         mask: of the batch that is running: bool `(batch, tokens)`, or None if all tokens count.
         tokens: `(batch, tokens)` of the batch that is running, where known.
         stop_after: name of the module behind which the run of a batch ends, if any.
@@ -56,6 +60,7 @@ class Runner:
             without_padding: cut padding off and run sequences of equal length together, for models
                 whose modules do not tell which tokens they are given.
         """
+        self.model, self.targets = model, targets
         # Where weights are gathered, that is set up by the first call of the whole model.
         self._module = model if sharding_of(model) else _shortest(model, targets)
         inner = model.get_base_model() if isinstance(model, PeftModel) else self._module
@@ -68,6 +73,12 @@ class Runner:
         self.stop_after: str | None = None
         self.mask: Tensor | None = None
         self.tokens: tuple[int, int] | None = None
+
+    def cutting_padding(self) -> Runner:
+        """A runner that cuts padding off, see `without_padding`."""
+        cutting = copy(self)
+        cutting._without_padding = True
+        return cutting
 
     def parts(self, batch: Batch, number: int = 0) -> list[dict[str, Any]]:
         """What a batch is run as, without labels: itself, or parts with less padding or none.
@@ -82,7 +93,7 @@ class Runner:
                 "argument names to tensors, such as {'input_ids': …, 'attention_mask': …}, as "
                 "tokenizers and collators give."
             )
-        inputs = {key: value for key, value in batch.items() if key not in _LABEL_KEYS}
+        inputs = {key: value for key, value in batch.items() if key not in LABEL_KEYS}
         if self._without_padding:
             return unpadded(inputs)
         return of_like_length(inputs, self._run_cost)

@@ -62,11 +62,11 @@ class InputSharing:
         self._last = None
 
 
-def discover(model: nn.Module, targets: Mapping[str, nn.Module], batch: Batch) -> Layout:
+def discover(runner: Runner, batch: Batch) -> Layout:
     """Find out by running one example which target modules are given the very same tensor.
 
     Args:
-        model, targets: as for `collect.collect_covariances`.
+        runner: of the model and its target modules.
         batch: any batch of the calibration data; all of it is run only if its first example does
             not reach every target (as with experts that are chosen by token), or if a target is given
             rows that are not laid out in sequences: how many there are may be chance in one example.
@@ -74,8 +74,7 @@ def discover(model: nn.Module, targets: Mapping[str, nn.Module], batch: Batch) -
     Raises:
         TypeError, ValueError: as `collect.collect_covariances`; also if a target was never called.
     """
-    runner = Runner(model, targets)
-    parts = runner.parts(batch)
+    targets, parts = runner.targets, runner.parts(batch)
     if not parts:
         raise ValueError(
             "The first calibration batch has no token that counts: attention_mask is 0 everywhere. "
@@ -83,7 +82,7 @@ def discover(model: nn.Module, targets: Mapping[str, nn.Module], batch: Batch) -
         )
     example = first_example(parts[0])
     calls = _Calls(targets, runner)
-    with evaluating(model), visiting(targets, lambda *seen: calls.visit(*seen)):
+    with evaluating(runner.model), visiting(targets, lambda *seen: calls.visit(*seen)):
         if example is not None:
             runner.run(example)
         if calls.missing() or calls.in_rows:
@@ -100,11 +99,10 @@ def discover(model: nn.Module, targets: Mapping[str, nn.Module], batch: Batch) -
     return calls.layout()
 
 
-def layout_of(model: nn.Module, targets: Mapping[str, nn.Module], part: Batch) -> Layout:
+def layout_of(runner: Runner, part: Batch) -> Layout:
     """As `discover`, from one run of a batch without padding, which may be on the meta device."""
-    runner = Runner(model, targets)
-    calls = _Calls(targets, runner)
-    with evaluating(model), visiting(targets, calls.visit):
+    calls = _Calls(runner.targets, runner)
+    with evaluating(runner.model), visiting(runner.targets, calls.visit):
         runner.run(dict(part))
     return calls.layout()
 

@@ -43,7 +43,8 @@ def calibrate(
     checkpoint_dir: str | os.PathLike[str] | None = None,
     checkpoint_seconds: float = 120.0,
     dtype: torch.dtype = torch.float32,
-    verbose: bool = True,
+    progress: bool = True,
+    verbose: bool | None = None,
 ) -> CordaFactors:
     """Find the directions that the adapters of `config` are cut along (CorDA, Section 3).
 
@@ -73,7 +74,8 @@ def calibrate(
             batch.
         dtype: that sums are worked out in: `torch.float32` or, for twice the memory and time,
             `torch.float64`.
-        verbose: whether to print the plan and show progress.
+        progress: whether to print the plan and show progress bars.
+        verbose: earlier name of `progress`.
 
     Returns:
         The factors, on the CPU; the same on all processes.
@@ -100,13 +102,15 @@ def calibrate(
         batches = list(dataloader) if isinstance(dataloader, Iterator) else dataloader
         own = next(iter(batches), None)
     first = _first(own, processes)
+    runner = Runner(runs, targets)
     with processes.error_barrier(running_model=True):
-        layout = discover(runs, targets, first)
+        layout = discover(runner, first)
+    passing = runner if layout.masked else runner.cutting_padding()
     groups = layout.groups
     if chosen == ("ipm",) and config.corda_weighting == "covariance":
         groups = with_cross(groups, targets)
     with processes.error_barrier():
-        plan = make_plan(base, targets, batches, first, groups, given, dtype.itemsize, processes)
+        plan = make_plan(runner, batches, first, groups, given, dtype.itemsize, processes)
     checkpoint = None
     if checkpoint_dir is not None:
         data = {
@@ -116,11 +120,10 @@ def calibrate(
         about = identity(config, chosen, base, targets, plan.passes, dtype, data, processes)
         checkpoint = Checkpoint(checkpoint_dir, about, checkpoint_seconds, processes)
     options = PassOptions(
-        progress=verbose and processes.is_main,
+        progress=(progress if verbose is None else verbose) and processes.is_main,
         dtype=dtype,
-        without_padding=not layout.masked,
         processes=processes,
-        spare=_spare(runs, targets, first) if processes.collective_forward else None,
+        spare=_spare(runner, first) if processes.collective_forward else None,
     )
     if options.progress:
         print(plan, file=sys.stderr)
@@ -131,7 +134,7 @@ def calibrate(
             snapshots = checkpoint.snapshots(number) if checkpoint is not None else None
             label = f"Calibrating ({number + 1} of {len(plan.passes)})"
             now = replace(options, description=label, snapshots=snapshots)
-            part = _run_pass(runs, targets, batches, plan, number, now, config, chosen)
+            part = _run_pass(passing, batches, plan, number, now, config, chosen)
             if checkpoint is not None:
                 checkpoint.finish(number, part)
         found.update(part.modules)
@@ -145,8 +148,7 @@ def calibrate(
 
 
 def _run_pass(
-    model: nn.Module,
-    targets: Mapping[str, nn.Module],
+    runner: Runner,
     batches: Iterable[Mapping[str, Any]],
     plan: Plan,
     number: int,
@@ -156,12 +158,10 @@ def _run_pass(
 ) -> CordaFactors:
     """The factors of the modules of one pass."""
     groups = plan.passes[number]
-    covariances = collect_covariances(
-        model, targets, batches, groups, options, plan.carried(number)
-    )
+    covariances = collect_covariances(runner, batches, groups, options, plan.carried(number))
     trim_memory()
     modules = factorise(
-        groups, covariances, targets, config, methods, options.processes, options.progress
+        groups, covariances, runner.targets, config, methods, options.processes, options.progress
     )
     trim_memory()
     return CordaFactors(modules, config.corda_damping, config.corda_weighting)
@@ -186,10 +186,8 @@ def _check_arguments(
     return tuple(method for method in METHODS if method in chosen)
 
 
-def _spare(
-    model: nn.Module, targets: Mapping[str, nn.Module], first: Mapping[str, Any]
-) -> Mapping[str, Any]:
-    part = Runner(model, targets).parts(first)[0]
+def _spare(runner: Runner, first: Mapping[str, Any]) -> Mapping[str, Any]:
+    part = runner.parts(first)[0]
     return first_example(part) or part
 
 

@@ -37,7 +37,6 @@ class PassOptions:
         description: of the progress bar.
         progress: whether to show it.
         dtype: that products and sums are worked out in.
-        without_padding: see `Runner`.
         snapshots: where to keep and find partial sums, if anywhere.
         processes: that feed their own share of the data each.
         spare: what a process runs that has no data left, where the model is run in step; it does not
@@ -47,15 +46,13 @@ class PassOptions:
     description: str = "Calibrating"
     progress: bool = True
     dtype: torch.dtype = torch.float32
-    without_padding: bool = False
     snapshots: Snapshots | None = None
     processes: Processes = field(default_factory=Processes)
     spare: Batch | None = None
 
 
 def collect_covariances(
-    model: nn.Module,
-    targets: Mapping[str, nn.Module],
+    runner: Runner,
     batches: Iterable[Batch],
     groups: Sequence[Group],
     options: PassOptions | None = None,
@@ -67,13 +64,12 @@ def collect_covariances(
     as it was, also after an error.
 
     Args:
-        model: any module that takes a batch as keyword arguments.
-        targets: modules of the model by name.
+        runner: of the model and its target modules.
         batches: mappings of tensors, as a collator yields them. Tokens where `attention_mask`
             (`(batch, tokens)`) is 0 are left out.
-        groups: from `groups.discover`; the covariance of a group is collected once.
+        groups: from `input_groups.discover`; the covariance of a group is collected once.
         options: see `PassOptions`.
-        relay: carries hidden states over from and to other passes.
+        cache: carries hidden states over from and to other passes.
 
     Returns:
         Covariances by the name of the group's first module (cross-covariances of outputs and inputs
@@ -86,9 +82,8 @@ def collect_covariances(
             group whose modules are given different inputs after all.
     """
     options = options or PassOptions()
-    runner = Runner(model, targets, options.without_padding)
-    runner.stop_after = _stopping_point(model, groups)
-    watched = {name: targets[name] for group in groups for name in group.members}
+    runner.stop_after = _stopping_point(runner.model, groups)
+    watched = {name: runner.targets[name] for group in groups for name in group.members}
     with_output = {group.leader for group in groups if group.outputs is not None}
     sums = _Sums(groups, watched, runner, options)
     with options.processes.error_barrier(running_model=True):
@@ -96,7 +91,7 @@ def collect_covariances(
         if cache is not None:
             span = cache[1]
             carried = cache[0].running(span.first, span.last, span.following, runner)
-        with evaluating(model), carried, visiting(watched, sums.visit, with_output):
+        with evaluating(runner.model), carried, visiting(watched, sums.visit, with_output):
             done = sums.restore(options.snapshots)
             if done and cache is not None:
                 # Batches passed over leave no hidden states behind.
@@ -222,7 +217,7 @@ class _Sums:
             name = group.leader
             # A process without data has no accumulator yet.
             accumulator = self._accumulator(name, self._runner.device)
-            accumulator.reduce(self._options.processes)
+            accumulator.reduce(self._options.processes.add)
             if accumulator.tokens == 0:
                 raise ValueError(
                     f"The calibration data has no token that counts for {name}: every batch was empty "

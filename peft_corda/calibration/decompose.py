@@ -13,6 +13,7 @@ from kprune_ext.common.processes import Processes
 from ..base_model.input_groups import Group
 from ..base_model.weights import decomposable, dense_weight, weight_shape
 from ..config import CordaConfig, rank_of
+from ..decomposition.cost import total_arithmetic
 from ..decomposition.covariance import (
     Covariance,
     CrossCovariance,
@@ -49,7 +50,9 @@ def factorise(
     Returns:
         Factors by module name, on the CPU.
     """
-    owners = owners_of([_cost(group, targets) for group in groups], processes.count)
+    owners = owners_of(
+        [_cost(group, targets, config, methods) for group in groups], processes.count
+    )
     # Weights that are spread over processes are gathered for one piece of work each at a time.
     rounds = processes.rounds(owners) if processes.collective_forward else [range(len(groups))]
     found: dict[str, ModuleFactors] = {}
@@ -172,11 +175,9 @@ def _on_cpu(own: Directions) -> Directions:
     )
 
 
-def _cost(group: Group, targets: Mapping[str, nn.Module]) -> float:
-    """Roughly the arithmetic of a group's decompositions."""
-    cost = 0.0
-    for name in group.members:
-        rows, columns = weight_shape(targets[name])
-        least = min(rows, columns)
-        cost += 2.0 * rows * columns * columns + 20.0 * least**3
-    return cost
+def _cost(
+    group: Group, targets: Mapping[str, nn.Module], config: CordaConfig, methods: Sequence[str]
+) -> float:
+    """FLOPs of a group's decompositions."""
+    layers = [(weight_shape(targets[name]), rank_of(config, name)) for name in group.members]
+    return total_arithmetic(layers, methods)

@@ -7,20 +7,17 @@ A multiplication and an addition are 2 FLOPs.
 - hidden states carried between passes: `T · hidden` numbers of the model's dtype;
 - activations of one batch: `tokens · 3 · (hidden + widest)` numbers of the model's dtype, and the
   attention scores of no layer, which kernels do not keep;
-- workspace of one decomposition, float64: `in² + out · in + n · in + n²` (`out · n` in place of `n²` for
-  tall `W`, `4 n²` without iteration), `in²` in float32 in place of `n²` for wide `W`; for iterated `ipm`
-  `in²` in float64 and float32; always `(out + 3 n) (r + max(16, r / 4))` for the block of vectors;
+- workspace and arithmetic of one decomposition: see `decomposition.cost`;
 - peak: hidden states, factors so far, statistics not yet used in the pass, and the larger of the
   activations (with all of the pass's statistics) and the workspace of the decomposition;
 - factors: `r (out + 2) + 32` numbers of 4 bytes a module and method, on the CPU;
 - a forward pass: `2 out · in · T` a module, times the share of the model that is run again in later
-  passes; statistics: `in² · T` a group (half of a full product);
-- a decomposition: `2 n · in²` for the product, `2 in · n²` for its triangle, `2 out · n²` if tall,
-  and `10 n³` for eigenvectors, or `8 n² · (r + max(16, r / 4))` where they are found by iteration.
+  passes; statistics: `in² · T` a group (half of a full product).
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -30,12 +27,15 @@ import transformers
 from accelerate.utils import compare_versions
 from torch import nn
 
+from kprune_ext.common.files import write_json
+
 from ..base_model.block_chain import find_chain
+from ..base_model.forward import Runner
 from ..base_model.input_groups import Group, layout_of, with_cross
 from ..base_model.targets import find_targets
 from ..base_model.weights import weight_shape
 from ..config import CordaConfig, rank_of
-from ..decomposition.cost import _FLOAT32, _arithmetic, _workspace
+from ..decomposition.cost import FLOAT32, total_arithmetic, workspace
 from ..decomposition.directions import METHODS
 from ..factors import SAMPLE_SIZE
 from .passes import owners_of, passes_within
@@ -73,29 +73,15 @@ def estimate(
             on the meta device (as where its data decide on the way), `max_memory` is too small, or as
             `find_targets`.
     """
-    if compare_versions("transformers", "<", "5.0"):
-        raise ValueError(
-            "Planning without weights needs transformers 5 or newer, whose models run on the meta "
-            f"device; {transformers.__version__} is installed. Update it, or see what calibrate prints."
-        )
-    for name, value in {
-        "sequences": sequences,
-        "length": length,
-        "batch_size": batch_size,
-        "gpus": gpus,
-    }.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
     chosen = tuple(methods or (config.method_for(),))
-    if any(method not in METHODS for method in chosen):
-        raise ValueError(f"methods must be some of {METHODS}, got {methods!r}.")
+    _check_arguments(chosen, sequences=sequences, length=length, batch_size=batch_size, gpus=gpus)
     targets = find_targets(model, config)
     own_sequences = -(-sequences // gpus)
     groups, hidden = _looked_at(model, targets, own_sequences * length)
     if chosen == ("ipm",) and config.corda_weighting == "covariance":
         groups = with_cross(groups, targets)
-    limits = default_memory(model, groups, _FLOAT32) if max_memory is None else (max_memory,)
-    passes, carried = passes_within(groups, limits, _FLOAT32, hidden)
+    limits = default_memory(model, groups, FLOAT32) if max_memory is None else (max_memory,)
+    passes, carried = passes_within(groups, limits, FLOAT32, hidden)
     hidden = (hidden or 0) if carried else 0
     shapes = {name: weight_shape(module) for name, module in targets.items()}
     ranks = {name: rank_of(config, name) for name in targets}
@@ -106,19 +92,15 @@ def estimate(
     tokens = min(batch_size, own_sequences) * length
     activations = itemsize * tokens * 3 * (narrowest + widest)
     workspaces = {
-        name: max(_workspace(*shape, ranks[name], method) for method in chosen)
+        name: max(workspace(*shape, ranks[name], method) for method in chosen)
         for name, shape in shapes.items()
     }
     sizes = {
-        name: _FLOAT32 * (len(chosen) * ranks[name] * (shape[0] + 2) + SAMPLE_SIZE)
+        name: FLOAT32 * (len(chosen) * ranks[name] * (shape[0] + 2) + SAMPLE_SIZE)
         for name, shape in shapes.items()
     }
     costs = [
-        sum(
-            _arithmetic(*shapes[name], ranks[name], method)
-            for name in group.members
-            for method in chosen
-        )
+        total_arithmetic([(shapes[name], ranks[name]) for name in group.members], chosen)
         for group in groups
     ]
     loads = [0.0] * gpus
@@ -145,6 +127,19 @@ def estimate(
     )
 
 
+def _check_arguments(methods: Sequence[str], **numbers: int) -> None:
+    if compare_versions("transformers", "<", "5.0"):
+        raise ValueError(
+            "Planning without weights needs transformers 5 or newer, whose models run on the meta "
+            f"device; {transformers.__version__} is installed. Update it, or see what calibrate prints."
+        )
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    if any(method not in METHODS for method in methods):
+        raise ValueError(f"methods must be some of {METHODS}, got {methods!r}.")
+
+
 def _looked_at(
     model: nn.Module, targets: Mapping[str, nn.Module], tokens: int
 ) -> tuple[list[Group], int | None]:
@@ -156,8 +151,9 @@ def _looked_at(
         "attention_mask": torch.zeros(1, 1, _EXAMPLE, _EXAMPLE, device=device),
     }
     try:
-        groups = layout_of(model, targets, example).groups
-        found = find_chain(model, targets, example)
+        runner = Runner(model, targets)
+        groups = layout_of(runner, example).groups
+        found = find_chain(runner, example)
     except (RuntimeError, NotImplementedError, TypeError) as error:
         raise ValueError(
             f"{type(model).__name__} cannot be planned for without weights: {error}. Models that "
@@ -257,6 +253,10 @@ class Estimate:
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready values."""
         return asdict(self)
+
+    def save_json(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_dict` as JSON; the file appears only when it is complete."""
+        write_json(path, self.to_dict())
 
     def __str__(self) -> str:
         again = "from where the last one ended" if self.carried else "from the start of the model"

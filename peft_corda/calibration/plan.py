@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -66,8 +66,7 @@ class Plan:
 
 
 def make_plan(
-    model: nn.Module,
-    targets: Mapping[str, nn.Module],
+    runner: Runner,
     batches: Iterable[Batch],
     first: Batch,
     groups: Sequence[Group],
@@ -78,7 +77,7 @@ def make_plan(
     """The fewest passes whose covariances, and hidden states carried over, fit into `limit` bytes.
 
     Args:
-        model, targets: as for `collect.collect_covariances`.
+        runner: of the model and its target modules.
         batches: the calibration data.
         first: the first of them.
         groups: in the order of the forward pass.
@@ -89,12 +88,12 @@ def make_plan(
     Raises:
         ValueError: if the covariance of one group alone does not fit.
     """
-    limits = default_memory(model, groups, itemsize) if limit is None else (limit,)
+    limits = default_memory(runner.model, groups, itemsize) if limit is None else (limit,)
     plain = Plan(plan_passes(groups, limits[-1], itemsize), None, None, itemsize, 0)
     if len(plan_passes(groups, limits[0], itemsize)) == 1:
         return plain
-    example = first_example(Runner(model, targets).parts(first)[0])
-    found = None if example is None else find_chain(model, targets, example)
+    example = first_example(runner.parts(first)[0])
+    found = None if example is None else find_chain(runner, example)
     hidden = None if found is None else _hidden_bytes(found.chain, batches, first)
     # All processes must come to the same plan, whatever share of the data each has.
     needed = processes.largest(limits[-1] if hidden is None else hidden)

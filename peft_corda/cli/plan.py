@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +10,7 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig
 
 from kprune_ext.common.command_line import TASKS
-from kprune_ext.common.files import check_output_files, replacing
+from kprune_ext.common.files import check_output_files
 from kprune_ext.common.memory import bytes_of_limit
 
 from ..calibration.forecast import Estimate, estimate
@@ -54,7 +53,6 @@ def run_plan(options: PlanOptions) -> Estimate:
         methods=methods,
     )
     if options.json is not None:
-        with replacing(options.json) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            json.dump(found.to_dict(), file, indent=1)
+        found.save_json(options.json)
     print(found)
     return found

@@ -1,18 +1,36 @@
-"""What decompositions take: bytes and floating point operations. Pure."""
+"""What decompositions take: bytes and floating point operations. Pure.
+
+For a weight `W (out, in)` with `n = min(out, in)`, rank `r`, and blocks of `w` vectors where directions
+are found by iteration (`subspace_iteration.block_width`). A multiplication and an addition are 2 FLOPs.
+
+- Workspace, float64: `in² + out · in + n · in + n²` numbers (`out · n` in place of `n²` for tall `W`,
+  `4 n²` without iteration), `in²` in float32 in place of `n²` for wide `W`; for iterated ``ipm`` `in²`
+  in float64 and float32; always `(out + 3 n) w` for the block of vectors.
+- Arithmetic: `2 n · in²` for the product, `2 in · n²` for its triangle, `2 out · n²` if tall, and
+  `10 n³` for eigenvectors, or `8 n² · w` where they are found by iteration.
+"""
 
 from __future__ import annotations
 
-from .subspace_iteration import is_faster
+from collections.abc import Iterable, Sequence
+
+from .subspace_iteration import block_width, is_faster
 from .triangular import in_float32
 
-_FLOAT32, _FLOAT64 = 4, 8
+FLOAT32, FLOAT64 = 4, 8
 
 
-def _workspace(rows: int, columns: int, rank: int, method: str) -> int:
-    """Bytes that decomposing a layer takes, with its covariance, which becomes the damped one."""
+def workspace(rows: int, columns: int, rank: int, method: str) -> int:
+    """Bytes that decomposing a layer takes, with its covariance, which becomes the damped one.
+
+    Args:
+        rows, columns: `(out, in)` of the weight.
+        rank: Number of directions.
+        method: `"kpm"` or `"ipm"`.
+    """
     least = min(rows, columns)
-    block = _FLOAT64 * (rows + 3 * least) * (rank + max(16, rank // 4))
-    factor = _FLOAT32 * columns**2
+    block = FLOAT64 * (rows + 3 * least) * block_width(least, rank, method)
+    factor = FLOAT32 * columns**2
     if method == "ipm" and is_faster(least, rank, method):
         return factor + max(factor, block)
     # The product in float64, its triangle, the weight if that is made thin first, and a product in
@@ -21,17 +39,25 @@ def _workspace(rows: int, columns: int, rank: int, method: str) -> int:
     if rows > columns:
         numbers += rows * least
     if method == "kpm" and in_float32(least, columns):
-        more = _FLOAT32 * least * columns
+        more = FLOAT32 * least * columns
     else:
-        more = _FLOAT64 * columns**2
-    return factor + max(factor, _FLOAT64 * numbers + more + block)
+        more = FLOAT64 * columns**2
+    return factor + max(factor, FLOAT64 * numbers + more + block)
 
 
-def _arithmetic(rows: int, columns: int, rank: int, method: str) -> float:
+def arithmetic(rows: int, columns: int, rank: int, method: str) -> float:
+    """FLOPs of one decomposition; the arguments are those of `workspace`."""
     least = min(rows, columns)
     flops = 2.0 * least * columns**2 + 2.0 * columns * least**2
     if rows > columns:
         flops += 2.0 * rows * least**2
     if is_faster(least, rank, method):
-        return flops + 8.0 * least**2 * (rank + max(16, rank // 4))
+        return flops + 8.0 * least**2 * block_width(least, rank, method)
     return flops + 10.0 * least**3
+
+
+def total_arithmetic(
+    layers: Iterable[tuple[tuple[int, int], int]], methods: Sequence[str]
+) -> float:
+    """FLOPs of several layers, each given by `(out, in)` and rank, for every method."""
+    return sum(arithmetic(*shape, rank, method) for shape, rank in layers for method in methods)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor
 
 from kprune_ext.common.precision import exact_products
-from kprune_ext.common.processes import Processes
 
 from .eigen import add_lower_gram, energy_of, mirror_lower
 
@@ -64,10 +64,14 @@ class CovarianceAccumulator:
         self.sum.copy_(total)
         self.tokens = tokens
 
-    def reduce(self, processes: Processes) -> None:
-        """Add up what several processes have."""
-        self.sum = processes.add(self.sum)
-        self.tokens = int(processes.add(torch.tensor(self.tokens)))
+    def reduce(self, add: Callable[[Tensor], Tensor]) -> None:
+        """Add up what several processes have.
+
+        Args:
+            add: gives the sum of a tensor over all of them.
+        """
+        self.sum = add(self.sum)
+        self.tokens = int(add(torch.tensor(self.tokens)))
 
     def energy(self) -> Tensor:
         """Sum of squares so far, a scalar tensor: not finite once an input was not."""

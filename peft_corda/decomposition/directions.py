@@ -171,14 +171,6 @@ def _directions(vectors: Tensor, values: Tensor, projected: Tensor) -> Direction
     )
 
 
-def left_singular(
-    weight: Tensor, covariance: Tensor, rank: int, method: str, exact: bool = False
-) -> tuple[Tensor, Tensor]:
-    """`U (out, rank)` and `S (rank,)` of `W C`, see `decompose`."""
-    found, _ = decompose(weight, covariance, rank, method, exact)
-    return found.U, found.S
-
-
 def _smallest_right(triangle: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Right singular vectors `(n, rank)` of `R (n, n)`, and the singular values, smallest first."""
     if not is_singular(triangle):

@@ -20,7 +20,7 @@ from .eigen import basis, gram, is_singular, largest_eigenvectors, orthonormal
 IPM_TOLERANCE = 1e-4
 KPM_TOLERANCE = 4e-3
 _MOST_ROUNDS = 30
-# From which size and size / rank on iterating is faster, measured by benchmarks/corda_start/crossover.py.
+# From which size and size / rank on iterating is faster (benchmarks/corda_start/crossover.py).
 _LEAST_SIZE = 384
 _LEAST_RATIO = {"ipm": 3, "kpm": 4}
 _PROBES = 32
@@ -30,6 +30,14 @@ _SEED = 0
 def is_faster(size: int, rank: int, method: str) -> bool:
     """Whether iterating is faster than working out all eigenpairs of a `size × size` matrix."""
     return size >= _LEAST_SIZE and rank * _LEAST_RATIO[method] <= size
+
+
+def block_width(size: int, rank: int, method: str) -> int:
+    """How many vectors are iterated on to find `rank` directions of a `size × size` matrix.
+
+    The smallest singular values of a real layer lie closely: there a wider block saves rounds.
+    """
+    return min(size, rank + max(16, rank // (2 if method == "kpm" else 4)))
 
 
 def largest_left(weight: Tensor, factor: Tensor | None, rank: int) -> tuple[Tensor, Tensor, float]:
@@ -45,7 +53,7 @@ def largest_left(weight: Tensor, factor: Tensor | None, rank: int) -> tuple[Tens
         the block captures, and an estimate from 32 random probes of the rest.
     """
     weight = weight.float()
-    width = min(*weight.shape, rank + max(16, rank // 4))
+    width = block_width(min(weight.shape), rank, "ipm")
     forward, backward = _products(weight, factor, width)
     block = orthonormal(_random(weight.shape[1], width, weight))
     captured = gain = 0.0
@@ -82,8 +90,7 @@ def smallest_right(triangle: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
     if is_singular(triangle):
         return smallest_of_all(triangle, rank)
-    # The smallest singular values of a real layer lie closely: a wide block saves rounds.
-    width = min(len(triangle), rank + max(16, rank // 2))
+    width = block_width(len(triangle), rank, "kpm")
     # A basis after each application: two would span more than float64's digits in some layers.
     block = _random(len(triangle), width, triangle)
     for _ in range(2):

@@ -605,7 +605,9 @@ def test_report_on_factors_has_what_it_had() -> None:
 )
 def test_options_of_a_pruning(name: str, made: KPruneConfig) -> None:
     """Also, no default has another value by now."""
-    found = KPruneConfig.from_json((DATA / "json" / f"{name}.json").read_text(encoding="utf-8"))
+    found = KPruneConfig.from_dict(
+        json.loads((DATA / "json" / f"{name}.json").read_text(encoding="utf-8"))
+    )
     assert found == made
     check_numbers(found.to_dict(), read_json(f"json/{name}.json"), rel=0)
 

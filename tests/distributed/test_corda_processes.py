@@ -68,10 +68,8 @@ def test_passes_change_nothing(seen):
 def test_error_in_one_process_ends_both(case, failed, error, seen):
     assert seen[failed][case].startswith(error)
     other = seen[1 - failed][case]
-    assert other.startswith(
-        f"RuntimeError: Calibration failed in process {failed}, and this process"
-    )
-    assert f"There it was: {error}" in other
+    assert other.startswith(f"RuntimeError: Process {failed} failed, and this process")
+    assert f"The error there was: {error}" in other
 
 
 def test_no_data_anywhere(seen):

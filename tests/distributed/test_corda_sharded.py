@@ -45,7 +45,7 @@ def test_passes_and_going_on_change_nothing(seen):
 
 def test_bad_batch_in_one_process_ends_both(seen):
     assert seen[1]["bad batch"].startswith("TypeError: Calibration batch 1 is a list")
-    assert "failed in process 1" in seen[0]["bad batch"]
+    assert "Process 1 failed" in seen[0]["bad batch"]
     assert "TypeError: Calibration batch 1 is a list" in seen[0]["bad batch"]
 
 

@@ -41,8 +41,8 @@ def ended(folder, case):
 @pytest.mark.parametrize(
     ("case", "expected"),
     [
-        ("whole bad", f"RuntimeError: Calibration failed in process 1, .* {BAD}"),
-        ("sharded bad", f"RuntimeError: Calibration failed in process 1, .* {BAD}"),
+        ("whole bad", f"RuntimeError: Process 1 failed, .* {BAD}"),
+        ("sharded bad", f"RuntimeError: Process 1 failed, .* {BAD}"),
         ("whole killed", f"RuntimeError: Process 0 of 2 {GONE}"),
         ("sharded killed", f"RuntimeError: Process 0 of 2 {GONE}"),
         ("whole late", f"RuntimeError: Process 0 of 2 {GONE}"),
@@ -64,7 +64,7 @@ def test_trouble_in_one_process_ends_the_other(case, expected, tmp_path):
 @pytest.mark.parametrize(
     ("case", "expected"),
     [
-        ("pruning bad", f"RuntimeError: Calibration failed in process 1, .* {BAD}"),
+        ("pruning bad", f"RuntimeError: Process 1 failed, .* {BAD}"),
         ("pruning killed", f"RuntimeError: Process 0 of 2 {GONE}"),
     ],
 )

@@ -60,7 +60,7 @@ def test_no_process_has_data(seen):
 
 def test_an_error_in_one_process_is_an_error_in_both(seen):
     assert seen[1]["error"] == "OSError: the disk is gone"
-    assert "failed in process 1" in seen[0]["error"] and "the disk is gone" in seen[0]["error"]
+    assert "Process 1 failed" in seen[0]["error"] and "the disk is gone" in seen[0]["error"]
 
 
 def test_without_an_accelerator_each_process_is_by_itself(seen):

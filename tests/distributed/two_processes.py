@@ -11,6 +11,7 @@ import torch
 from torch import distributed
 
 from peft_corda import calibrate
+from peft_corda.base_model.forward import Runner
 from peft_corda.base_model.input_groups import discover
 from peft_corda.base_model.targets import find_targets
 from peft_corda.calibration.collect import PassOptions, collect_covariances
@@ -52,8 +53,10 @@ def outcome(work: Callable[[], Any]) -> Any:
 def covariances(batches: list[dict]) -> dict[str, Any]:
     model = deep_model("llama", 3)
     targets = find_targets(model, make_config())
-    groups = discover(model, targets, BATCHES[0]).groups
-    found = collect_covariances(model, targets, batches, groups, PassOptions(progress=False))
+    groups = discover(Runner(model, targets), BATCHES[0]).groups
+    found = collect_covariances(
+        Runner(model, targets), batches, groups, PassOptions(progress=False)
+    )
     return {name: (own.matrix, own.tokens) for name, own in found.items()}
 
 

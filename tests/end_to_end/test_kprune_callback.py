@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_kprune_ordinary import batch, trainer
 from transformers import AutoModelForSequenceClassification, BertForMaskedLM
 
 from kprune_ext import KPruneCallback, KPruneConfig, kprune
 from kprune_ext.callback import become_
-from kprune_ext.modeling.classes import KPruneBertForSequenceClassification
+from kprune_ext.modeling import KPruneBertForSequenceClassification
+from tests.end_to_end.test_kprune_ordinary import batch, trainer
 from tests.helpers.kprune import padded, sequences, tiny_bert
 
 

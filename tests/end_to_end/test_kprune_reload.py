@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from kprune_ext import KPruneConfig, kprune
-from kprune_ext.modeling.classes import KPruneBertForSequenceClassification
+from kprune_ext.modeling import KPruneBertForSequenceClassification
 from tests.helpers.kprune import padded, sequences, tiny_bert, word_tokenizer
 
 

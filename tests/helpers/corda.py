@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from peft_corda import CordaConfig, CordaFactors
+from peft_corda.base_model.forward import Runner
 from peft_corda.base_model.input_groups import discover
 from peft_corda.calibration.collect import collect_covariances
 from peft_corda.decomposition.covariance import Covariance
@@ -111,8 +112,8 @@ def train_steps(model: nn.Module, batch: dict, steps: int = 3, rate: float = 1e-
 
 def covariances_of(model: nn.Module, targets: dict, batches: list[dict]) -> dict[str, Covariance]:
     """Covariances by module name, modules of a group having the same one."""
-    groups = discover(model, targets, batches[0]).groups
-    found = collect_covariances(model, targets, batches, groups)
+    groups = discover(Runner(model, targets), batches[0]).groups
+    found = collect_covariances(Runner(model, targets), batches, groups)
     return {name: found[group.leader] for group in groups for name in group.members}
 
 

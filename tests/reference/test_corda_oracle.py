@@ -7,7 +7,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_corda import calibrate
 from peft_corda.base_model.targets import find_targets
 from peft_corda.decomposition.covariance import CovarianceAccumulator, damped
-from peft_corda.decomposition.directions import left_singular
+from peft_corda.decomposition.directions import decompose
 from peft_corda.decomposition.starting_factors import starting_factors
 from tests.helpers.corda import covariances_of, make_batches, make_config, make_model
 from tests.reference import corda_oracle as oracle
@@ -41,7 +41,8 @@ def test_starting_product_agrees_with_the_oracle(shape, method, tokens):
     accumulator = CovarianceAccumulator(shape[1])
     accumulator.update(inputs)
     matrix = damped(accumulator.finish().matrix, 0.01)
-    directions, values = left_singular(weight, matrix, 8, method)
+    found, _ = decompose(weight, matrix, 8, method)
+    directions, values = found.U, found.S
     expected_a, expected_b = oracle.adapter(
         weight, oracle.damp(oracle.covariance([inputs])), 8, method
     )
@@ -61,7 +62,7 @@ def test_badly_conditioned_products_lose_nothing(shape, method):
     left, _, right = torch.linalg.svd(weight.double(), full_matrices=False)
     weight = (left * torch.logspace(0, -8, least, dtype=torch.float64) @ right).float()
     matrix = torch.eye(shape[1], dtype=torch.float64)
-    directions, _ = left_singular(weight, matrix, 8, method)
+    directions = decompose(weight, matrix, 8, method)[0].U
     vectors, values, _ = torch.linalg.svd(weight.double(), full_matrices=False)
     wanted = vectors[:, :8] if method == "ipm" else vectors[:, -8:]
     assert values[0] > 1e6 * values[-1]
@@ -73,7 +74,8 @@ def test_weight_with_rows_of_zeros():
     weight, inputs = realistic(48, 48, 500)
     weight[10:13] = 0
     matrix = oracle.damp(oracle.covariance([inputs]))
-    directions, values = left_singular(weight, matrix, 5, "kpm")
+    found, _ = decompose(weight, matrix, 5, "kpm")
+    directions, values = found.U, found.S
     torch.testing.assert_close(directions.T @ directions, torch.eye(5), rtol=0, atol=1e-6)
     assert (values[:3] < 1e-9).all() and (values[3:] > 1e-9).all()
     for scaling in ("paper", "balanced"):
@@ -86,7 +88,8 @@ def test_weight_with_rows_of_zeros():
 def test_paper_scaling_gives_the_papers_factors(shape, method):
     weight, inputs = realistic(*shape, 500)
     matrix = oracle.damp(oracle.covariance([inputs]))
-    directions, values = left_singular(weight, matrix, 4, method)
+    found, _ = decompose(weight, matrix, 4, method)
+    directions, values = found.U, found.S
     a, b = starting_factors(weight, directions, values, "paper", 1.0)
     expected_a, expected_b = oracle.adapter(weight, matrix, 4, method)
     if method == "kpm":  # we list the smallest first, a decomposition lists it last

@@ -139,10 +139,6 @@ def test_names_that_look_like_others_get_their_own_rank(names):
     [
         ({"budget": 100}, r"budget of 100 parameters is too small: min_rank=1 in all 14 modules"),
         ({"mean_rank": 2, "min_rank": 3}, "is too small: min_rank=3"),
-        (
-            {"budget": 9000, "rule": "corda++"},
-            r"rule must be one of \('energy',\), got 'corda\+\+'",
-        ),
         ({"budget": 9000, "method": "best"}, "method must be one of"),
         ({"budget": 9000, "method": None}, "factors hold 'kpm' and 'ipm'. Say which one"),
         ({}, "either budget or mean_rank, got budget=None and mean_rank=None"),

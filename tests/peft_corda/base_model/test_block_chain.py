@@ -9,6 +9,7 @@ from torch import nn
 
 from kprune_ext.common.processes import Processes
 from peft_corda import CordaConfig, calibrate
+from peft_corda.base_model.forward import Runner
 from peft_corda.base_model.input_groups import discover
 from peft_corda.base_model.targets import find_targets
 from peft_corda.calibration.collect import PassOptions, collect_covariances
@@ -30,14 +31,16 @@ NOT_CARRIED = "each from the start of the model"
 
 def widest(model, config, batches):
     """Bytes of the largest covariance."""
-    groups = discover(model, find_targets(model, config), batches[0]).groups
+    groups = discover(Runner(model, find_targets(model, config)), batches[0]).groups
     return max(group.bytes() for group in groups)
 
 
 def plan_for(model, config, batches, limit):
     targets = find_targets(model, config)
-    groups = discover(model, targets, batches[0]).groups
-    return targets, make_plan(model, targets, batches, batches[0], groups, limit, 4, Processes())
+    groups = discover(Runner(model, targets), batches[0]).groups
+    return targets, make_plan(
+        Runner(model, targets), batches, batches[0], groups, limit, 4, Processes()
+    )
 
 
 def blocks_run(model, run):
@@ -87,7 +90,12 @@ def test_blocks_that_are_done_with_are_not_run():
     for number, groups in enumerate(plan.passes):
         options = PassOptions(progress=False)
         one_pass = partial(
-            collect_covariances, model, targets, batches, groups, options, plan.carried(number)
+            collect_covariances,
+            Runner(model, targets),
+            batches,
+            groups,
+            options,
+            plan.carried(number),
         )
         span = plan.spans[number]
         expected = list(model.model.layers[span.first : span.last + 1]) * len(batches)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from peft_corda.base_model.forward import Runner
 from peft_corda.base_model.input_groups import discover
 from tests.helpers.corda import covariances_of
 
@@ -31,7 +32,7 @@ def targets_of(net, *names):
 def test_layer_that_is_called_more_often_is_in_another_group():
     net = Repeated()
     targets = targets_of(net, "round", "once", "beside")
-    groups = discover(net, targets, {"x": torch.randn(5, 6)}).groups
+    groups = discover(Runner(net, targets), {"x": torch.randn(5, 6)}).groups
     assert [group.members for group in groups] == [("round", "beside"), ("once",)]
     assert [group.called_once for group in groups] == [False, True]
 
@@ -49,7 +50,7 @@ def test_order_is_that_of_the_forward_pass():
     net = nn.Sequential()
     net.add_module("b", nn.Linear(4, 4))
     net.add_module("a", nn.Linear(4, 4))
-    groups = discover(net, targets_of(net, "a", "b"), {"input": torch.randn(2, 4)}).groups
+    groups = discover(Runner(net, targets_of(net, "a", "b")), {"input": torch.randn(2, 4)}).groups
     assert [group.leader for group in groups] == ["b", "a"]
 
 
@@ -67,4 +68,4 @@ def test_first_batch_without_a_token():
     net = TwoSequences()
     batch = {"inputs_embeds": torch.zeros(2, 3, 4), "attention_mask": torch.zeros(2, 3)}
     with pytest.raises(ValueError, match="first calibration batch has no token that counts"):
-        discover(net, targets_of(net, "layer"), batch)
+        discover(Runner(net, targets_of(net, "layer")), batch)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from peft_corda import calibrate
+from peft_corda.base_model.forward import Runner
 from peft_corda.base_model.input_groups import discover
 from peft_corda.base_model.targets import find_targets
 from peft_corda.calibration.collect import PassOptions, collect_covariances
@@ -23,8 +24,7 @@ def refused(message, **options):
 @pytest.mark.parametrize("given", ["abc", "", "12", "GB", "-5GB", -1, 1.5, True, "nanGB", "infGB"])
 def test_memory_that_is_no_size(given):
     refused(
-        "max_memory must be a whole number of bytes or a text such as '500MB' or '4GiB', got "
-        f"{given!r}",
+        f"max_memory={given!r} is not a valid size. Pass a whole number of bytes",
         max_memory=given,
     )
 
@@ -64,9 +64,9 @@ def test_double_precision_sums():
     """Products of float32 inputs are exact in float64: their sum is right to the last digits."""
     model, batches = make_model("llama"), make_batches()
     targets = find_targets(model, make_config())
-    groups = discover(model, targets, batches[0]).groups
+    groups = discover(Runner(model, targets), batches[0]).groups
     options = PassOptions(progress=False, dtype=torch.float64)
-    found = collect_covariances(model, targets, batches, groups, options)
+    found = collect_covariances(Runner(model, targets), batches, groups, options)
     single = covariances_of(model, targets, batches)
     name = "model.layers.0.mlp.down_proj"
     rows = []

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kprune_ext.common.processes import Processes
 from peft_corda import calibrate
+from peft_corda.base_model.forward import Runner
 from peft_corda.base_model.input_groups import discover, with_cross
 from peft_corda.base_model.targets import find_targets
 from peft_corda.calibration import forecast as planner
@@ -39,10 +40,10 @@ def test_passes_are_those_of_the_real_plan(kind, method, limit):
         limit *= 3  # its widest layer is wider
     model, config = make_model(kind), make_config(kind, corda_method=method)
     targets = find_targets(model, config)
-    groups = discover(model, targets, BATCHES[0]).groups
+    groups = discover(Runner(model, targets), BATCHES[0]).groups
     if method == "ipm":
         groups = with_cross(groups, targets)
-    real = make_plan(model, targets, BATCHES, BATCHES[0], groups, limit, 4, Processes())
+    real = make_plan(Runner(model, targets), BATCHES, BATCHES[0], groups, limit, 4, Processes())
     found = estimate(empty(kind), config, max_memory=limit, **DATA)
     assert found.modules == len(targets)
     assert found.passes == len(real.passes)
@@ -101,7 +102,10 @@ def test_command_prints_and_writes(tmp_path, capsys):
     [
         (["--gpus", "0"], "gpus must be at least 1"),
         (["--max_memory", "1KB"], "max_memory of 1,000 bytes is too small"),
-        (["--max_memory", "much"], "max_memory must be a whole number of bytes"),
+        (
+            ["--max_memory", "much"],
+            "max_memory=.* is not a valid size. Pass a whole number of bytes",
+        ),
         (["--r", "500"], "r=500 is larger than module"),
         (["--target_modules", "nothing"], "No module of LlamaForCausalLM matches"),
     ],

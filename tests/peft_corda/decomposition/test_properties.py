@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_corda.decomposition.covariance import CovarianceAccumulator, damped
-from peft_corda.decomposition.directions import left_singular
+from peft_corda.decomposition.directions import decompose
 from peft_corda.decomposition.starting_factors import starting_factors
 
 
@@ -33,7 +33,8 @@ def covariance_of(inputs):
 @settings(max_examples=60, deadline=None)
 def test_directions_are_orthonormal_and_values_ordered(method, problem):
     weight, inputs, rank = problem
-    directions, values = left_singular(weight, covariance_of(inputs), rank, method)
+    found, _ = decompose(weight, covariance_of(inputs), rank, method)
+    directions, values = found.U, found.S
     torch.testing.assert_close(directions.T @ directions, torch.eye(rank), rtol=0, atol=1e-5)
     steps = values.diff()
     tolerance = 1e-5 * values.max()
@@ -47,7 +48,7 @@ def test_captured_energy_is_optimal(method, problem):
     """`‖U_rᵀ W C‖²` is the sum of the r largest (ipm) or smallest (kpm) squared singular values."""
     weight, inputs, rank = problem
     matrix = covariance_of(inputs)
-    directions, _ = left_singular(weight, matrix, rank, method)
+    directions = decompose(weight, matrix, rank, method)[0].U
     product = weight.double() @ matrix
     spectrum = torch.linalg.svdvals(product) ** 2
     best = spectrum[:rank].sum() if method == "ipm" else spectrum[-rank:].sum()
@@ -60,7 +61,8 @@ def test_captured_energy_is_optimal(method, problem):
 def test_full_rank_gives_the_weight_back(problem, scaling):
     weight, inputs, _ = problem
     rank = min(weight.shape)
-    directions, values = left_singular(weight, covariance_of(inputs), rank, "ipm")
+    found, _ = decompose(weight, covariance_of(inputs), rank, "ipm")
+    directions, values = found.U, found.S
     a, b = starting_factors(weight, directions, values, scaling, 1.0)
     torch.testing.assert_close(b @ a, weight, rtol=1e-3, atol=1e-4)
 
@@ -69,7 +71,8 @@ def test_full_rank_gives_the_weight_back(problem, scaling):
 @settings(max_examples=40, deadline=None)
 def test_balanced_factors_have_equal_singular_values(problem, alpha):
     weight, inputs, rank = problem
-    directions, values = left_singular(weight, covariance_of(inputs), rank, "kpm")
+    found, _ = decompose(weight, covariance_of(inputs), rank, "kpm")
+    directions, values = found.U, found.S
     a, b = starting_factors(weight, directions, values, "balanced", alpha)
     torch.testing.assert_close(
         torch.linalg.svdvals(a), torch.linalg.svdvals(b), rtol=1e-3, atol=1e-4
