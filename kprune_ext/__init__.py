@@ -36,7 +36,7 @@ _register()
 
 
 def __getattr__(name: str) -> Any:
-    # On demand, since a Trainer's callback needs much of transformers that pruning does not.
+    # On demand: the Trainer callback imports much of transformers that pruning does not need.
     if name == "KPruneCallback":
         from .callback import KPruneCallback
 

@@ -1,4 +1,4 @@
-"""Pruning inside a training run."""
+"""Pruning within a training run."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from .pruning import kprune
 
 
 class KPruneCallback(TrainerCallback):
-    """Prunes the model that a ``Trainer`` trains, and lets it go on with what is left.
+    """Prunes the model that a `Trainer` trains; training continues with the pruned model.
 
-    The Trainer's model object itself becomes the pruned one, so ``trainer.model``, its checkpoints
-    and what the caller holds are all pruned. Parameters that keep their shape keep their optimizer
-    state; for the others it starts anew. The learning rate schedule goes on as it was.
+    The Trainer's model object itself becomes the pruned one, so `trainer.model`, its checkpoints and
+    the caller's references to it are all pruned. Parameters that keep their shape keep their optimizer
+    state; for the others it is reset. The learning rate schedule continues unchanged.
 
     To resume a run after the pruning, load the model from the checkpoint
-    (``AutoModelFor….from_pretrained(checkpoint)``); it is not pruned again.
+    (`AutoModelFor….from_pretrained(checkpoint)`); it is not pruned again.
 
     Args:
-        dataloader: what :func:`kprune_ext.kprune` calibrates on; labels are ignored.
-        config: its options; by default half of the encoder's FLOPs are removed.
-        at_step: after how many optimizer steps; 0 is before the first one.
-        options: other arguments of :func:`kprune_ext.kprune`.
+        dataloader: Calibration data of `kprune_ext.kprune`; labels are ignored.
+        config: Options of `kprune_ext.kprune`; by default half of the encoder's FLOPs are removed.
+        at_step: Number of optimizer steps after which to prune; 0 prunes before the first one.
+        options: Other arguments of `kprune_ext.kprune`.
 
     Raises:
-        ValueError: ``at_step`` is negative; when training starts, where the model cannot be pruned,
-            the run is distributed or compiled, or would load a model of before the pruning.
+        ValueError: If `at_step` is negative; and when training starts, if the model cannot be pruned,
+            the run is distributed or compiled, or it would load a model from before the pruning.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class KPruneCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check that the run can be pruned, and do it if it is due."""
+        """Checks that the run can be pruned, and prunes if `at_step` is 0."""
         if state.global_step > self.at_step:
             return  # resumed from a checkpoint of the pruned model
         _require_plain_run(args, self.at_step)
@@ -65,7 +65,7 @@ class KPruneCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Prune, if it is time; this is before the step's evaluation and checkpoint."""
+        """Prunes at `at_step`, before that step's evaluation and checkpoint."""
         if self.at_step == state.global_step:
             self._prune(**kwargs)
 
@@ -77,24 +77,24 @@ class KPruneCallback(TrainerCallback):
 def _require_plain_run(args: TrainingArguments, at_step: int) -> None:
     if args.parallel_mode is ParallelMode.DISTRIBUTED or args.deepspeed or args.torch_compile:
         raise ValueError(
-            "KPruneCallback cannot prune inside a distributed or compiled run, whose wrappers hold "
-            "on to the old weights. Prune first: model = kprune(model, dataloader), then train it."
+            "KPruneCallback cannot prune inside a distributed or compiled run, whose wrappers keep "
+            "the old weights. Prune first with model = kprune(model, dataloader), then train it."
         )
     if at_step and args.load_best_model_at_end:
         raise ValueError(
-            f"load_best_model_at_end=True may load a checkpoint of before step {at_step}, whose "
-            "weights do not fit the pruned model. Leave it out, or prune at_step=0."
+            f"load_best_model_at_end=True may load a checkpoint from before step {at_step}, "
+            "whose weights do not fit the pruned model. Leave it out, or pass at_step=0."
         )
 
 
 @torch.no_grad()
 def become_(model: PreTrainedModel, pruned: PreTrainedModel, optimizer: Any = None) -> None:
-    """Make a model object the pruned one, in place, and have an optimizer go on with its parameters.
+    """Turns a model object into the pruned one, in place, and updates its optimizer's parameters.
 
     Args:
-        model: what ``pruned`` was made of; takes over its class, modules and config.
-        pruned: not to be used afterwards.
-        optimizer: of the model's parameters; parameters that kept their shape keep their state.
+        model: The model that was pruned; takes over the class, modules and config of `pruned`.
+        pruned: The pruned model; it must not be used afterwards.
+        optimizer: Optimizer of the model; parameters that kept their shape keep their state.
     """
     training = model.training
     old = dict(model.named_parameters())
@@ -102,13 +102,13 @@ def become_(model: PreTrainedModel, pruned: PreTrainedModel, optimizer: Any = No
     for name, new in list(pruned.named_parameters()):
         before = old[name]
         if before.shape == new.shape:
-            # The object stays, so whoever refers to it, stays right.
+            # Keep the parameter object, so that references to it stay valid.
             before.copy_(new)
             parent, _, leaf = name.rpartition(".")
             setattr(pruned.get_submodule(parent), leaf, before)
         else:
             replaced[before] = new
-    # What accelerate and others have put on the object, such as a forward under autocast, stays.
+    # Keep attributes set by accelerate and others, such as a forward under autocast.
     added = {key: value for key, value in vars(model).items() if key not in vars(pruned)}
     model.__class__ = type(pruned)
     vars(model).clear()

@@ -1,4 +1,4 @@
-"""What a user may choose about a pruning run."""
+"""Options of a pruning run."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ SENSITIVITIES: tuple[Sensitivity, ...] = get_args(Sensitivity)
 
 @dataclasses.dataclass(frozen=True)
 class KPruneConfig:
-    """Options of :func:`kprune_ext.kprune`; immutable, and checked when it is made.
+    """Options of `kprune_ext.kprune`; immutable, and checked on construction.
 
     Raises:
-        ValueError: an option lies outside its range.
-        TypeError: an option has the wrong type.
+        ValueError: If an option lies outside its range.
+        TypeError: If an option has the wrong type.
     """
 
     reduction: float = option(
@@ -34,19 +34,19 @@ class KPruneConfig:
             "(0, 1)",
             "It is the fraction of encoder FLOPs to remove: pass 0.5 to keep half of them.",
         ),
-        "Fraction of the encoder's FLOPs to remove, strictly between 0 and 1 (or of "
-        "what metric says). For a model that was pruned before, a fraction of what it has now.",
+        "Fraction of the encoder's FLOPs (or of the quantity that metric names) to remove, strictly "
+        "between 0 and 1. For a model that was pruned before, it is a fraction of the present size.",
     )
     metric: Metric = option(
         "flops",
         one_of(*METRICS),
-        "What reduction counts: 'flops', 'params' (of heads and neurons), or 'latency' "
-        "(measured on the model's device).",
+        "Quantity that reduction refers to: 'flops', 'params' (parameters of heads and neurons), or "
+        "'latency' (measured on the model's device).",
     )
     temperature: float = option(
         2.0,
         number("(0, inf)"),
-        "Temperature at which class probabilities are softened for the scores.",
+        "Temperature that softens the class probabilities from which scores are computed.",
     )
     lambda_rep: float = option(
         1.0,
@@ -54,128 +54,126 @@ class KPruneConfig:
             "[0, inf)",
             "Pass 0 (and prior_samples=0) to use predictive knowledge alone, or a positive weight.",
         ),
-        "Weight of representational against predictive knowledge (lambda), in the unit "
-        "that lambda_scale says.",
+        "Weight of representational relative to predictive knowledge (lambda), on the scale that "
+        "lambda_scale names.",
     )
     lambda_scale: LambdaScale = option(
         "relative",
         one_of(*LAMBDA_SCALES),
-        "'relative': the two kinds of knowledge of all units that are still to be "
-        "pruned are brought to the same sum first; 'absolute': as they are (the paper's way).",
+        "Scale of lambda_rep. 'relative' first scales both kinds of knowledge to the same sum over "
+        "all units that are still to be pruned. 'absolute' takes them as measured (as in the paper).",
     )
     prior_samples: float = option(
         1.0,
-        number("[0, inf)", "Pass 0 to take predictive knowledge as it was measured."),
-        "Predictive knowledge counts as if it had been measured on so many samples more, "
-        "on which it were spread over the units as representational knowledge is; 0: as measured.",
+        number("[0, inf)", "Pass 0 to use predictive knowledge as measured."),
+        "Number of pseudo-samples added to predictive knowledge, on which it is distributed over the "
+        "units as representational knowledge is. 0 uses predictive knowledge as measured.",
     )
     min_share: float = option(
         0.5,
-        number("[0, 1]", "Pass 0 for no lower bound on what a sub-layer keeps."),
-        "Every sub-layer keeps at least this part of the units that it would keep if "
-        "all sub-layers were pruned alike, whatever the scores say; 0 for no such bound.",
+        number("[0, 1]", "Pass 0 to set no lower bound on the units of a sub-layer."),
+        "Every sub-layer keeps at least this fraction of the units that it would keep if all "
+        "sub-layers were pruned alike, whatever the scores are. 0 sets no lower bound.",
     )
     mu: float | None = option(
         None,
         or_none(number("(0, inf)")),
-        "Weight of an attention head's mean knowledge per dimension against a "
-        "neuron's knowledge (mu). None: the head size, which turns the mean into a sum.",
+        "Weight of an attention head's mean knowledge per dimension relative to a neuron's "
+        "knowledge (mu). None stands for the head size, which turns the mean into a sum.",
     )
     schedule: Schedule = option(
         "per_layer",
         one_of(*SCHEDULES),
-        "How often knowledge is measured anew: 'per_layer', before the attention of "
-        "each layer, or 'per_sublayer', before every sub-layer (the paper's way, twice the "
-        "cost).",
+        "How often knowledge is measured again: 'per_layer' measures it before the attention of "
+        "each layer, 'per_sublayer' before every sub-layer (as in the paper, at twice the cost).",
     )
     score_fraction: float = option(
         0.1,
         number(
             "(0, 1]",
-            "It is the part of the calibration samples on which knowledge is measured: pass 1.0 for "
-            "all of them.",
+            "It is the fraction of the calibration samples on which knowledge is measured: pass 1.0 "
+            "to use all of them.",
         ),
-        "Part of the calibration samples on which knowledge is measured, in (0, 1]. "
+        "Fraction of the calibration samples on which knowledge is measured, in (0, 1]. "
         "Weight tuning always uses all of them.",
     )
     min_score_samples: int = option(
         512,
         whole_number(),
-        "Knowledge is measured on at least so many samples, if there are as many.",
+        "Least number of samples on which knowledge is measured; all samples if there are fewer.",
     )
     max_score_passes: int = option(
         8,
         whole_number(),
-        "Predictive knowledge takes one backward pass per class and position (one in "
-        "all for two classes). Where that is more than this, so many passes with random signs "
-        "estimate it, without bias.",
+        "Largest number of backward passes per sample for predictive knowledge. The exact value takes "
+        "one per class and position (a single one for two classes); where that is more than this "
+        "number, as many passes with random signs give an unbiased estimate.",
     )
     sensitivity: Sensitivity = option(
         "fisher",
         one_of(*SENSITIVITIES),
-        "Predictive knowledge: 'fisher', the Fisher information of the predictive "
-        "distribution; 'gradient', the squared gradient of the divergence from the original "
-        "model (the paper's, zero at the first sub-layer).",
+        "Measure of predictive knowledge: 'fisher' is the Fisher information of the predictive "
+        "distribution; 'gradient' is the squared gradient of the divergence from the original "
+        "model (as in the paper; zero at the first sub-layer).",
     )
     problem_type: ProblemType | None = option(
         None,
         one_of(None, *PROBLEM_TYPES),
-        "What the logits mean: 'single_label_classification', "
-        "'multi_label_classification' or 'regression'. None: what the task or the model's "
-        "config says.",
+        "Meaning of the logits: 'single_label_classification', 'multi_label_classification' or "
+        "'regression'. None takes it from the task or the model's config.",
     )
     ridge: float | None = option(
         None,
-        or_none(number("[0, inf)", "Pass 0 for the least that works.")),
-        "Strength of the pull towards the original weights in weight tuning, in units "
-        "of (units / tokens) x the mean square activation. 0: what rounding needs. None: for "
-        "each sub-layer what fits best where it is tried on samples that it was not fitted to.",
+        or_none(number("[0, inf)", "Pass 0 for the smallest ridge that is stable.")),
+        "Ridge towards the original weights in weight tuning, in multiples of (units / tokens) x the "
+        "mean square activation. 0 adds only what rounding requires. None chooses, for each "
+        "sub-layer, the ridge with the least error on held-out samples.",
     )
     tune_bias: bool = option(
         True,
         switch,
-        "Tune the output projections' biases, too, not their weights alone.",
+        "Whether to tune the biases of the output projections as well as their weights.",
     )
     scale_logits: bool = option(
         True,
         switch,
-        "At the end, multiply the classifier's weight and bias by the one number that "
-        "brings class probabilities nearest to the original model's. No ranking changes.",
+        "Whether to multiply the classifier's weight and bias, at the end, by the one factor that "
+        "brings class probabilities closest to the original model's. No ranking changes.",
     )
     unread_weight: float = option(
         0.1,
-        number("[0, 1]", "Pass 1 to count all tokens of the last layer alike."),
-        "How much a token counts in the last layer whose state there no prediction depends "
-        "on, such as all but the first for most classifiers; 1: as much as those that are read.",
+        number("[0, 1]", "Pass 1 to weight all tokens of the last layer equally."),
+        "Weight in the last layer of tokens on whose hidden state no prediction depends, such as all "
+        "but the first token for most classifiers. 1 weights them like the tokens that are read.",
     )
     max_tokens: int = option(
         100_000,
         whole_number(),
-        "Calibration stops before the sample that would exceed this many unmasked "
-        "tokens (the first sample is always taken).",
+        "Largest number of unmasked calibration tokens: calibration stops before the sample that "
+        "would exceed it (the first sample is always taken).",
     )
     batch_tokens: int = option(
         2048,
         whole_number(),
-        "Tokens that go through the model at a time. Samples are regrouped by length, "
-        "so the dataloader's own batch size does not matter.",
+        "Tokens per batch of a forward pass. Samples are regrouped by length, so the batch size of "
+        "the dataloader does not matter.",
     )
     sequence_length: int | None = option(
         None,
         or_none(whole_number()),
-        "Tokens per sequence at which FLOPs are counted. None: the mean number of "
-        "unmasked tokens of the calibration samples, rounded.",
+        "Tokens per sequence at which FLOPs are counted. None takes the mean number of unmasked "
+        "tokens of the calibration samples, rounded.",
     )
     max_state_memory: int | str = option(
         "4GiB",
         size,
-        "Hidden states of the calibration data beyond this, such as '500MiB' or a "
-        "number of bytes, are kept in a temporary file that is mapped into memory.",
+        "Memory for the hidden states of the calibration data, such as '500MiB' or a number of "
+        "bytes. Hidden states beyond it are kept in a memory-mapped temporary file.",
     )
     seed: int = option(
         0,
         whole_number(least=None),
-        "Chooses the samples on which knowledge is measured.",
+        "Seed of the choice of samples on which knowledge is measured.",
     )
 
     def __post_init__(self) -> None:
@@ -189,15 +187,15 @@ class KPruneConfig:
 
     @classmethod
     def paper(cls, reduction: float = 0.5, **options: Any) -> KPruneConfig:
-        """The publication's own choices (arXiv 2308.03449, section 4 and its hyperparameters).
+        """Returns the configuration of the paper (arXiv 2308.03449, section 4 and hyperparameters).
 
-        Temperature 2, lambda 2.5e-4, mu 64; knowledge by the gradient of the divergence, on the
-        whole sample, before every sub-layer; least squares for the weights of the output
-        projections without a ridge, their biases and the classifier as they were.
+        Temperature is 2, lambda 2.5e-4 and mu 64. Knowledge is the gradient of the divergence, measured
+        on all samples before every sub-layer. The weights of the output projections are fitted by
+        least squares without a ridge; their biases and the classifier stay as they were.
 
         Args:
-            reduction: fraction of the encoder's FLOPs to remove.
-            options: what is to differ.
+            reduction: Fraction of the encoder's FLOPs to remove.
+            options: Options that differ from the paper's.
         """
         paper: dict[str, Any] = {
             "temperature": 2.0,
@@ -217,15 +215,16 @@ class KPruneConfig:
         return cls(reduction=reduction, **(paper | options))
 
     def to_dict(self) -> dict[str, Any]:
-        """Every option by name."""
+        """Returns every option by name."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> KPruneConfig:
-        """The configuration with these options; the others keep their defaults.
+        """Returns the configuration with these options; the others keep their defaults.
 
         Raises:
-            ValueError: an option is unknown or out of range.
+            ValueError: If an option is unknown or out of range.
+            TypeError: If an option has the wrong type.
         """
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(options) - set(known))

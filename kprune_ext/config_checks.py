@@ -1,4 +1,4 @@
-"""What the options of `KPruneConfig` may be: each error says what to pass instead."""
+"""Checks of the options of `KPruneConfig`; each error says what to pass instead."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 
 from .common.memory import bytes_of
 
-#: `(name, value)`; raises ValueError or TypeError where the value is wrong.
+#: Called with `(name, value)`; raises a ValueError or TypeError if the value is invalid.
 Check = Callable[[str, Any], None]
 
 
 def option(default: Any, check: Check, text: str) -> Any:
-    """A dataclass field with what its values may be, and what it is for, in its metadata.
+    """Returns a dataclass field whose metadata hold its check and help text.
 
     Args:
         default: The default value.
-        check: Of its values.
+        check: Check of the field's values.
         text: The help text.
     """
     return field(default=default, metadata={"help": text, "check": check})
 
 
 def whole_number(least: int | None = 1) -> Check:
-    """Integers of at least `least`; any if None."""
+    """Allows integers of at least `least`, or any integer if it is None."""
 
     def check(name: str, value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, int):
@@ -37,11 +37,11 @@ def whole_number(least: int | None = 1) -> Check:
 
 
 def number(interval: str, advice: str = "") -> Check:
-    """Finite numbers in an interval, such as `"(0, 1]"` or `"[0, inf)"`.
+    """Allows finite numbers in an interval, such as `"(0, 1]"` or `"[0, inf)"`.
 
     Args:
-        interval: A round bracket leaves its end out.
-        advice: What to pass instead, as a sentence.
+        interval: The interval; a round bracket excludes its end.
+        advice: Sentence that says what to pass instead.
     """
     low, high = (float(end) for end in interval[1:-1].split(","))
     with_low, with_high = interval[0] == "[", interval[-1] == "]"
@@ -50,7 +50,7 @@ def number(interval: str, advice: str = "") -> Check:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"{name}={value!r} is not a number. Pass a float.")
         if not math.isfinite(value):
-            raise ValueError(f"{name}={value} is not finite. Pass an ordinary number.")
+            raise ValueError(f"{name}={value} is not finite. Pass a finite number.")
         above = value >= low if with_low else value > low
         below = value <= high if with_high else value < high
         if above and below:
@@ -65,13 +65,13 @@ def number(interval: str, advice: str = "") -> Check:
 
 
 def switch(name: str, value: Any) -> None:
-    """True or False."""
+    """Allows True and False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}={value!r} is not a bool. Pass True or False.")
 
 
 def one_of(*known: Any) -> Check:
-    """One of these values."""
+    """Allows these values only."""
 
     def check(name: str, value: Any) -> None:
         if value not in known:
@@ -82,7 +82,7 @@ def one_of(*known: Any) -> Check:
 
 
 def or_none(check: Check) -> Check:
-    """What another check allows, or None."""
+    """Allows None and the values that another check allows."""
 
     def checked(name: str, value: Any) -> None:
         if value is not None:
@@ -92,5 +92,5 @@ def or_none(check: Check) -> Check:
 
 
 def size(name: str, value: Any) -> None:
-    """A number of bytes, or a text such as `"4GiB"`."""
+    """Allows a number of bytes, or a string such as `"4GiB"`."""
     bytes_of(name, value)

@@ -1,4 +1,4 @@
-"""What a pruning run starts from: a copy of the model, data, costs, and both models' hidden states."""
+"""Preparation of a pruning run: a copy of the model, data, costs, and both models' hidden states."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ from .units.sublayers import SubLayer, layers_path, sublayers
 
 @dataclass(frozen=True)
 class Budget:
-    """What the units cost, and what may be kept.
+    """Costs of the units, and the budget for those that are kept.
 
     Attributes:
-        costs: Per sub-layer, what keeping 0, 1, … of its units costs, each `(units + 1,)`.
-        limit: What the kept units may cost in all, in the unit of the run's metric.
-        least: Per sub-layer, how many units it keeps at least.
+        costs: Cost of keeping 0, 1, … of a sub-layer's units, per sub-layer, each `(units + 1,)`.
+        limit: Largest total cost of the kept units, in the unit of the run's metric.
+        least: Least number of units that a sub-layer keeps, per sub-layer.
         length: Tokens per sequence at which FLOPs are counted.
     """
 
@@ -58,20 +58,20 @@ class Budget:
 
 @dataclass(frozen=True)
 class PruningRun:
-    """What the loop of a pruning run works on.
+    """State that the loop of a pruning run works on.
 
     Attributes:
         model: The original model, the teacher.
         pruned: Its copy, the student, which becomes the pruned model.
-        teacher: The original's sub-layers, bottom-up.
-        student: The copy's sub-layers, bottom-up.
-        stack: Of the copy.
-        device_map: Of both models.
+        teacher: The teacher's sub-layers, bottom-up.
+        student: The student's sub-layers, bottom-up.
+        stack: Layer stack of the student.
+        device_map: Device map of both models.
         data: The calibration samples.
-        budget: What units cost, and what may be kept.
+        budget: Costs of the units, and the budget for those that are kept.
         streams: The hidden states of both models.
-        signal: What predictive knowledge is measured by.
-        processes: That prune the model jointly.
+        signal: The signal by which predictive knowledge is measured.
+        processes: The processes that prune the model jointly.
     """
 
     model: PreTrainedModel
@@ -106,9 +106,13 @@ def prepared(
     latency: LatencyTable | None = None,
     accelerator: Accelerator | None = None,
 ) -> Iterator[PruningRun]:
-    """Make everything that `kprune` starts from; its arguments and errors are the same.
+    """Prepares a run of `kprune`, whose arguments and errors are the same.
 
-    While the block runs, the model is in evaluation mode and hidden states may lie in a temporary file.
+    While the block runs, the model is in evaluation mode, and hidden states may be kept in a temporary
+    file.
+
+    Yields:
+        The run, with the hidden states at the first sub-layer.
     """
     processes = processes_of(accelerator)
     model = own_model(model, accelerator)
@@ -136,7 +140,8 @@ def prepared(
             processes=processes,
         )
         budget = _budget(model, teacher, data, config, latency, processes)
-        block.enter_context(without_onednn(pruned))  # latency is measured as the model will run
+        # Only now: latency is measured as the model will run.
+        block.enter_context(without_onednn(pruned))
         signal = _signal(model, task, predict, config)
         with processes.error_barrier():
             asked = signal.predict if config.unread_weight < 1 else None
@@ -160,7 +165,7 @@ def prepared(
 
 
 def _image_tokens(stack: LayerStack, inputs: Mapping[str, Tensor]) -> int:
-    """How many tokens a model makes of each image of a batch."""
+    """Number of tokens that a model makes of each image of a batch."""
     device = input_device(stack.model)
     one = {name: value[:1].to(device) for name, value in inputs.items()}
     return stack.enter(one)[0].shape[1]

@@ -1,4 +1,4 @@
-"""A progress bar whose time left is about right."""
+"""Progress bar with a realistic estimate of the time left."""
 
 from __future__ import annotations
 
@@ -15,10 +15,18 @@ _FORMAT = "{desc} {percentage:3.0f}%|{bar}| {postfix}[{elapsed}<{remaining}]"
 def progress_over(
     sublayers: Sequence[SubLayer], schedule: Schedule, *, disable: bool = False
 ) -> Iterator[int]:
-    """The numbers of the sub-layers, with a bar that names the one that is being pruned.
+    """Yields the indices of the sub-layers, with a bar that names the one being pruned.
 
-    Scores are measured from a sub-layer to the model's end, so steps get shorter on the way up;
-    the bar counts sub-layers run through rather than steps.
+    Scores are measured from a sub-layer to the end of the model, so steps get shorter on the way up.
+    The bar therefore counts the sub-layers that are run rather than the steps.
+
+    Args:
+        sublayers: The sub-layers to prune, bottom-up.
+        schedule: How often knowledge is measured again.
+        disable: Whether to show no bar.
+
+    Yields:
+        The index of the next sub-layer.
     """
     count = len(sublayers)
     work = [

@@ -43,47 +43,47 @@ def kprune(
     accelerator: Accelerator | None = None,
     progress: bool = True,
 ) -> PreTrainedModel:
-    """Remove attention heads and feed-forward neurons, and tune what stays; no training.
+    """Prunes attention heads and feed-forward neurons, and tunes the remaining weights by regression.
 
-    The sub-layers are pruned bottom-up (arXiv 2308.03449, algorithm 1). For each: measure what the
-    units of it and of all later ones know, find the global threshold that fits the budget, remove
-    the units of this sub-layer that fall below, and fit its output projection so that its output
-    plus the residual stream is again what the original model has there. At the end class probabilities
-    are brought nearer to the original's by one factor on all logits.
+    The sub-layers are pruned bottom-up, without training (arXiv 2308.03449, algorithm 1). For each one,
+    the knowledge of its units and of those of all later sub-layers is measured, the global threshold
+    that fits the budget is found, the units of this sub-layer below it are removed, and the output
+    projection is fitted so that its output plus the residual stream equals the original model's. At the
+    end, one factor on all logits brings class probabilities closer to the original model's.
 
     Args:
-        model: a supported model (see the error for a list); left exactly as it was. It may lie on
-            several devices, or partly in CPU memory or on disk (``device_map``), as long as each
-            transformer layer is on one; so does the result, but for what was on disk. What is not
-            on a device all the time is pruned on the CPU.
-        dataloader: batches as mappings of tensors, ``input_ids`` and ``attention_mask``
-            ``(batch, tokens)``, or ``pixel_values``, and whatever else the model takes. Labels are
+        model: A supported model (the error for others lists them). It is left exactly as it was. It may
+            be placed on several devices, or partly in CPU memory or on disk (`device_map`), as long as
+            each transformer layer is on one device. The result is placed alike, except for weights that
+            were on disk. Offloaded parts are pruned on the CPU.
+        dataloader: Batches as mappings of tensors: `input_ids` and `attention_mask`
+            `(batch, tokens)`, or `pixel_values`, and any other input of the model. Labels are
             ignored. Batch size and padding do not matter.
-        config: options; by default half of the encoder's FLOPs are removed.
-        predict: ``(model, batch) -> logits`` in place of what the model's task says: ``(batch,
-            classes)``, or ``(batch, positions, classes)`` for several predictions per sample. It
-            must call ``model`` with the batch. They are taken for classes, or for what
-            ``config.problem_type`` says.
-        latency: for ``metric="latency"``, what :func:`kprune_ext.measure_latency` found; by
-            default it is measured with 32 sequences of the calibration data's mean length.
-        accelerator: of a run of several processes, each of which calls this function: each works on
-            its share of the data, up to its share of ``config.max_tokens``, and all return the same
-            model to the bit. A plain ``DataLoader`` is dealt out to the processes; other iterables
-            and prepared loaders are taken to give each process batches of its own. The model may be
-            wrapped for data-parallel training. Without it, a process works alone.
-        progress: show a progress bar, in the main process.
+        config: The options; by default half of the encoder's FLOPs are removed.
+        predict: Function `(model, batch) -> logits` that replaces the default of the model's task. The
+            logits are `(batch, classes)`, or `(batch, positions, classes)` for several predictions
+            per sample. It must call `model` with the batch. The logits count as those of classes
+            unless `config.problem_type` says otherwise.
+        latency: Latency table from `kprune_ext.measure_latency`, for `metric="latency"`. By default
+            latency is measured with 32 sequences of the calibration data's mean length.
+        accelerator: Accelerator of a run with several processes, each of which calls this function.
+            Each processes its share of the data, up to its share of `config.max_tokens`, and all return
+            bitwise the same model. A plain `DataLoader` is split among the processes; other iterables
+            and prepared loaders are expected to give each process batches of its own. The model may be
+            wrapped for data-parallel training. Without an accelerator, the process works alone.
+        progress: Whether to show a progress bar, in the main process.
 
     Returns:
         A new model with smaller matrices, in evaluation mode, that transformers can save, load and
-        train. Its ``kprune_report`` tells what was kept. What ``config.metric`` counts (by default
-        FLOPs, multiply-adds times 2, see :mod:`kprune_ext.cost`) is at most (1 − reduction) of the
-        original's.
+        train. Its `kprune_report` describes what was kept. The quantity that `config.metric` names (by
+        default FLOPs, where a multiply-add counts twice, see `kprune_ext.budget.flops`) is at most
+        (1 − reduction) of the original model's.
 
     Raises:
-        ValueError: the model is not supported; the calibration data are empty or have no unmasked
-            token; the budget leaves no unit; activations are NaN or infinite.
-        TypeError: a batch is not a mapping of tensors; a projection is not a plain linear layer.
-        RuntimeError: another process failed; the message says how.
+        ValueError: If the model is not supported, the calibration data are empty or have no unmasked
+            token, the budget leaves no unit, or activations are NaN or infinite.
+        TypeError: If a batch is not a mapping of tensors, or a projection is not a plain linear layer.
+        RuntimeError: If another process failed; the message says how.
     """
     config = KPruneConfig() if config is None else config
     with prepared(
@@ -100,12 +100,12 @@ def kprune(
 
 @dataclass
 class _Outcome:
-    """What the loop leaves behind.
+    """Result of the pruning loop.
 
     Attributes:
-        kept: Per sub-layer, the numbers of the units kept.
-        errors: Per sub-layer, the relative error of the fit.
-        logit_scale: What all logits were multiplied by, if anything.
+        kept: Indices of the units kept, per sub-layer.
+        errors: Relative error of the fit, per sub-layer.
+        logit_scale: The factor on all logits, or None.
     """
 
     kept: list[list[int]] = field(default_factory=list)
@@ -114,7 +114,7 @@ class _Outcome:
 
 
 def _prune(run: PruningRun, config: KPruneConfig, progress: bool) -> _Outcome:
-    """Prune the sub-layers bottom-up (algorithm 1); the student is changed in place."""
+    """Prunes the sub-layers bottom-up (algorithm 1); the student is changed in place."""
     outcome, left = _Outcome(), run.budget.limit
     scores: list[Tensor] = []
     original = run.teacher[0]
@@ -133,16 +133,16 @@ def _prune(run: PruningRun, config: KPruneConfig, progress: bool) -> _Outcome:
         scores = scores[1:]
         outcome.kept.append(keep)
         outcome.errors.append(fit.error)
-        del fit  # before the next step's
+        del fit  # before the next step allocates its own
         trim_memory()
     return outcome
 
 
 def _measure(run: PruningRun, step: int, config: KPruneConfig) -> list[Tensor]:
-    """Step 1: scores of the units of this sub-layer and of all later ones."""
+    """Step 1: returns the scores of the units of this sub-layer and of all later ones."""
     targets = run.student[step:]
     knowledge = measure_knowledge(targets, run.stack, run.scored, run.signal, run.processes)
-    trim_memory()  # blocks of many sizes, else kept by the process in ever more pieces
+    trim_memory()  # else freed blocks of many sizes fragment the heap
     return unit_scores(
         targets,
         knowledge,
@@ -154,7 +154,7 @@ def _measure(run: PruningRun, step: int, config: KPruneConfig) -> list[Tensor]:
 
 
 def _search(run: PruningRun, step: int, scores: Sequence[Tensor], left: float) -> list[int]:
-    """Step 2: the units of this sub-layer that one global threshold keeps."""
+    """Step 2: returns the units of this sub-layer that one global threshold keeps."""
     budget = run.budget
     masks = search_masks(scores, budget.costs[step:], left, budget.least[step:])
     return run.processes.gather(masks[0].nonzero().flatten().tolist())[0]
@@ -163,7 +163,7 @@ def _search(run: PruningRun, step: int, scores: Sequence[Tensor], left: float) -
 def _tune(
     run: PruningRun, original: SubLayer, target: SubLayer, config: KPruneConfig
 ) -> TunedProjection:
-    """Step 3: the fit of what stays to the teacher, whose states move past this sub-layer."""
+    """Step 3: fits the output projection to the teacher, whose states advance past the sub-layer."""
     with run.processes.error_barrier():
         equations = normal_equations(
             original,
@@ -180,7 +180,7 @@ def _tune(
 
 @torch.no_grad()
 def _advance(run: PruningRun, target: SubLayer) -> None:
-    """Move the student's states past the pruned and tuned sub-layer."""
+    """Advances the student's hidden states past the pruned and tuned sub-layer."""
     with run.processes.error_barrier():
         for stream in run.streams:
             context = stream.contexts_in(run.stack)[target.layer]
@@ -188,15 +188,15 @@ def _advance(run: PruningRun, target: SubLayer) -> None:
 
 
 def _original(dense: SubLayer, target: SubLayer, before: SubLayer) -> SubLayer:
-    """The teacher's sub-layer, with weights that need not be brought in for every batch.
+    """Returns the teacher's sub-layer, with weights that need not be gathered for every batch.
 
-    Where the teacher's are offloaded, it lies in a copy of the student's layer, made before any of
-    that was pruned.
+    Where the teacher's weights are offloaded, it is part of a copy of the student's layer, made before
+    any of that layer was pruned.
 
     Args:
-        dense: Of the teacher.
-        target: Of the student, at the same place.
-        before: What this function gave for the sub-layer before.
+        dense: The teacher's sub-layer.
+        target: The student's sub-layer at the same place.
+        before: The result of this function for the previous sub-layer.
     """
     if target.kind != "attention":
         return replace(dense, module=before.module)
@@ -204,7 +204,7 @@ def _original(dense: SubLayer, target: SubLayer, before: SubLayer) -> SubLayer:
 
 
 def _finished(run: PruningRun, outcome: _Outcome, config: KPruneConfig) -> PreTrainedModel:
-    """The pruned model, with its record and report."""
+    """Returns the pruned model, with its record and report."""
     kept, budget = outcome.kept, run.budget
     record_kept(run.pruned, zip(kept[::2], kept[1::2], strict=True))
     _copy_requires_grad(run.model, run.pruned)
@@ -227,7 +227,7 @@ def _finished(run: PruningRun, outcome: _Outcome, config: KPruneConfig) -> PreTr
 
 
 def _copy_requires_grad(model: PreTrainedModel, pruned: PreTrainedModel) -> None:
-    # Tied parameters, too: on two devices they part.
+    # Tied parameters are included: the tie breaks if they are on two devices.
     every = model.named_parameters(remove_duplicate=False)
     trainable = {name: parameter.requires_grad for name, parameter in every}
     for name, parameter in pruned.named_parameters():

@@ -1,1 +1,1 @@
-"""Step 2: what a unit costs, and which units stay."""
+"""Step 2: cost of a unit, and the choice of units to keep."""

@@ -1,4 +1,4 @@
-"""What the units of a model's sub-layers cost, and how much may be kept."""
+"""Cost of the units of a model's sub-layers, and the budget for those that are kept."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def unit_flops(model: PreTrainedModel, sublayer: SubLayer, length: int) -> int:
 
 
 def unit_parameters(sublayer: SubLayer) -> int:
-    """Weights and biases that go when one unit of a sub-layer goes."""
+    """Number of weights and biases that are removed with one unit of a sub-layer."""
     if not sublayer.units:
         return 0
     inputs = sum(p.numel() for linear in sublayer.inputs for p in linear.parameters())
@@ -43,14 +43,20 @@ def cost_tables(
     length: int,
     latency: LatencyTable | None,
 ) -> list[Tensor]:
-    """Per sub-layer, what keeping 0, 1, … of its units costs, each ``(units + 1,)`` in float64.
+    """Cost of keeping 0, 1, … of a sub-layer's units, per sub-layer.
 
     Args:
-        model: that the sub-layers belong to.
-        targets: its sub-layers.
-        metric: FLOPs, parameters, or nanoseconds.
-        length: tokens per sequence, for FLOPs.
-        latency: for latency.
+        model: The model that the sub-layers belong to.
+        targets: Its sub-layers.
+        metric: Unit of the costs: FLOPs, parameters, or latency in nanoseconds.
+        length: Tokens per sequence, at which FLOPs are counted.
+        latency: Latency table, required for latency.
+
+    Returns:
+        Per sub-layer, `(units + 1,)` in float64.
+
+    Raises:
+        ValueError: If the latency table is missing, or too small for the model.
     """
     tables = []
     for sublayer in targets:
@@ -62,38 +68,52 @@ def cost_tables(
         elif latency is not None:
             tables.append(1e9 * latency.costs(sublayer.kind, sublayer.units))
         else:
-            raise ValueError("metric='latency' needs a LatencyTable.")
+            raise ValueError("metric='latency' needs a LatencyTable. Pass one as latency=.")
     return tables
 
 
 def budget_for(tables: Sequence[Tensor], reduction: float) -> float:
-    """What may be kept.
+    """Largest total cost of the kept units.
+
+    Args:
+        tables: Cost of keeping 0, 1, … units, per sub-layer.
+        reduction: Fraction of the total cost to remove.
 
     Raises:
-        ValueError: that is less than the cheapest unit; the message names the largest reduction.
+        ValueError: If the budget does not cover the cheapest unit; the message names the largest
+            reduction.
     """
     total = sum(float(table[-1]) for table in tables)
     fixed = sum(float(table[0]) for table in tables)
     steps = [float(table[1] - table[0]) for table in tables if len(table) > 1]
     if not steps or total <= 0:
         raise ValueError(
-            "The model has no heads and neurons left to prune. Pass the original model."
+            "The model has no heads or neurons left to prune. Pass the original model."
         )
     budget = float(math.floor((1 - reduction) * total))
     if budget < fixed + min(steps):
         raise ValueError(
             f"reduction={reduction} cannot be reached: it leaves {budget:,.0f} of {total:,.0f}, "
-            f"and what cannot be removed with the smallest unit takes {fixed + min(steps):,.0f}. "
+            "but the smallest unit and the parts that cannot be removed take "
+            f"{fixed + min(steps):,.0f}. "
             f"The largest reduction for this model is {1 - (fixed + min(steps)) / total:.6f}."
         )
     return budget
 
 
 def least_units(costs: Sequence[Tensor], budget: float, min_share: float) -> list[int]:
-    """Per sub-layer, ``min_share`` of the units that would stay if all were pruned alike.
+    """Least number of units to keep: `min_share` of those kept if all sub-layers were pruned alike.
 
-    Scores can be all but empty for whole sub-layers, where a model is sure of its predictions or has
-    redundant layers; what they gave cannot be made up for by tuning once nothing is left of them.
+    All scores of a sub-layer can be close to zero, where a model is certain of its predictions or has
+    redundant layers. Tuning cannot compensate for a sub-layer of which nothing is left.
+
+    Args:
+        costs: Cost of keeping 0, 1, … units, per sub-layer.
+        budget: Largest total cost of the kept units.
+        min_share: Fraction of the units kept under uniform pruning.
+
+    Returns:
+        Number of units, per sub-layer.
     """
     fixed = sum(float(table[0]) for table in costs)
     removable = sum(float(table[-1]) for table in costs) - fixed

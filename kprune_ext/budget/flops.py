@@ -1,11 +1,11 @@
-"""What units cost: FLOPs in closed form, and measured latencies.
+"""FLOPs of a unit, in closed form.
 
 One FLOP is one multiplication or one addition, so a multiply-add counts twice. The budget of a
 pruning run counts the matrix products of the sub-layers that can be pruned: the projections of
 attention (query, key, value, output), the products of queries with keys and of attention weights
 with values, and the projections of the feed-forward network. Embeddings, norms, biases,
 activation functions, softmax and the task's head are left out; they are the same before and after,
-or negligible. The counts equal those of ``torch.utils.flop_counter`` under eager attention.
+or negligible. The counts equal those of `torch.utils.flop_counter` under eager attention.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from __future__ import annotations
 def head_flops(hidden_size: int, head_size: int, sequence_length: int) -> int:
     """FLOPs of one attention head on one sequence.
 
-    Four projections between ``hidden_size`` and ``head_size`` for every token, and two products
-    of ``head_size`` multiply-adds for every pair of tokens.
+    They are those of four projections between `hidden_size` and `head_size` for every token, and of
+    two products of `head_size` multiply-adds for every pair of tokens.
     """
     projections = 4 * hidden_size * head_size * sequence_length
     attention = 2 * head_size * sequence_length**2
@@ -25,7 +25,10 @@ def head_flops(hidden_size: int, head_size: int, sequence_length: int) -> int:
 def neuron_flops(hidden_size: int, sequence_length: int, projections: int = 2) -> int:
     """FLOPs of one feed-forward neuron on one sequence.
 
-    ``projections`` counts the matrices with a row or column for the neuron: 2 for up and down,
-    3 where there is a gate too.
+    Args:
+        hidden_size: Width of the residual stream.
+        sequence_length: Tokens per sequence.
+        projections: Number of matrices with a row or column for the neuron: 2 for up and down, 3
+            with a gate.
     """
     return 2 * projections * hidden_size * sequence_length

@@ -21,12 +21,12 @@ LATENCY_FORMAT = 1
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Measured seconds of one attention and one feed-forward sub-layer of different sizes.
+    """Measured latency of one attention and one feed-forward sub-layer of different sizes.
 
     Attributes:
-        device: what it was measured on.
-        batch_size, sequence_length: of the input.
-        heads, neurons: seconds by number of units kept, from none to all.
+        device: Name of the device on which it was measured.
+        batch_size, sequence_length: Shape of the input.
+        heads, neurons: Seconds by number of units kept, from none to all.
     """
 
     device: str
@@ -36,12 +36,17 @@ class LatencyTable:
     neurons: Mapping[int, float]
 
     def costs(self, kind: str, units: int) -> Tensor:
-        """Seconds of a sub-layer with 0, 1, …, ``units`` units, ``(units + 1,)``, not decreasing.
+        """Seconds of a sub-layer with 0, 1, …, `units` units, interpolated between measured sizes.
 
-        Between measured sizes it is interpolated.
+        Args:
+            kind: `"attention"` or `"ffn"`.
+            units: The largest number of units.
+
+        Returns:
+            `(units + 1,)` in float64, not decreasing.
 
         Raises:
-            ValueError: the table does not reach so far.
+            ValueError: If the table does not cover 0 to `units` units.
         """
         points = sorted((self.heads if kind == "attention" else self.neurons).items())
         if not points or points[0][0] > 0 or points[-1][0] < units:
@@ -59,34 +64,34 @@ class LatencyTable:
         return values[left] + share * (values[right] - values[left])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table as JSON; the file appears only when it is complete."""
+        """Writes the table as JSON; the file appears only when it is complete."""
         write_json(path, {"format": LATENCY_FORMAT, **asdict(self)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LatencyTable:
-        """Read what :meth:`save` wrote.
+        """Reads a file that `save` wrote.
 
         Raises:
-            ValueError: the file is something else.
-            OSError: it cannot be read.
+            ValueError: If the file is not a latency table.
+            OSError: If the file cannot be read.
         """
         text = Path(path).read_text(encoding="utf-8")
         try:
             values: dict[str, Any] = json.loads(text)
             if values.pop("format") != LATENCY_FORMAT:
-                raise ValueError("it has another format")
+                raise ValueError("its format is unknown")
             for kind in ("heads", "neurons"):
                 values[kind] = {int(size): float(time) for size, time in values[kind].items()}
             return cls(**values)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{os.fspath(path)!r} is no latency table ({error}). Expected a file that "
-                "LatencyTable.save wrote; measure it anew with kprune_ext.measure_latency."
+                f"{os.fspath(path)!r} is not a latency table ({error}). Pass a file that "
+                "LatencyTable.save wrote, or measure a new one with kprune_ext.measure_latency."
             ) from None
 
 
 def sizes_to_measure(units: int, points: int = 9) -> list[int]:
-    """Numbers of units at even distances, none and all among them."""
+    """Evenly spaced numbers of units, from none to all."""
     count = min(points, units + 1)
     return sorted({round(units * step / max(count - 1, 1)) for step in range(count)})
 
@@ -97,9 +102,12 @@ def median_seconds(
     """Median time of each function; they take turns, so that all see the same disturbances.
 
     Args:
-        runs: what to time; each is called once beforehand to warm up.
-        rounds: how often each is timed.
-        synchronize: waits until the device has done what it was given.
+        runs: Functions to time; each is called once beforehand to warm up.
+        rounds: Number of times that each is timed.
+        synchronize: Function that waits until the device has finished.
+
+    Returns:
+        Seconds per function.
     """
     for run in runs:
         run()

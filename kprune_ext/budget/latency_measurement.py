@@ -1,4 +1,4 @@
-"""Measuring how long the sub-layers of a model take, by their size."""
+"""Measurement of the latency of a model's sub-layers, by their size."""
 
 from __future__ import annotations
 
@@ -22,26 +22,29 @@ from .latency import LatencyTable, median_seconds, sizes_to_measure
 def measure_latency(
     model: PreTrainedModel, batch_size: int = 32, sequence_length: int = 64, rounds: int = 5
 ) -> LatencyTable:
-    """Measure how long sub-layers of different sizes take, on the model's device, in seconds.
+    """Measures the latency of sub-layers of different sizes, on the model's device, in seconds.
 
-    Layers are taken to be alike, so the largest one is measured, with none to all of its heads, and
-    none to all of its neurons. (A table of latencies in place of FLOPs: Kwon et al., arXiv
-    2204.09656, section 3.)
+    Layers are assumed to be alike, so the largest one is measured, with none to all of its heads, and
+    none to all of its neurons. (Kwon et al., arXiv 2204.09656, section 3, use a table of latencies in
+    place of FLOPs.)
 
     Args:
-        model: a supported model; left as it was.
-        batch_size: sequences, or images.
-        sequence_length: tokens of each; images have what tokens they have.
-        rounds: the median of so many runs counts.
+        model: A supported model; it is left as it was.
+        batch_size: Number of sequences or images.
+        sequence_length: Tokens per sequence; ignored for images, whose size sets their tokens.
+        rounds: Number of runs, of which the median is taken.
+
+    Returns:
+        The latency table.
 
     Raises:
-        ValueError: the model is not supported, or not on one device as a whole.
+        ValueError: If the model is not supported, or is not entirely on one device.
     """
     architecture = find_architecture(model)
     if any(p.is_meta or p.device != model.device for p in model.parameters()):
         raise ValueError(
-            "Latency is measured on one device, but this model lies on several, or is offloaded. Load "
-            "it on the device where it is to run, or use metric='flops'; a table that was measured "
+            "Latency is measured on one device, but this model is placed on several, or is offloaded. "
+            "Load it on the device where it will run, or use metric='flops'. A table that was measured "
             "elsewhere can be passed as latency=."
         )
     with evaluating(model), plain_outputs(model.config):
@@ -59,7 +62,7 @@ def measure_latency(
                 layer = copy.deepcopy(whole.module)
                 part = SubLayer(0, whole.kind, whole.name, layer, whole.paths, whole.unit_size)
                 shrink(part, range(units))
-                # The layer alone: no look at where it lies and what has to be moved there.
+                # The layer itself: `SubLayer.run` would also look up devices and move tensors.
                 runs.append(partial(part.paths.run, layer, hidden, contexts[whole.layer]))
             times = median_seconds(runs, rounds, lambda: _synchronize(model.device))
             found[whole.kind] = dict(zip(sizes, times, strict=True))
@@ -80,7 +83,7 @@ def _example(model: PreTrainedModel, batch: int, length: int) -> dict[str, Tenso
         shape = (batch, config.num_channels, height, width)
         return {"pixel_values": torch.zeros(shape, device=model.device, dtype=model.dtype)}
     length = min(length, getattr(config, "max_position_embeddings", length))
-    # Never the padding token, by which some families number their positions.
+    # Not the padding token: some families derive position ids from it.
     token = 1 if getattr(config, "pad_token_id", None) != 1 else 2
     ids = torch.full((batch, length), token, device=model.device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

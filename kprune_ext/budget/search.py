@@ -1,4 +1,4 @@
-"""From knowledge, costs and a budget to masks (arXiv 2308.03449, section 4.3)."""
+"""Mask search from knowledge, costs and a budget (arXiv 2308.03449, section 4.3)."""
 
 from __future__ import annotations
 
@@ -14,32 +14,31 @@ def search_masks(
     budget: float,
     least: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    """The units to keep under one global threshold on knowledge per cost.
+    """Selects the units to keep by one global threshold on knowledge per cost.
 
     All units of all groups are ranked by knowledge / mean cost of the group's units, and the
-    longest prefix of that ranking whose costs sum to at most the budget is kept: the lowest
-    threshold that fits. Equal scores are ranked by position, so the answer is unique. Sorting
+    longest prefix of that ranking whose costs sum to at most the budget is kept, which is the lowest
+    threshold that fits. Equal scores are ranked by position, so the result is unique. Sorting
     replaces the paper's scan over thresholds: O(n log n) in the number of units.
 
     Args:
-        knowledge: per group (sub-layer), a score of at least 0 for each unit, shape ``(units,)``.
-        costs: per group, what one of its units costs, in the budget's unit (FLOPs, parameters); or
-            what keeping 0, 1, 2, … units costs, shape ``(units + 1,)``, not decreasing.
-        budget: what the kept units may cost in all.
-        least: per group, how many of its best units rank before all others. They are kept as far as
-            the budget goes.
+        knowledge: Scores of at least 0 for the units, shape `(units,)` per group (sub-layer).
+        costs: Cost of one unit, per group, in the unit of the budget (FLOPs, parameters); or the cost
+            of keeping 0, 1, 2, … units, shape `(units + 1,)`, not decreasing.
+        budget: Largest total cost of the kept units.
+        least: Number of best units that rank before all others, per group. They are kept as far as
+            the budget allows.
 
     Returns:
-        Per group a boolean mask, True for units to keep, shape ``(units,)``.
+        A boolean mask per group, True for units to keep, shape `(units,)`.
 
     Raises:
-        ValueError: the groups and costs differ in number, a cost is not positive or falls with the
-            units, the budget is negative, or a score is NaN.
+        ValueError: If the numbers of groups and costs differ, a cost is not positive or decreases with
+            the units, the budget is negative, or a score is NaN.
     """
     if len(knowledge) != len(costs):
         raise ValueError(
-            f"{len(knowledge)} groups of scores came with {len(costs)} costs. Pass one cost "
-            "per group."
+            f"Got {len(knowledge)} groups of scores, but {len(costs)} costs. Pass one cost per group."
         )
     if budget < 0:
         raise ValueError(f"The budget must be at least 0, got {budget}.")
@@ -56,7 +55,7 @@ def search_masks(
     if scores.isnan().any():
         raise ValueError("A score is NaN. Check the model's activations on the calibration data.")
     ranked = scores.clone()
-    # The k-th best unit of a group costs what the group's k-th unit does, whichever it is.
+    # The cost of a group depends on the number of its units only: the k-th best has the k-th step.
     steps = torch.empty_like(scores)
     start = 0
     for ratio, table, count in zip(ratios, tables, least or [0] * len(sizes), strict=True):
@@ -78,7 +77,7 @@ def _table(cost: float | Tensor, size: int) -> Tensor:
         return cost * torch.arange(size + 1, dtype=torch.float64)
     if cost.shape != (size + 1,) or bool((cost.diff() < 0).any()) or bool((cost < 0).any()):
         raise ValueError(
-            f"A table of costs for {size} units must hold {size + 1} numbers from 0 up that do "
-            f"not fall, got shape {tuple(cost.shape)}."
+            f"A cost table for {size} units must hold {size + 1} numbers of at least 0 that do not "
+            f"decrease, got shape {tuple(cost.shape)}."
         )
     return cost.double()

@@ -17,15 +17,19 @@ if TYPE_CHECKING:
 
 
 def load_model(options: PruneOptions, about: Any) -> PreTrainedModel:
-    """The model to prune, on its device.
+    """Loads the model to prune, on its device.
+
+    Args:
+        options: Options of the command.
+        about: Config of the model.
 
     Raises:
-        ValueError: the task cannot be told.
+        ValueError: If the task cannot be inferred from the config.
     """
     if options.task in TASKS:
         kind: Any = getattr(transformers, TASKS[options.task])
     else:
-        known = (transformers, modeling)  # the latter for models that were pruned before
+        known = (transformers, modeling)  # modeling: for models that were pruned before
         written = [
             getattr(module, name)
             for name in about.architectures or []
@@ -34,8 +38,8 @@ def load_model(options: PruneOptions, about: Any) -> PreTrainedModel:
         ]
         if not written:
             raise ValueError(
-                f"The config of {options.model!r} does not tell what the model is for. Pass task: "
-                f"one of {', '.join(TASKS)}."
+                f"The config of {options.model!r} does not say what task the model is for. Pass task "
+                f"as one of {', '.join(TASKS)}."
             )
         kind = written[0]
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
@@ -53,21 +57,27 @@ def _check_fields(rows: Any, names: list[str], option: str) -> None:
     if missing:
         raise ValueError(
             f"The data have no field {missing[0]!r}; their fields are "
-            f"{', '.join(rows.column_names)}. Name the right one as {option}."
+            f"{', '.join(rows.column_names)}. Pass the right one as {option}."
         )
 
 
 def text_batches(
     rows: Any, tokenizer: Any, options: PruneOptions, about: Any
 ) -> Iterator[dict[str, Any]]:
-    """Batches of a data set's texts, tokenised.
+    """Returns an iterator over batches of a data set's texts, tokenised.
+
+    Args:
+        rows: The data set.
+        tokenizer: Tokenizer of the model.
+        options: Options of the command.
+        about: Config of the model.
 
     Raises:
-        ValueError: if there are not one or two text fields, or the data lack one of them.
+        ValueError: If the number of text fields is not one or two, or the data lack one of them.
     """
     names = [options.text_field] if isinstance(options.text_field, str) else options.text_field
     if not 1 <= len(names) <= 2:
-        raise ValueError("text_field takes one field, or two for pairs.")
+        raise ValueError("text_field takes the name of one field, or of two for text pairs.")
     _check_fields(rows, names, "text_field")
     most = getattr(about, "max_position_embeddings", None) or options.max_length
     length = min(options.max_length, most, tokenizer.model_max_length)
@@ -85,10 +95,15 @@ def text_batches(
 
 
 def image_batches(rows: Any, processor: Any, options: PruneOptions) -> Iterator[dict[str, Any]]:
-    """Batches of a data set's images, as the model reads them.
+    """Returns an iterator over batches of a data set's images, preprocessed for the model.
+
+    Args:
+        rows: The data set.
+        processor: Image processor of the model.
+        options: Options of the command.
 
     Raises:
-        ValueError: if the data have no such field.
+        ValueError: If the data lack the image field.
     """
     _check_fields(rows, [options.image_field], "image_field")
 

@@ -1,10 +1,10 @@
-"""The command `kprune`: prune a model, and look at what was kept.
+"""The command `kprune`, which prunes a model and reports on a pruned one.
 
     kprune prune --model org/name --data texts.jsonl --reduction 0.5 --output pruned
     kprune report pruned --plot kept.png
-    kprune prune --config prune.yaml   # made by: kprune prune ... --print_config
+    kprune prune --config prune.yaml   # written by: kprune prune ... --print_config
 
-This module imports nothing that the options do not need.
+This module imports only what the options need.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ COMMANDS = {"prune": PruneOptions, "report": ReportOptions}
 
 
 def build_parser() -> ArgumentParser:
-    """The parser of the command line and of YAML files."""
+    """Returns the parser of the command line and of YAML files."""
     return command_line.build_parser(
         "kprune",
         "K-prune: structured pruning of transformers encoders without retraining.",
@@ -31,10 +31,10 @@ def build_parser() -> ArgumentParser:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line.
+    """Runs the command line.
 
     Args:
-        args: Arguments; those of the process if None.
+        args: Command-line arguments; those of the process if None.
 
     Raises:
         SystemExit: With a message, if the arguments or the files they name are invalid. Nothing is
@@ -42,7 +42,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     name, options = command_line.parsed_options(build_parser(), COMMANDS, args, ALIASES)
     with command_line.errors_in_one_line(f"kprune {name}"):
-        # PyTorch and transformers take their time: not for --help or a mistyped option.
+        # PyTorch and transformers are slow to import: not for --help or a mistyped option.
         if isinstance(options, PruneOptions):
             from .prune import run_prune
 

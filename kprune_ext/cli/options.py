@@ -16,46 +16,50 @@ Task = Literal[
     "embeddings",
     "image-classification",
 ]
-# Earlier names of options.
+# Present names of options by earlier name.
 ALIASES = Aliases({"out": "output"})
 # Options that take no value on the command line.
-FLAGS = {"paper": "Use the publication's options in place of the defaults."}
+FLAGS = {"paper": "Use the paper's options in place of the defaults."}
 
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """Remove heads and neurons from an encoder and tune what stays, with data and no training.
+    """Prune heads and neurons of an encoder and tune the remaining weights, without training.
 
     Args:
         model: Hub id or local path of the model.
-        data: Data to calibrate on, labels not needed: a .txt, .json, .jsonl, .csv, .tsv or .parquet
-            file, or the id of a data set on the hub.
-        output: Folder to write the pruned model, its tokenizer and its report to; must be new or empty.
-        reduction: Fraction to remove of what metric says.
-        metric: What reduction counts.
-        task: What the model is for; auto reads it from the model's config.
-        text_field: Fields with the text, one, or two for pairs such as question and context.
+        data: Calibration data, which need no labels. This is a .txt, .json, .jsonl, .csv, .tsv or
+            .parquet file, or the id of a data set on the hub.
+        output: Folder to write the pruned model, its tokenizer and its report to. It must be new or
+            empty.
+        reduction: Fraction to remove of the quantity that metric names.
+        metric: Quantity that reduction refers to.
+        task: Task of the model. The value auto reads it from the model's config.
+        text_field: Field with the text, or two fields for pairs such as question and context.
         image_field: Field with the images.
         data_name: Configuration of the data set on the hub.
-        split: Of the data set on the hub.
-        max_length: Tokens per sequence at most.
-        batch_size: Sequences per batch; no matter for the result.
-        max_tokens: Calibration tokens.
-        lambda_rep: Weight of representational against predictive knowledge.
-        schedule: How often knowledge is measured anew.
-        score_fraction: Part of the sample on which knowledge is measured.
-        ridge: Pull towards the original weights in weight tuning; by default chosen by held-out error.
-        sequence_length: Tokens per sequence at which FLOPs are counted; by default the data's mean.
-        seed: Of the order of the rows, and of what is scored.
-        paper: Use the publication's options in place of the defaults; those given here count for
-            nothing, except reduction, metric, max_tokens, sequence_length and seed.
-        latency: Latency table (JSON) to use, or to write if there is none; for metric latency.
-        device: Where to prune, such as cpu or cuda:1; by default a GPU if there is one.
-        device_map: How transformers places the model on several devices, such as auto: on all GPUs, and
-            in CPU memory if they do not hold it. Not with device.
-        dtype: To load the weights in; auto is how they are stored.
+        split: Split of the data set on the hub.
+        max_length: Largest number of tokens per sequence.
+        batch_size: Number of sequences per batch. It does not affect the result.
+        max_tokens: Largest number of calibration tokens.
+        lambda_rep: Weight of representational relative to predictive knowledge.
+        schedule: How often knowledge is measured again, per layer or per sub-layer.
+        score_fraction: Fraction of the calibration samples on which knowledge is measured.
+        ridge: Ridge towards the original weights in weight tuning. By default it is chosen by held-out
+            error.
+        sequence_length: Tokens per sequence at which FLOPs are counted. By default it is the
+            mean length of the calibration data.
+        seed: Seed of the order in which rows are taken, and of the choice of samples to score.
+        paper: Use the paper's options in place of the defaults. Of the other options here, only
+            reduction, metric, max_tokens, sequence_length and seed are used then.
+        latency: Latency table (JSON) to use with the metric latency. If the file does not exist, the
+            latency is measured and written to it.
+        device: Device to prune on, such as cpu or cuda:1. By default it is a GPU if one is available.
+        device_map: Device map by which transformers places the model on several devices. The value auto
+            uses all GPUs, and CPU memory if they are too small. It cannot be combined with device.
+        dtype: Dtype to load the weights in. The value auto keeps the dtype in which they are stored.
         revision: Branch, tag or commit of the model on the hub.
-        plot: Picture of what was kept to write; needs matplotlib.
+        plot: File to write a figure of the kept units to. It requires matplotlib.
     """
 
     model: str
@@ -88,12 +92,12 @@ class PruneOptions:
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Print what a pruning run kept, layer by layer.
+    """Print the units that a pruning run kept, layer by layer.
 
     Args:
         source: Folder of a pruned model that `kprune prune` wrote, or a report file.
-        json: File to write the report to.
-        plot: Picture of what was kept to write; needs matplotlib.
+        json: File to write the report to, as JSON.
+        plot: File to write a figure of the kept units to. It requires matplotlib.
     """
 
     source: str

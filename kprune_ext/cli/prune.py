@@ -1,4 +1,4 @@
-"""What the subcommands of `kprune` do."""
+"""The subcommand `kprune prune`."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 
 
 def run_prune(options: PruneOptions) -> PreTrainedModel:
-    """`kprune prune`: write the pruned model, and print its report.
+    """Runs `kprune prune`: writes the pruned model, and prints its report.
 
     Raises:
-        ValueError, TypeError, OSError, ImportError: an option or file is of no use; nothing is
+        ValueError, TypeError, OSError, ImportError: If an option or file is invalid; nothing is
             written then.
     """
     config = prune_config(options)
     _check_paths(options)
     out = resolved(options.output, "output")
     if options.device is not None and options.device_map is not None:
-        raise ValueError("Give either device or device_map, not both.")
+        raise ValueError("Pass either device or device_map, not both.")
     if min(options.max_length, options.batch_size) < 1:
         raise ValueError("max_length and batch_size must be at least 1.")
     about = AutoConfig.from_pretrained(options.model, revision=options.revision)
@@ -60,7 +60,7 @@ def run_prune(options: PruneOptions) -> PreTrainedModel:
 
 
 def _check_paths(options: PruneOptions) -> None:
-    """Raise ValueError or OSError if an output cannot be written, or would overwrite something."""
+    """Raises a ValueError or OSError if an output cannot be written, or would overwrite something."""
     inputs = {"model": options.model, "data": options.data}
     files: dict[str, str | None] = {"plot": options.plot, "latency": options.latency}
     check_output_folder(options.output, "output")
@@ -69,10 +69,10 @@ def _check_paths(options: PruneOptions) -> None:
 
 
 def prune_config(options: PruneOptions) -> KPruneConfig:
-    """The engine's options that the command line's stand for.
+    """Returns the configuration of `kprune` for the options of the command line.
 
     Raises:
-        ValueError: one is out of range.
+        ValueError: If an option is out of range.
     """
     common = {
         name: getattr(options, name) for name in ("metric", "max_tokens", "sequence_length", "seed")
@@ -100,7 +100,7 @@ def _latency(options: PruneOptions, model: PreTrainedModel) -> LatencyTable | No
 
 
 def _save_all(out: str, pruned: Any, processor: Any, plot: str | None) -> None:
-    """Write the model with its report, its processor and its picture, all of them or none."""
+    """Writes the model with its report, its processor and its figure, all of them or none."""
     with replacing_folder(out) as folder:
         pruned.save_pretrained(folder)
         processor.save_pretrained(folder)

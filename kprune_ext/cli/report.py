@@ -1,4 +1,4 @@
-"""What `kprune report` does."""
+"""The subcommand `kprune report`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def run_report(options: ReportOptions) -> KPruneReport:
-    """`kprune report`: print the table, and write what was asked for.
+    """Runs `kprune report`: prints the table, and writes the requested files.
 
     Raises:
-        ValueError, OSError, ImportError: an option or file is of no use.
+        ValueError, OSError, ImportError: If an option or file is invalid.
     """
     outputs = {"json": options.json, "plot": options.plot}
     stored = Path(options.source, REPORT_FILE)
@@ -35,6 +35,6 @@ def run_report(options: ReportOptions) -> KPruneReport:
 
 
 def print_report(report: KPruneReport) -> None:
-    """Print a report as a table."""
-    # In a file or pipe there is no width to fit into.
+    """Prints a report as a table."""
+    # A file or pipe has no width to fit into.
     Console(width=None if sys.stdout.isatty() else 120).print(report)

@@ -1,6 +1,7 @@
 """Pruned models as ordinary checkpoints.
 
-The classes of pruned models, such as `KPruneBertForSequenceClassification`, are members of this package.
+The classes of pruned models, such as `KPruneBertForSequenceClassification`, are members of this
+package.
 """
 
 from . import classes

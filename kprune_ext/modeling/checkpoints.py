@@ -1,4 +1,4 @@
-"""How pruned models are saved, loaded and uploaded: as transformers' are, and more carefully."""
+"""Saving, loading and uploading of pruned models, with transformers' methods and more checks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .replacing_files import replacing_files
 from .self_contained import MODELING_FILE, auto_map, modeling_source
 
 logger = logging.getLogger(__name__)
-# Tokens per sequence at which a card counts FLOPs, where no report of the pruning is there.
+# Tokens per sequence at which a model card counts FLOPs, if the model has no report.
 _CARD_LENGTH = 128
 
 if TYPE_CHECKING:
@@ -37,10 +37,10 @@ class Checkpoints(_Base):
     """Saving and loading of pruned models.
 
     Attributes:
-        kprune_report: what :func:`kprune_ext.kprune` did; None on a model without a stored report.
-        kprune_row: the family's table row.
-        kprune_auto: the Auto class that loads models of this class.
-        kprune_family: by Auto class, the pruned models of the family.
+        kprune_report: Report of `kprune_ext.kprune`; None on a model without a stored report.
+        kprune_row: Table row of the family.
+        kprune_auto: Auto class that loads models of this class.
+        kprune_family: Pruned model classes of the family, by Auto class.
     """
 
     kprune_report: KPruneReport | None = None
@@ -50,12 +50,12 @@ class Checkpoints(_Base):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a pruned model, with the options of transformers' ``from_pretrained``.
+        """Loads a pruned model, with the options of transformers' `from_pretrained`.
 
         Raises:
-            ValueError: the weights are pickled, incomplete, damaged, or not of the sizes that the
-                config says.
-            OSError: there is no such folder, file or repository.
+            ValueError: If the weights are pickled, incomplete, damaged, or do not have the sizes that
+                the config describes.
+            OSError: If the folder, file or repository does not exist.
         """
         source = pretrained_model_name_or_path
         refuse_pickle(source, kwargs)
@@ -65,7 +65,7 @@ class Checkpoints(_Base):
         loads_file = kwargs.get("state_dict") is None and not kwargs.get("gguf_file")
         safe = {"use_safetensors": True} if loads_file else {}
         try:
-            # Mismatched sizes pass here, so that the message can be ours.
+            # Mismatched sizes are allowed here, so that `check_weights` can report them.
             loaded: Any = super().from_pretrained(
                 source,
                 *args,
@@ -75,7 +75,7 @@ class Checkpoints(_Base):
             )
         except SafetensorError as error:
             raise ValueError(
-                f"A file of weights in {os.fspath(source)!r} is damaged or no safetensors file "
+                f"A weights file in {os.fspath(source)!r} is damaged or not a safetensors file "
                 f"({error}). Restore it from the pruned checkpoint."
             ) from error
         model, info = loaded
@@ -94,21 +94,21 @@ class Checkpoints(_Base):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Save weights, config, report and a model card; all of it, or what was there before stays.
+        """Saves weights, config, report and model card; after an error, the old files are kept.
 
         Args:
-            save_directory: folder; other files in it stay.
-            is_main_process: whether this process writes.
-            state_dict: to save in place of the model's own.
-            self_contained: also write a modelling file, with which transformers loads the model
-                without this package if it is given ``trust_remote_code=True``.
-            push_to_hub: upload afterwards, as :meth:`push_to_hub` does.
-            kwargs: other options of transformers' ``save_pretrained``, or of :meth:`push_to_hub`.
+            save_directory: Folder to save to; other files in it are kept.
+            is_main_process: Whether this process writes.
+            state_dict: State dict to save in place of the model's own.
+            self_contained: Whether to write a modelling file as well, with which transformers loads the
+                model without this package, given `trust_remote_code=True`.
+            push_to_hub: Whether to upload the model afterwards, as `push_to_hub` does.
+            kwargs: Other options of transformers' `save_pretrained`, or of `push_to_hub`.
 
         Raises:
-            ValueError: an option asks for pickled weights, or for a sharded way of saving that
-                cannot be undone.
-            OSError: the folder cannot be written.
+            ValueError: If the options request pickled weights, or distributed saving, which cannot be
+                undone.
+            OSError: If the folder cannot be written.
         """
         if kwargs.pop("safe_serialization", True) is not True:
             raise ValueError(
@@ -116,8 +116,9 @@ class Checkpoints(_Base):
             )
         if kwargs.get("distributed_checkpoint"):
             raise ValueError(
-                "distributed_checkpoint=True is not supported for pruned models: its many writers "
-                "cannot be undone together. Leave it out; weights are gathered, then saved."
+                "distributed_checkpoint=True is not supported for pruned models: several processes "
+                "write it, so a failed save cannot be undone. Leave it out; the weights are gathered "
+                "and saved by the main process."
             )
         hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
         if not is_main_process:
@@ -127,7 +128,7 @@ class Checkpoints(_Base):
         with replacing_files(save_directory, replaceable) as folder:
             with self._config_for_saving(self_contained):
                 super().save_pretrained(folder, True, state_dict, **kwargs)
-            if (folder / "config.json").exists():  # else it is an adapter that was saved
+            if (folder / "config.json").exists():  # else only an adapter was saved
                 self._write_extras(folder, Path(save_directory), self_contained)
         if push_to_hub:
             name = hub.pop("repo_id", None) or Path(save_directory).resolve().name
@@ -146,18 +147,18 @@ class Checkpoints(_Base):
         create_pr: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Upload the model, with its section in the model card that the repository has.
+        """Uploads the model, and adds its section to the repository's model card.
 
         Args:
-            repo_id: name, with or without a namespace; made if need be.
-            self_contained: as in :meth:`save_pretrained`.
-            commit_message, commit_description, revision, create_pr: of the commit.
-            private: whether a new repository is.
-            token: of the hub; by default that of `hf auth login`.
-            kwargs: options of :meth:`save_pretrained`, such as ``max_shard_size``.
+            repo_id: Name of the repository, with or without a namespace; it is created if necessary.
+            self_contained: Whether to write a modelling file as well, see `save_pretrained`.
+            commit_message, commit_description, revision, create_pr: Options of the commit.
+            private: Whether a new repository is private.
+            token: Token of the hub; by default that of `hf auth login`.
+            kwargs: Options of `save_pretrained`, such as `max_shard_size`.
 
         Returns:
-            What ``huggingface_hub.HfApi.upload_folder`` does.
+            The result of `huggingface_hub.HfApi.upload_folder`.
         """
         hub = HfApi(token=token)
         repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -217,12 +218,12 @@ _HUB_OPTIONS = (
 
 
 def _fitting(model: Any, report: KPruneReport | None) -> KPruneReport | None:
-    """The report, if it is about a model of these sizes."""
+    """Returns the report if it describes a model of these sizes, else None."""
     if report is None:
         return None
     rows = kept_units(model.config)
     sizes = [size for row in rows for size in (len(row.heads), len(row.neurons))]
     if sizes == [row.units for row in report.sublayers]:
         return report
-    logger.warning("Left out %s: it is about a model with other sizes than this one.", REPORT_FILE)
+    logger.warning("Ignored %s: it describes a model with other sizes than this one.", REPORT_FILE)
     return None

@@ -1,10 +1,9 @@
 """Pruned models as ordinary transformers models.
 
-A pruned model's config carries, in the field ``kprune``, which heads and neurons of each layer of
-the original model it keeps. The classes here build layers of those sizes, one class for each family
-and task, named after the dense one: ``KPruneBertForSequenceClassification``. They are registered
-with transformers' Auto classes when :mod:`kprune_ext` is imported; nothing of transformers is
-replaced.
+The field `kprune` of a pruned model's config lists the heads and neurons of each layer of the original
+model that are kept. The classes here build layers of those sizes, one class for each family and
+task, named after the dense one, such as `KPruneBertForSequenceClassification`. They are registered with
+transformers' Auto classes when `kprune_ext` is imported; nothing of transformers is replaced.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ from .checkpoints import Checkpoints
 
 
 class UnevenLayers(Checkpoints):
-    """What pruned model classes add to transformers' own: layers of the sizes the config asks for."""
+    """Mixin of pruned model classes, which builds layers of the sizes that the config lists."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        # A damaged config is reported before anything is built.
+        # Read first, so that a damaged config is reported before anything is built.
         sizes = kept_units(config)
         super().__init__(config, *args, **kwargs)
         for sublayer in sublayers(self, ROWS[config.model_type]):
@@ -38,14 +37,14 @@ class UnevenLayers(Checkpoints):
                 shrink(sublayer, units)
 
 
-#: Where the classes made here are found. PEFT writes it into adapter_config.json.
+#: Module of the classes defined here. PEFT writes it into adapter_config.json.
 MODULE = "kprune_ext.modeling"
-#: Every class made here, by name.
+#: Every class defined here, by name.
 DEFINED: dict[str, type] = {}
 
 
 def _define(name: str, bases: tuple[type, ...], **members: Any) -> type:
-    """A class of the package `modeling`, as if it were written out there."""
+    """Returns a class of the package `modeling`, as if it were defined there."""
     made = type(name, bases, members | {"__module__": MODULE, "__qualname__": name})
     DEFINED[name] = made
     return made
@@ -56,7 +55,7 @@ def _pruned_config(architecture: Architecture) -> Any:
     return _define(
         f"KPrune{dense.__name__}",
         (dense,),
-        __doc__=f"{dense.__name__} with the field ``kprune``, the units that are kept.",
+        __doc__=f"{dense.__name__} with the field `kprune`, which lists the units that are kept.",
         model_type=architecture.pruned_type,
     )
 
@@ -71,10 +70,10 @@ def _pruned_model(dense: type[PreTrainedModel], config: type, **members: Any) ->
     )
 
 
-#: By class of dense model: what it is for, and its pruned form.
+#: Task and pruned class, by class of dense model.
 MODEL_TASKS: dict[type, Task] = {}
 PRUNED_CLASSES: dict[type, Any] = {}
-#: Pruned classes by their name, which ``config.architectures`` has.
+#: Pruned classes by their name, which is in `config.architectures`.
 KIND_OF_NAME: dict[str, Any] = {}
 _REGISTERED: list[tuple[Any, dict[Any, Any]]] = []
 
@@ -104,20 +103,20 @@ _define_all()
 
 
 def model_task(model: nn.Module) -> Task:
-    """The task of a supported model, dense or pruned before.
+    """Returns the task of a supported model, dense or pruned before.
 
     Raises:
-        ValueError: the family, variant or class is not supported; the message lists what is.
+        ValueError: If the family, variant or class is not supported; the message lists those that are.
     """
     find_architecture(model)
     return find_task(model, MODEL_TASKS)
 
 
 def register() -> None:
-    """Make transformers' Auto classes know the pruned classes; safe to call again.
+    """Registers the pruned classes with transformers' Auto classes; safe to call again.
 
     Raises:
-        RuntimeError: another package has registered one of our model types.
+        RuntimeError: If another package has registered one of the model types.
     """
     for config, models in _REGISTERED:
         name = config.model_type
@@ -125,7 +124,7 @@ def register() -> None:
         if present is not None and _identity(present) != _identity(config):
             raise RuntimeError(
                 f"The model type {name!r} is already registered with transformers, by "
-                f"{'.'.join(_identity(present))}. Import only one of the packages in a process."
+                f"{'.'.join(_identity(present))}. Import only one of the two packages in a process."
             )
         AutoConfig.register(name, config, exist_ok=True)
         for auto, model in models.items():

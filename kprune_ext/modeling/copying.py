@@ -1,4 +1,4 @@
-"""A copy of a model that can be pruned, and the record of what was kept of it."""
+"""Copying of a model for pruning, and the record of the units that are kept."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .classes import PRUNED_CLASSES, UnevenLayers
 
 
 def uneven_copy(model: PreTrainedModel, device_map: DeviceMap | None = None) -> PreTrainedModel:
-    """A copy of a supported model, in the class that can be pruned; nothing removed yet.
+    """Copies a supported model into the class that can be pruned, with all units.
 
-    It has the model's weights and dtype in memory of its own, and is in evaluation mode. The global
-    random state is left as it was.
+    The copy has the model's weights and dtype in memory of its own, and is in evaluation mode. The
+    global random state is left as it was.
 
     Args:
-        model: its weights may be on several devices, or offloaded by accelerate.
-        homes: on which devices the copy's parts are to be; by default the model's own.
+        model: The model; its weights may be placed on several devices, or offloaded by accelerate.
+        device_map: Device map of the copy; by default that of the model.
     """
     is_pruned = isinstance(model, UnevenLayers)
     pruned_class: Any = type(model) if is_pruned else PRUNED_CLASSES[type(model)]
@@ -41,17 +41,17 @@ def uneven_copy(model: PreTrainedModel, device_map: DeviceMap | None = None) -> 
 
 
 def _head_options(model: Any) -> dict[str, Any]:
-    """The constructor's option for a base model that was made without its pooling layer."""
+    """Returns the constructor's option for a base model without its pooling layer."""
     bare = model.base_model is model and getattr(model, "pooler", model) is None
     return {"add_pooling_layer": False} if bare else {}
 
 
 def record_kept(model: PreTrainedModel, units: Iterable[tuple[list[int], list[int]]]) -> None:
-    """Note in a model's config which heads and neurons of each layer are left.
+    """Records in a model's config the heads and neurons of each layer that are kept.
 
     Args:
-        model: just pruned.
-        units: per layer the heads and the neurons, as numbered before this pruning.
+        model: The model that was just pruned.
+        units: The heads and neurons kept, per layer, as numbered before this pruning.
     """
     rows = [
         KeptUnits(

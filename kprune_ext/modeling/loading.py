@@ -1,4 +1,4 @@
-"""What a checkpoint of a pruned model must be like to be loaded."""
+"""Checks of a pruned model's checkpoint when it is loaded."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..report.report import REPORT_FILE, KPruneReport
 
 
 def refuse_pickle(source: Any, options: Mapping[str, Any]) -> None:
-    """Weights are read from safetensors only.
+    """Checks that weights can be read from safetensors, the only format that is supported.
 
     Args:
-        source: what ``from_pretrained`` was given.
-        options: its keyword arguments.
+        source: Model id or path that `from_pretrained` was given.
+        options: Its keyword arguments.
 
     Raises:
-        ValueError: pickled weights were asked for, or a local folder has no others.
+        ValueError: If pickled weights are requested, or a local folder has no others.
     """
     if options.get("use_safetensors") is False or options.get("weights_only") is False:
         raise ValueError(
@@ -35,7 +35,7 @@ def refuse_pickle(source: Any, options: Mapping[str, Any]) -> None:
     if pickled and not any(folder.glob("*.safetensors")):
         raise ValueError(
             f"{os.fspath(folder)!r} has its weights in {pickled[0]}, a pickle file, which can run "
-            "code and is not read. Expected model.safetensors: save the model anew with "
+            "code and is not read. Expected model.safetensors: save the model again with "
             "save_pretrained of kprune_ext."
         )
 
@@ -43,21 +43,21 @@ def refuse_pickle(source: Any, options: Mapping[str, Any]) -> None:
 def check_weights(
     model: PreTrainedModel, source: Any, info: Mapping[str, Any], allow_mismatched: bool
 ) -> None:
-    """Compare the weights that were found with those that the model has.
+    """Compares the weights in the checkpoint with those of the model.
 
-    A model may be loaded with another head than it was saved with, or none. Nothing else may be
-    missing, and sizes must be what the config says.
+    A model may be loaded with another head than it was saved with, or without a head. Nothing else may
+    be missing, and sizes must match the config.
 
     Args:
-        model: just loaded.
-        source: where from, for messages.
-        info: what transformers tells about loading: keys that are missing or mismatched.
-        allow_mismatched: whether the head may have another size (``ignore_mismatched_sizes``).
+        model: The model that was just loaded.
+        source: Model id or path that it was loaded from, for messages.
+        info: Loading info of transformers, with the missing and mismatched keys.
+        allow_mismatched: Whether the head may have another size (`ignore_mismatched_sizes`).
 
     Raises:
-        ValueError: one of that is not so; the message names the tensors.
+        ValueError: If weights are missing or have other sizes; the message names the tensors.
     """
-    # Older versions of transformers give lists, newer ones sets; mismatched keys come with sizes.
+    # Older versions of transformers return lists, newer ones sets; mismatched keys may have sizes.
     mismatched = sorted(
         (key, None) if isinstance(key, str) else (key[0], key[1:])
         for key in info["mismatched_keys"]
@@ -69,8 +69,8 @@ def check_weights(
         raise ValueError(
             f"Size mismatch in {os.fspath(source)!r}: the weights are not those that config.json "
             f"describes. {len(wrong)} tensors differ, the first is {key}{detail}. Restore both "
-            "files from the same checkpoint; a head of another size can be loaded with "
-            "ignore_mismatched_sizes=True."
+            "files from the same checkpoint, or pass ignore_mismatched_sizes=True to load a head of "
+            "another size."
         )
     same = type(model).__name__ in (model.config.architectures or [])
     missing = [
@@ -81,7 +81,7 @@ def check_weights(
     if missing:
         raise ValueError(
             f"{os.fspath(source)!r} lacks {len(missing)} tensors of this "
-            f"{type(model).__name__}: {_some(missing)}. The file of weights is incomplete, or "
+            f"{type(model).__name__}: {_some(missing)}. The weights file is incomplete, or "
             "belongs to another model. Restore it from the pruned checkpoint."
         )
 
@@ -97,10 +97,14 @@ def _some(names: Iterable[str], most: int = 3) -> str:
 
 
 def stored_report(source: Any, options: Mapping[str, Any]) -> KPruneReport | None:
-    """The report that was saved beside a model, if there is one.
+    """Returns the report that was saved beside a model, or None.
+
+    Args:
+        source: Model id or path that `from_pretrained` was given.
+        options: Its keyword arguments.
 
     Raises:
-        ValueError: the file is something else.
+        ValueError: If the file is not a report.
     """
     names = ("cache_dir", "revision", "subfolder", "token", "local_files_only")
     given = {name: options[name] for name in names if options.get(name) is not None}

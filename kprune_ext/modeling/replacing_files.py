@@ -1,9 +1,9 @@
-"""Checkpoints of pruned models that appear whole or not at all.
+"""Saving of checkpoints that appear completely or not at all.
 
-New files are written into a hidden folder inside the checkpoint's own, and each takes its name by a
-rename once all are complete. An error, or a kill while weights are written, leaves what was there
-before. Only a kill between two of the final renames, which move no data, can mix two checkpoints; for
-weights in one file that is either harmless or refused on loading, as sizes then differ.
+New files are written into a hidden folder inside the checkpoint's own, and are renamed into place once
+all are complete. An error, or a kill while weights are written, leaves the previous files. Only a kill
+between two of the final renames, which move no data, can mix two checkpoints; for weights in one
+file that is either harmless or refused on loading, as sizes then differ.
 """
 
 from __future__ import annotations
@@ -29,18 +29,21 @@ _WEIGHTS = re.compile(
 def replacing_files(
     folder: str | os.PathLike[str], replaceable: Iterable[str] = ()
 ) -> Iterator[Path]:
-    """An empty folder whose files move into ``folder`` if the block ends without an error.
+    """Yields an empty folder whose files move into `folder` if the block ends without an error.
 
-    Files there of other names stay, except weights that the new ones take the place of: shards, or
-    the single file where there are shards now.
+    Files of other names in `folder` are kept, except weights that the new ones replace: old shards, or
+    the single file if the new weights are in shards.
 
     Args:
-        folder: of the checkpoint; made if need be, and removed again after an error.
-        replaceable: names of files that are removed, too, where no new one takes their place.
+        folder: Folder of the checkpoint; created if necessary, and removed again after an error.
+        replaceable: Names of files that are removed if no new file replaces them.
+
+    Yields:
+        The folder to write to.
 
     Raises:
-        NotADirectoryError: there is a file of that name.
-        ValueError: the name is empty.
+        NotADirectoryError: If `folder` is a file.
+        ValueError: If the name is empty.
     """
     target = Path(resolved(folder, "save_directory"))
     if target.exists() and not target.is_dir():
@@ -91,7 +94,7 @@ def _put_in_place(new: Path, old: Path, target: Path, replaceable: set[str]) -> 
 
 
 def _keep(path: Path, second: Path) -> None:
-    """Give a file a second name, or a copy where the file system has no links."""
+    """Links a file under a second name, or copies it if the file system has no links."""
     try:
         os.link(path, second)
     except OSError:
@@ -104,7 +107,7 @@ def _stale_weights(present: set[str], names: set[str]) -> set[str]:
 
 
 def _variant(name: str) -> list[str]:
-    """The variant of a file of weights, empty for the usual one; nothing for other files."""
+    """Returns the variant of a weights file (empty for the default one), or [] for other files."""
     match = _WEIGHTS.fullmatch(name)
     if match is None:
         return []

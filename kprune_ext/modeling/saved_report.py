@@ -1,4 +1,4 @@
-"""A report on a model that was pruned earlier, from what is saved with it."""
+"""Report on a model that was pruned earlier, from its checkpoint."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from .classes import KIND_OF_NAME, UnevenLayers
 def load_report(
     source: PreTrainedModel | str | os.PathLike[str], sequence_length: int = 128
 ) -> KPruneReport:
-    """What a pruned model keeps of the original one.
+    """Returns the report on a pruned model.
 
-    That is the report of the pruning run where it is stored with the model; otherwise one made from
-    the sizes in the config, in which reconstruction errors and calibration data are unknown, and
-    the original is the model before its first pruning.
+    It is the report of the pruning run if that is stored with the model. Otherwise it is made from the
+    sizes in the config: reconstruction errors and calibration data are unknown then, and the model is
+    compared with the one before its first pruning.
 
     Args:
-        source: a pruned model, or the folder or hub id of one; weights are not read.
-        sequence_length: tokens per sequence at which FLOPs are counted, where it is made anew.
+        source: A pruned model, its folder or hub id, or a report file; weights are not read.
+        sequence_length: Tokens per sequence at which FLOPs are counted, if no report is stored.
 
     Raises:
-        ValueError: the model was not pruned by kprune_ext, or its config is damaged.
-        OSError: there is no such folder, file or repository.
+        ValueError: If the model was not pruned by kprune_ext, or its config is damaged.
+        OSError: If the folder, file or repository does not exist.
     """
     if sequence_length < 1:
         raise ValueError(f"sequence_length={sequence_length} is too small. Pass 1 or more.")
@@ -48,7 +48,7 @@ def load_report(
 def _from_sizes(config: Any, kind: Any, length: int) -> KPruneReport:
     if kind is None or not issubclass(kind, UnevenLayers):
         raise ValueError(
-            f"There is nothing to report on: this {config.model_type!r} model was not pruned by "
-            "kprune_ext. Pass the folder of a pruned model, or its kprune_report.json."
+            f"Cannot report on this {config.model_type!r} model: it was not pruned by kprune_ext. "
+            "Pass the folder of a pruned model, or its kprune_report.json."
         )
     return report_from_sizes(config, kind, length)

@@ -1,4 +1,4 @@
-"""The modelling file with which transformers loads a pruned model where this package is missing."""
+"""Modelling file with which transformers loads a pruned model without this package."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ _HEADER = '''\
 """Layers of uneven size for a {family} model that was pruned with kprune_ext.
 
 Written by kprune_ext {version} (in the distribution peft-corda, Apache-2.0), so that transformers can
-load the model with trust_remote_code=True. With `import kprune_ext` it needs neither.
+load the model with trust_remote_code=True. After `import kprune_ext`, neither this file nor that option
+is needed.
 """
 '''
 _CLASS = '''\
@@ -32,11 +33,11 @@ class {name}({bases}):
 
 
 def auto_map(config_class: type, models: Mapping[Any, type[PreTrainedModel]]) -> dict[str, str]:
-    """The config's field that tells transformers which class of the file to take.
+    """Returns the config's field that tells transformers which classes of the file to use.
 
     Args:
-        config_class: of the pruned family.
-        models: by Auto class, its pruned models.
+        config_class: Config class of the pruned family.
+        models: Its pruned model classes, by Auto class.
     """
     module = MODELING_FILE.removesuffix(".py")
     named = {auto.__name__: f"{module}.{kind.__name__}" for auto, kind in models.items()}
@@ -46,12 +47,12 @@ def auto_map(config_class: type, models: Mapping[Any, type[PreTrainedModel]]) ->
 def modeling_source(
     architecture: Architecture, config_class: type, models: Mapping[Any, type[PreTrainedModel]]
 ) -> str:
-    """The file's text: nothing but what this family needs, from this package's own source.
+    """Returns the text of the file, with the parts of this package's source that the family needs.
 
     Args:
-        architecture: the family's table row.
-        config_class: of the pruned family.
-        models: by Auto class, its pruned models.
+        architecture: Table row of the family.
+        config_class: Config class of the pruned family.
+        models: Its pruned model classes, by Auto class.
     """
     dense_config = config_class.__bases__[0]
     dense = {kind: kind.__bases__[1] for kind in models.values()}
@@ -76,7 +77,7 @@ def modeling_source(
         _CLASS.format(
             name=config_class.__name__,
             bases=dense_config.__name__,
-            about="With the field ``kprune``, the units that are kept",
+            about="Config with the field `kprune`, which lists the units that are kept",
             setting=f"model_type = {architecture.pruned_type!r}",
         ),
     ]
@@ -93,7 +94,7 @@ def modeling_source(
 
 
 def _attention_code(architecture: Architecture) -> tuple[list[str], list[str]]:
-    """Source of the family's own attention modules, and the imports that it needs."""
+    """Returns the source of the family's own attention modules, and the imports that it needs."""
     adapted = [paths for paths in architecture.attention if paths.adapt is not None]
     classes = dict.fromkeys(kind for paths in adapted for kind in paths.adapt_classes)
     own = [kind for kind in classes if kind.__module__ == headless.__name__]

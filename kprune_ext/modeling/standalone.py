@@ -1,8 +1,8 @@
-"""Code that goes into the modelling file of a self-contained checkpoint, word for word.
+"""Code that is copied word for word into the modelling file of a self-contained checkpoint.
 
-It must not refer to anything of this package: :mod:`kprune_ext.self_contained` writes it into a file
-of its own, with the tables that it reads. The names of those tables are bound here only so that this
-module is valid Python.
+It must not refer to anything of this package: `kprune_ext.modeling.self_contained` writes it into a
+separate file, with the tables that it reads. The names of those tables are bound here only so that
+this module is valid Python.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class UnevenLayers:
 
 
 def set_units(layer: Any, kind: str, kept: tuple[int, ...], size: int) -> None:
-    """Give a sub-layer as many units, of ``size`` dimensions each, as there are numbers."""
+    """Shrinks a sub-layer to the units that are kept, of `size` dimensions each."""
     names = {name for name, _ in layer.named_modules()}
     paths = next(p for p in SUBLAYERS[kind] if names.issuperset((*p["inputs"], p["output"])))
     dims = len(kept) * size
@@ -58,7 +58,7 @@ def set_units(layer: Any, kind: str, kept: tuple[int, ...], size: int) -> None:
 def set_size(
     layer: nn.Module, path: str, rows: int | None = None, columns: int | None = None
 ) -> None:
-    """Cut a linear module down to its first rows and columns; its weights are loaded later."""
+    """Cuts a linear module down to its first rows and columns; its weights are loaded later."""
     old: Any = layer.get_submodule(path)
     new = nn.Linear(1, 1, bias=old.bias is not None, device="meta")
     new.weight = nn.Parameter(old.weight.detach()[:rows, :columns].clone())
@@ -69,6 +69,6 @@ def set_size(
 
 
 def replace_module(layer: nn.Module, path: str, new: nn.Module) -> None:
-    """Put a module in the place of another."""
+    """Replaces the module at a path of a layer."""
     parent, _, name = path.rpartition(".")
     setattr(layer.get_submodule(parent), name, new)

@@ -1,1 +1,1 @@
-"""What was kept, as a value."""
+"""Report of a pruning run: units kept, cost and error."""

@@ -1,4 +1,4 @@
-"""Pictures of a report, by matplotlib (which the extra `plots` installs)."""
+"""Figures of a report, with matplotlib (which the extra `plots` installs)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .rows import SubLayerReport
 def save_kept(
     sublayers: Sequence[SubLayerReport], share: float, path: str | os.PathLike[str]
 ) -> None:
-    """Write a picture of heads and neurons kept, and of the reconstruction error, by layer.
+    """Writes a figure of the heads and neurons kept, and of the reconstruction error, by layer.
 
     Args:
         sublayers: The rows of a report.
-        share: Part of the FLOPs of all sub-layers that is kept.
-        path: The format follows from its ending, PNG without one.
+        share: Fraction of the FLOPs of all sub-layers that is kept.
+        path: File to write; its extension sets the format, PNG without one.
 
     Raises:
         ImportError: If matplotlib is not installed.

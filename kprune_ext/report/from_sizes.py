@@ -1,4 +1,4 @@
-"""A report made from the sizes that a pruned model is saved with."""
+"""Report from the sizes that a pruned model is saved with."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .report import KPruneReport
 
 
 def report_from_sizes(config: Any, kind: Any, length: int) -> KPruneReport:
-    """A report on a pruned model, in which reconstruction errors and calibration data are unknown.
+    """Returns a report on a pruned model, without reconstruction errors and calibration data.
 
     Args:
-        config: Of the pruned model. The original is the model before its first pruning.
+        config: Config of the pruned model. It is compared with the model before its first pruning.
         kind: Class of the pruned model.
         length: Tokens per sequence at which FLOPs are counted.
     """

@@ -1,4 +1,4 @@
-"""Makes the report of a pruning run from what the run left behind."""
+"""Report of a pruning run from the run's result."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ def make_report(
     tokens: int,
     logit_scale: float | None,
 ) -> KPruneReport:
-    """What a run kept, spent and missed.
+    """Returns the report of a run.
 
     Args:
-        model, pruned: before and after.
-        rows: per sub-layer: before, after, FLOPs of a unit, and the fit's relative error.
-        metric: what was counted.
-        reduction: the fraction of it that was to be removed.
-        costs: per sub-layer, what keeping 0, 1, … units costs by the run's metric.
-        budget: what might be kept of that.
-        length: tokens per sequence at which FLOPs are counted.
-        samples, tokens: calibration data used.
-        logit_scale: see :func:`kprune_ext.tuning.logit_scale.scale_logits`.
+        model, pruned: The model before and after pruning.
+        rows: The sub-layer before and after, the FLOPs of a unit, and the relative error of the fit,
+            per sub-layer.
+        metric: Quantity that the budget limits.
+        reduction: Fraction of it that was to be removed.
+        costs: Cost of keeping 0, 1, … units in the run's metric, per sub-layer.
+        budget: Largest total cost of the kept units.
+        length: Tokens per sequence at which FLOPs are counted.
+        samples, tokens: Amount of calibration data used.
+        logit_scale: The factor from `kprune_ext.tuning.logit_scale.scale_logits`.
     """
     sublayers = tuple(
         sublayer_row(before, after, flops, error) for before, after, flops, error in rows
@@ -61,12 +62,12 @@ def make_report(
 def sublayer_row(
     before: SubLayer, after: SubLayer, unit_flops: int, error: float | None
 ) -> SubLayerReport:
-    """What one sub-layer keeps.
+    """Returns the row of one sub-layer.
 
     Args:
-        before, after: the sub-layer of the two models.
+        before, after: The sub-layer of the two models.
         unit_flops: FLOPs of one of its units, per sequence.
-        error: relative reconstruction error, if known.
+        error: Relative reconstruction error, if known.
     """
     return SubLayerReport(
         name=after.name,

@@ -1,4 +1,4 @@
-"""What a pruning run kept, spent and missed."""
+"""The report of a pruning run, as a table, JSON, Markdown or a figure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
     from rich.table import Table
 
-#: Name of the report that the command ``kprune prune`` writes beside a model.
+#: File name of the report that the command `kprune prune` writes beside a model.
 REPORT_FILE = "kprune_report.json"
 
 _METRIC_NAMES = {
@@ -29,19 +29,19 @@ _METRIC_NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class KPruneReport:
-    """The outcome of a pruning run; ``str()`` is a readable table, ``rich.print`` a coloured one.
+    """The result of a pruning run; `str()` gives a readable table, `rich.print` a coloured one.
 
     Attributes:
-        sublayers: bottom-up.
-        metric: what was counted: ``"flops"``, ``"params"`` or ``"latency"`` (nanoseconds).
-        reduction: the fraction of it that was to be removed.
-        budget: how much of it the result might have.
-        cost, cost_before: how much of it the result and the original have.
-        sequence_length: tokens per sequence at which FLOPs are counted.
-        samples, tokens: calibration data used; 0 where that is not known.
-        parameters, parameters_before: of the whole model, embeddings and head included.
-        logit_scale: what the classifier's weight and bias were multiplied by; None if nothing was, or
-            that is not known.
+        sublayers: The rows of the sub-layers, bottom-up.
+        metric: Quantity that the budget limits: `"flops"`, `"params"` or `"latency"` (nanoseconds).
+        reduction: Fraction of it that was to be removed.
+        budget: Largest amount of it that the result was allowed.
+        cost, cost_before: Amount of it in the result and in the original.
+        sequence_length: Tokens per sequence at which FLOPs are counted.
+        samples, tokens: Amount of calibration data used; 0 if unknown.
+        parameters, parameters_before: Parameters of the entire model, including embeddings and head.
+        logit_scale: Factor on the classifier's weight and bias; None if there was none or it is
+            unknown.
     """
 
     sublayers: tuple[SubLayerReport, ...]
@@ -68,7 +68,7 @@ class KPruneReport:
         return sum(sublayer.flops_before for sublayer in self.sublayers)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain numbers, strings, lists and dicts."""
+        """Returns the report as plain numbers, strings, lists and dicts."""
         return dataclasses.asdict(self) | {
             "flops": self.flops,
             "flops_before": self.flops_before,
@@ -76,49 +76,52 @@ class KPruneReport:
         }
 
     def to_json(self) -> str:
-        """:meth:`to_dict` as JSON."""
+        """Returns `to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> KPruneReport:
-        """The inverse of :meth:`to_dict`."""
-        old = {"logit_scale": None} | values  # written before there was one
+        """Returns the report from a dict that `to_dict` made."""
+        old = {"logit_scale": None} | values  # absent in older reports
         fields = {field.name: old[field.name] for field in dataclasses.fields(cls)}
         fields["sublayers"] = tuple(SubLayerReport(**row) for row in fields["sublayers"])
         return cls(**fields)
 
     def save_json(self, path: str | os.PathLike[str]) -> None:
-        """Write :meth:`to_json`; the file appears only when it is complete."""
+        """Writes the report as JSON; the file appears only when it is complete."""
         write_json(path, self.to_dict(), indent=2)
 
     @classmethod
     def load_json(cls, path: str | os.PathLike[str]) -> KPruneReport:
-        """Read what :meth:`save_json` wrote.
+        """Reads a file that `save_json` wrote.
 
         Raises:
-            OSError: the file cannot be read.
-            ValueError: it is something else.
+            OSError: If the file cannot be read.
+            ValueError: If the file is not a report.
         """
         text = Path(path).read_text(encoding="utf-8")
         try:
             return cls.from_dict(json.loads(text))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{os.fspath(path)!r} is no report of kprune ({type(error).__name__}: {error}). "
+                f"{os.fspath(path)!r} is not a report of kprune ({type(error).__name__}: {error}). "
                 f"Pass the {REPORT_FILE} that `kprune prune` or KPruneReport.save_json wrote."
             ) from None
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Write a picture of the units kept and the reconstruction error of each layer.
+        """Writes a figure of the units kept and the reconstruction error of each layer.
+
+        Args:
+            path: File to write; its extension sets the format, PNG without one.
 
         Raises:
-            ImportError: matplotlib is not installed.
-            ValueError: matplotlib does not know the format that the path's ending names.
+            ImportError: If matplotlib is not installed.
+            ValueError: If matplotlib does not know the format.
         """
         save_kept(self.sublayers, self.flops / self.flops_before, path)
 
     def table(self) -> Table:
-        """A row per layer, for ``rich.print``."""
+        """Returns a table with a row per layer, for `rich.print`."""
         from rich.table import Table
 
         table = Table(title="K-prune: what is kept of each layer")
@@ -142,7 +145,7 @@ class KPruneReport:
         return table
 
     def markdown(self) -> str:
-        """A Markdown table with a row per layer, and the summary below it."""
+        """Returns a Markdown table with a row per layer, and the summary below it."""
         lines = [
             "| layer | heads | neurons | MFLOPs | parameters |",
             "| --- | --- | --- | --- | --- |",
@@ -163,7 +166,7 @@ class KPruneReport:
         yield self.summary()
 
     def summary(self) -> str:
-        """What is kept of the whole model, in a few lines."""
+        """Returns the parts of the entire model that are kept, in a few lines."""
         share = self.flops / self.flops_before
         calibration = (
             f"\ncalibrated on {self.tokens:,} tokens in {self.samples:,} samples"

@@ -1,4 +1,4 @@
-"""One row of a report: what one sub-layer keeps."""
+"""One row of a report: the units, cost and error of one sub-layer."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class SubLayerReport:
     """One attention or feed-forward sub-layer.
 
     Attributes:
-        name: path of the sub-layer's output projection in the model.
-        layer: number of the transformer layer, from 0.
-        kind: ``"attention"`` (units are heads) or ``"ffn"`` (units are neurons).
-        units, units_before: how many units it has, and had.
-        flops, flops_before: per sequence of the report's length, multiply-adds times 2.
-        parameters, parameters_before: of its units, and the output bias.
-        error: relative reconstruction error: 0 is perfect, 1 no better than a constant output; None
-            where it is not known, in a report made from a saved model's sizes.
+        name: Path of the sub-layer's output projection in the model.
+        layer: Number of the transformer layer, from 0.
+        kind: Kind of the sub-layer: `"attention"` (units are heads) or `"ffn"` (units are neurons).
+        units, units_before: Number of units after and before pruning.
+        flops, flops_before: FLOPs per sequence of the report's length; a multiply-add counts twice.
+        parameters, parameters_before: Parameters of its units and the output bias.
+        error: Relative reconstruction error: 0 is perfect, 1 is no better than a constant output. None
+            if it is unknown, in a report from a saved model's sizes.
     """
 
     name: str

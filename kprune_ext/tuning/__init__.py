@@ -1,1 +1,1 @@
-"""Step 3: what stays is fitted to the teacher."""
+"""Step 3: weight tuning, a fit of the remaining weights to the teacher."""

@@ -1,9 +1,9 @@
-"""How far predictions are from a teacher's, and by what number to multiply logits to bring them nearer.
+"""Divergence of predictions from a teacher's, and the factor on logits that reduces it.
 
-Logits are ``(positions, classes)``. What pruning does to a model's activations is noise to its last
+Logits are `(positions, classes)`. The effect of pruning on a model's activations is noise to its last
 layer, and noise makes logits larger than the evidence warrants, as training does (Guo et al. 2017,
-arXiv 1706.04599, whose remedy, one factor for all logits, is applied here with the dense model's
-predictions in place of labels). A positive factor changes no ranking of the classes.
+arXiv 1706.04599). Their remedy, one factor for all logits, is applied here with the dense model's
+predictions in place of labels. A positive factor does not change the ranking of the classes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn.functional import logsigmoid
 
 from ..architectures.tasks import ProblemType
 
-#: The least and the largest factor.
+#: Range of the factor.
 BOUNDS = (0.125, 8.0)
 _HALVINGS = 40
 
@@ -25,14 +25,15 @@ def divergence(logits: Tensor, teacher: Tensor, problem: ProblemType) -> Tensor:
     """Kullback-Leibler divergence of predictions from a teacher's, KL(teacher ‖ own).
 
     Args:
-        logits, teacher: ``(positions, classes)``.
-        problem: a softmax over the classes, or a Bernoulli variable for each, added up.
+        logits, teacher: Logits, `(positions, classes)`.
+        problem: Meaning of the logits: a softmax over the classes, or a Bernoulli variable per class,
+            whose divergences are summed.
 
     Returns:
-        ``(positions,)``, in nats.
+        Divergence per position, `(positions,)`, in nats.
 
     Raises:
-        ValueError: the logits are numbers (regression), not classes.
+        ValueError: If the logits are regression outputs, not classes.
     """
     if problem == "regression":
         raise ValueError("Regression has no classes whose probabilities could diverge.")
@@ -45,19 +46,19 @@ def divergence(logits: Tensor, teacher: Tensor, problem: ProblemType) -> Tensor:
 
 
 def best_scale(pairs: Sequence[tuple[Tensor, Tensor]], problem: ProblemType) -> float:
-    """The factor s in :data:`BOUNDS` at which  mean KL(teacher ‖ s · own) + (s − 1)² / 2n  is least.
+    """Factor s in `BOUNDS` that minimises  mean KL(teacher ‖ s · own) + (s − 1)² / 2n.
 
-    The second term, for n positions, keeps few predictions from asking for much. The slope grows with
-    s, so halving an interval finds where it is zero.
+    The second term, for n positions, keeps the factor close to 1 where predictions are few. The slope
+    grows with s, so bisection finds its zero.
 
     Args:
-        pairs: own and teacher's logits, ``(positions, classes)`` each, of any numbers of classes.
-            Classes whose teacher's probability is zero at any scale, such as masked tokens, are to be
-            left out or to have the same logit of at most -1e30 in both.
-        problem: see :func:`divergence`.
+        pairs: Own and teacher's logits, `(positions, classes)` each, of any numbers of classes.
+            Classes whose teacher's probability is zero at any scale, such as masked tokens, must be
+            left out or have the same logit of at most -1e30 in both.
+        problem: Meaning of the logits, as for `divergence`.
 
     Returns:
-        1.0 where there are no predictions.
+        The factor; 1.0 if `pairs` hold no predictions.
     """
     count = sum(len(own) for own, _ in pairs)
     if not count:
@@ -71,8 +72,8 @@ def best_scale(pairs: Sequence[tuple[Tensor, Tensor]], problem: ProblemType) -> 
 
 
 def _slope(own: Tensor, teacher: Tensor, scale: float, problem: ProblemType) -> float:
-    """Σ_c z_c (q_c − p_c), summed over positions: how the divergence changes with the scale."""
-    usable = own > -1e30  # what is masked is no class
+    """Derivative of the divergence by the scale: Σ_c z_c (q_c − p_c), summed over positions."""
+    usable = own > -1e30  # masked entries are not classes
     z = torch.where(usable, own, 0).double()
     scaled = torch.where(usable, scale * z, own.double())
     if problem == "multi_label_classification":

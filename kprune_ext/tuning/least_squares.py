@@ -1,7 +1,7 @@
-"""Weight tuning: the least squares that fit a pruned projection to its target.
+"""Weight tuning: the ridge regression that fits a pruned projection to its target.
 
-Shapes: features are ``(tokens, units)``, targets ``(tokens, outputs)``, weights ``(outputs,
-units)`` as in ``nn.Linear``. (arXiv 2308.03449, section 4.4; the ridge and the bias are ours.)
+Shapes: features are `(tokens, units)`, targets `(tokens, outputs)`, weights `(outputs, units)` as
+in `nn.Linear`. (arXiv 2308.03449, section 4.4; the ridge and the bias are additions to the paper.)
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from torch import Tensor
 
 from ..common.precision import exact_products
 
-# The least ridge, relative to the mean square activation: what float64 needs to stay positive
-# definite when units are copies of one another, and what rounded products need. Their error has a
-# norm of up to 2.2 ε √units (40 to 2000 tokens a batch, 64 to 1536 units).
+# Smallest ridge relative to the mean square activation: the first keeps float64 sums positive
+# definite when units are copies of one another, the second covers the rounding of products, whose
+# error has a norm of up to 2.2 ε √units (40 to 2000 tokens per batch, 64 to 1536 units).
 _FLOOR = 1e-10
 _ROUNDING = 4.0
 _TRIES = 6
-#: Ridges to choose from, in the unit of :func:`tune_projection`.
+#: Ridges to choose from, in the unit of `tune_projection`.
 RIDGES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-# Squared errors up to so many times the least count as the same.
+# Squared errors up to this multiple of the least count as equal.
 _NEARLY_BEST = 1.01
-# Where there is nothing to try it on.
+# Ridge if there are no held-out samples to choose it by.
 _USUAL_RIDGE = 3.0
 
 
@@ -32,13 +32,13 @@ class NormalEquations:
     """Sums over tokens, in float64, that determine a linear least-squares fit.
 
     Attributes:
-        gram: sum of f fᵀ, ``(units, units)``.
-        cross: sum of f yᵀ, ``(units, outputs)``.
-        feature_sum: sum of f, ``(units,)``.
-        target_sum: sum of y, ``(outputs,)``.
-        target_square: sum of the squared norms of y.
-        tokens: how many were summed, each as many times as it weighs.
-        epsilon: machine precision of the products that were summed.
+        gram: Gram matrix, the sum of f fᵀ, `(units, units)`.
+        cross: Sum of f yᵀ, `(units, outputs)`.
+        feature_sum: Sum of f, `(units,)`.
+        target_sum: Sum of y, `(outputs,)`.
+        target_square: Sum of the squared norms of y.
+        tokens: Sum of the weights of the tokens.
+        epsilon: Machine precision of the products that were summed.
     """
 
     gram: Tensor
@@ -51,7 +51,7 @@ class NormalEquations:
 
     @classmethod
     def zeros(cls, units: int, outputs: int, device: torch.device | str = "cpu") -> NormalEquations:
-        """Equations in which nothing has been summed yet."""
+        """Returns equations without any token."""
 
         def empty(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.float64, device=device)
@@ -59,11 +59,14 @@ class NormalEquations:
         return cls(empty(units, units), empty(units, outputs), empty(units), empty(outputs))
 
     def update(self, features: Tensor, targets: Tensor, weight: float = 1.0) -> None:
-        """Add tokens: features ``(tokens, units)`` and their targets ``(tokens, outputs)``.
-
-        Each counts ``weight`` times.
+        """Adds tokens to the sums.
 
         Products are taken in the precision of the input (at least float32), sums in float64.
+
+        Args:
+            features: Inputs of the projection, `(tokens, units)`.
+            targets: Their targets, `(tokens, outputs)`.
+            weight: Weight of each token.
         """
         if features.dtype in (torch.float16, torch.bfloat16):
             features, targets = features.float(), targets.float()
@@ -77,7 +80,7 @@ class NormalEquations:
         self.epsilon = max(self.epsilon, torch.finfo(features.dtype).eps)
 
     def plus(self, other: NormalEquations) -> NormalEquations:
-        """The equations of both sets of tokens; this object's memory is reused."""
+        """Returns the equations of both sets of tokens; this object's memory is reused."""
         return NormalEquations(
             self.gram.add_(other.gram),
             self.cross.add_(other.cross),
@@ -89,7 +92,7 @@ class NormalEquations:
         )
 
     def squared_error(self, weight: Tensor, bias: Tensor) -> float:
-        """Sum over the tokens of ‖W f + b − y‖², for any weight ``(outputs, units)`` and bias."""
+        """Sum over the tokens of ‖W f + b − y‖², for any weight `(outputs, units)` and bias."""
         mapped = weight @ self.gram - 2 * self.cross.T
         constant = 2 * (weight @ self.feature_sum - self.target_sum) + self.tokens * bias
         return self.target_square + float((mapped * weight).sum()) + float(bias @ constant)
@@ -100,11 +103,11 @@ class TunedProjection:
     """A fitted projection.
 
     Attributes:
-        weight: ``(outputs, units)``, float64.
-        bias: ``(outputs,)``, float64.
-        error: share of the target's variation about its mean that the fit misses: root of
-            (squared residuals / squared deviations). 0 is perfect; 1 is no better than a bias,
-            and more is possible where the bias is held.
+        weight: The weight, `(outputs, units)` in float64.
+        bias: The bias, `(outputs,)` in float64.
+        error: Relative error: square root of (squared residuals / squared deviations of the target
+            from its mean). 0 is a perfect fit; 1 is no better than a bias, and more is possible if
+            the bias is fixed.
     """
 
     weight: Tensor
@@ -115,26 +118,29 @@ class TunedProjection:
 def tune_projection(
     equations: NormalEquations, weight: Tensor, ridge: float, bias: Tensor | None = None
 ) -> TunedProjection:
-    """Fit weight and bias to the targets, with a ridge towards the given weight.
+    """Fits weight and bias to the targets, with a ridge towards the given weight.
 
     Minimises  sum ‖W f + b − y‖² + r ‖W − W₀‖²  over W and b, where
-    r = ridge · (units / tokens) · trace(sum f fᵀ) / units: the fewer tokens a unit has, the more
-    the original weights hold. The bias is free, or held. Solved by Cholesky, after centring if it
-    is free.
+    r = ridge · (units / tokens) · trace(sum f fᵀ) / units, so that the fit stays closer to the
+    original weights the fewer tokens there are per unit. The bias is free or fixed. The equations are
+    solved by Cholesky factorisation, after centring if the bias is free.
 
     Args:
-        equations: the sums over the calibration tokens.
-        weight: the original weights W₀ of the units kept, ``(outputs, units)``.
-        ridge: strength of the pull; 0 leaves only what the rounding of the sums needs.
-        bias: ``(outputs,)``, to hold the bias there; None to fit it, too.
+        equations: The sums over the calibration tokens.
+        weight: The original weights W₀ of the units kept, `(outputs, units)`.
+        ridge: Strength of the ridge; 0 adds only what the rounding of the sums requires.
+        bias: Fixed bias, `(outputs,)`; None fits the bias too.
+
+    Returns:
+        The fitted projection.
 
     Raises:
-        ValueError: no token was summed, or the shapes disagree.
-        torch.linalg.LinAlgError: the equations are not finite.
+        ValueError: If no token was summed, or the shapes disagree.
+        torch.linalg.LinAlgError: If the equations are not finite.
     """
     units, outputs = equations.cross.shape
     if equations.tokens == 0:
-        raise ValueError("No token was summed, so there is nothing to fit. Pass calibration data.")
+        raise ValueError("The equations have no token to fit to. Pass calibration data.")
     if weight.shape != (outputs, units):
         raise ValueError(
             f"The weight has shape {tuple(weight.shape)}, but the equations are for "
@@ -152,7 +158,7 @@ def tune_projection(
         mean_square = equations.gram.diagonal().mean()
         least = max(_FLOOR, _ROUNDING * equations.epsilon * units**0.5)
         strength = mean_square * max(ridge * units / equations.tokens, least)
-        # All units dead: any positive strength leaves the weights as they were.
+        # If all units are dead, any positive strength leaves the weights as they were.
         strength = torch.where(strength > 0, strength, torch.ones_like(strength))
         factor = _cholesky(gram, strength)
         change = torch.cholesky_solve(cross - gram @ original.T, factor).T
@@ -172,9 +178,9 @@ def tune_projection(
 
 
 def _cholesky(gram: Tensor, strength: Tensor) -> Tensor:
-    """Factor of gram + strength · identity, with more strength where rounding makes that indefinite.
+    """Cholesky factor of gram + strength · identity; strength is raised until that is definite.
 
-    Devices may multiply less exactly than their numbers are (TensorFloat-32).
+    Devices may multiply less precisely than their number format suggests (TensorFloat-32).
     """
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for _ in range(_TRIES):
@@ -183,22 +189,23 @@ def _cholesky(gram: Tensor, strength: Tensor) -> Tensor:
             return factor
         strength = 10 * strength
     raise torch.linalg.LinAlgError(
-        "The least squares of weight tuning have no solution: sums over the calibration tokens are "
-        "not finite, or far too rough. Look for infinite, NaN or huge activations in the model."
+        "Weight tuning has no solution: the sums over the calibration tokens are not finite, or too "
+        "imprecise. Check the model for infinite, NaN or huge activations."
     )
 
 
 def choose_ridge(
     halves: tuple[NormalEquations, NormalEquations], weight: Tensor, bias: Tensor | None = None
 ) -> float:
-    """The one of :data:`RIDGES` with the least error where each half is fitted, and tried on the other.
+    """Returns the ridge of `RIDGES` with the least held-out error of a two-fold cross-validation.
 
-    Of those that are nearly as good it is the strongest, as the error itself is an estimate.
+    Each half is fitted and evaluated on the other. Among ridges that are nearly as good the strongest is
+    taken, as the error itself is an estimate.
 
     Args:
-        halves: the equations of two sets of tokens, best of different samples.
-        weight: W₀, see :func:`tune_projection`.
-        bias: to hold; None to fit it, too.
+        halves: The equations of two sets of tokens, preferably of different samples.
+        weight: The original weights W₀, as for `tune_projection`.
+        bias: Fixed bias; None fits the bias too.
     """
     if not (halves[0].tokens and halves[1].tokens and weight.shape[1]):
         return _USUAL_RIDGE
@@ -207,7 +214,7 @@ def choose_ridge(
         for fitted, other in (halves, halves[::-1]):
             fit = tune_projection(fitted, weight, ridge, bias)
             errors[ridge] += other.squared_error(fit.weight, fit.bias)
-    # Where all fit perfectly, differences are rounding, and may be below zero.
+    # If all fit perfectly, the differences are rounding errors, and errors may be below zero.
     rounding = 1e-12 * (halves[0].target_square + halves[1].target_square)
     enough = _NEARLY_BEST * max(min(errors.values()), 0.0) + rounding
     return max(ridge for ridge, error in errors.items() if error <= enough)

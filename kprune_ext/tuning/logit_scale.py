@@ -1,4 +1,4 @@
-"""The layer of a model whose outputs the logits are: finding it, and scaling it."""
+"""Scaling of the logits, in the layer that computes them."""
 
 from __future__ import annotations
 
@@ -28,22 +28,23 @@ def scale_logits(
     problem: ProblemType,
     processes: Processes,
 ) -> float | None:
-    """Multiply the logits by the one number that brings them nearest to the teacher's.
+    """Multiplies the logits by the factor that brings their predictions closest to the teacher's.
 
-    The number goes into weight and bias of the layer that makes them, so the model stays as it is.
+    The weight and bias of the layer that computes the logits are scaled, so the model's structure does
+    not change.
 
     Args:
-        encoder: of the student, all of whose sub-layers are done.
-        streams: both models' states behind the last sub-layer.
-        predict: ``(model, batch) -> logits``.
-        problem: what the logits mean.
-        processes: that have the rest of the streams.
+        stack: Layer stack of the student, all of whose sub-layers are pruned.
+        streams: Both models' hidden states after the last sub-layer.
+        predict: Function `(model, batch) -> logits`.
+        problem: Meaning of the logits.
+        processes: The processes that hold the other streams.
 
     Returns:
-        The number; None where there are no classes, or no such layer.
+        The factor, or None if the model has no classes or no such layer.
 
     Raises:
-        ValueError: logits are NaN or infinite.
+        ValueError: If logits are NaN or infinite.
     """
     if problem == "regression":
         return None
@@ -66,9 +67,15 @@ def scale_logits(
 
 
 def find_predictor(stack: LayerStack, stream: Stream, predict: Predict) -> nn.Linear | None:
-    """The plain linear layer that, giving twice as much, makes all logits twice as large.
+    """Finds the plain linear layer whose doubled output doubles all logits.
 
-    None if there is none, or it is the model's output embedding.
+    Args:
+        stack: Layer stack of the student.
+        stream: Samples to predict from; one is used.
+        predict: Function `(model, batch) -> logits`.
+
+    Returns:
+        The layer, or None if the model has none, or it is the model's output embedding.
     """
     inputs = {name: value[:1] for name, value in stream.inputs.items()}
     hidden = stream.student[:1].to(stream.tokens.device)
@@ -82,20 +89,20 @@ def find_predictor(stack: LayerStack, stream: Stream, predict: Predict) -> nn.Li
     with _hooked([last], lambda _, output: 2 * output):
         doubled = stack.predict(predict, inputs, hidden)
     masked = z == torch.finfo(z.dtype).min
-    exact = torch.where(masked, z, 2 * z)  # twice is exact in any floating point format
-    # What predicts tokens shares its weight with the input embeddings, or will when it is loaded.
+    exact = torch.where(masked, z, 2 * z)  # doubling is exact in any floating-point format
+    # An output embedding shares its weight with the input embeddings, or will once it is loaded.
     is_decoder = last is stack.model.get_output_embeddings()
     return last if torch.equal(doubled, exact) and not is_decoder else None
 
 
 @dataclass(frozen=True)
 class _Predictions:
-    """Of samples of equal length, of student and teacher.
+    """Predictions of student and teacher for samples of equal length.
 
     Attributes:
-        keys: of the samples.
-        own, teacher: logits, ``(batch, positions, classes)``.
-        counted: which positions count, bool, ``(batch, positions)``.
+        keys: Keys of the samples.
+        own, teacher: Logits, `(batch, positions, classes)`.
+        counted: Mask of the positions that count, `(batch, positions)`, bool.
     """
 
     keys: tuple[int, ...]
@@ -104,7 +111,7 @@ class _Predictions:
     counted: Tensor
 
     def by_key(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """Logits ``(positions, classes)`` of student and teacher at positions that count."""
+        """Logits `(positions, classes)` of student and teacher at positions that count, by sample."""
         rows = zip(self.own, self.teacher, self.counted, strict=True)
         pairs = [(own[counted], teacher[counted]) for own, teacher, counted in rows]
         return dict(zip(self.keys, pairs, strict=True))
@@ -113,7 +120,7 @@ class _Predictions:
 def _predictions(
     stack: LayerStack, streams: Sequence[Stream], predict: Predict, most: int
 ) -> list[_Predictions]:
-    """Of the samples in the order of their keys, as many as have at most so many logits."""
+    """Predictions for samples in the order of their keys, up to `most` logits (but at least one)."""
     examples = [_one(stack, stream, predict) for stream in streams]
     sizes = {
         key: example.numel()
@@ -127,7 +134,7 @@ def _predictions(
         if held > most and taken:
             break
         taken.add(key)
-    # All memory that stays is taken before the large blocks that come and go, not in between.
+    # Allocate what stays before the large temporary blocks, not between them: less fragmentation.
     waiting = [
         (stream, rows, _room(len(rows), example))
         for stream, example in zip(streams, examples, strict=True)
@@ -159,7 +166,7 @@ def _compared(
 
 
 def _room(rows: int, example: Tensor) -> Tensor:
-    """For logits of so many samples, of student and teacher; float64's least would not fit float32."""
+    """Memory for logits of student and teacher, in a dtype that holds the logits' least value."""
     dtype = torch.promote_types(example.dtype, torch.float32)
     return torch.empty(2, rows, *example.shape[1:], dtype=dtype)
 

@@ -1,4 +1,4 @@
-"""Weight tuning of a sub-layer in a model: what its output projection is to give, and the fit to it."""
+"""Weight tuning of a sub-layer in a model: targets of its output projection, and the fit to them."""
 
 from __future__ import annotations
 
@@ -27,22 +27,25 @@ def normal_equations(
     unread_weight: float,
     halves: bool,
 ) -> list[NormalEquations]:
-    """What the target's output projection is to give; moves the teacher's states past it.
+    """Sums the normal equations of a target's output projection; advances the teacher's states past it.
 
-    That is the teacher's sub-layer output, and the difference of the two residual streams; a scale
-    behind the projection divides that difference.
+    The projection is fitted to the output of the teacher's sub-layer plus the difference of the two
+    residual streams, which is divided by the scale after the projection, if any.
 
     Args:
-        dense: the teacher's sub-layer.
-        target: the student's, already shrunk.
-        stack: of the student.
-        streams: the hidden states of both.
-        unread_weight: how much tokens count that no prediction reads.
-        halves: whether to keep the two halves of the samples apart, to choose the ridge by. The half
+        dense: The teacher's sub-layer.
+        target: The student's sub-layer, already shrunk.
+        stack: Layer stack of the student.
+        streams: The hidden states of both models.
+        unread_weight: Weight of tokens that no prediction reads.
+        halves: Whether to sum the two halves of the samples separately, to choose the ridge by. The half
             that a sample belongs to depends on its content alone.
 
     Returns:
-        The equations of all samples, or of either half of them.
+        The equations of all samples, or those of each half.
+
+    Raises:
+        ValueError: If activations are NaN or infinite.
     """
     weight = target.output.weight.detach()
     device = weight.device
@@ -72,7 +75,7 @@ def normal_equations(
 
 
 def _sides(stream: Stream, count: int) -> Tensor:
-    """Number of the equations that each sample goes to, ``(batch,)``; by its content alone."""
+    """Index of the equations that each sample is added to, `(batch,)`, by its content alone."""
     return torch.tensor([key % count for key in stream.keys])
 
 
@@ -85,14 +88,14 @@ def fit_projection(
     ridge: float | None,
     tune_bias: bool,
 ) -> TunedProjection:
-    """The fit of a shrunk sub-layer's output projection to the tokens of all processes.
+    """Fits a shrunk sub-layer's output projection to the tokens of all processes.
 
     Args:
-        target: whose weights are the origin of the ridge.
-        equations: of this process, from :func:`normal_equations`.
-        processes: that have the rest of the tokens; all get the main process's fit.
-        ridge: strength of the ridge; None to choose it by the two halves.
-        tune_bias: whether the bias is fitted too.
+        target: The sub-layer, towards whose weights the ridge pulls.
+        equations: The equations of this process, from `normal_equations`.
+        processes: The processes that hold the other tokens; all get the main process's fit.
+        ridge: Strength of the ridge; None chooses it by the two halves.
+        tune_bias: Whether the bias is fitted too.
     """
     every = [summed(part, processes) for part in equations]
     return from_main(tune(target, every, ridge=ridge, tune_bias=tune_bias), processes)
@@ -106,7 +109,7 @@ def tune(
     ridge: float | None,
     tune_bias: bool,
 ) -> TunedProjection:
-    """The fit of a shrunk sub-layer's output projection; see :func:`normal_equations`."""
+    """Fits a shrunk sub-layer's output projection; the arguments are those of `fit_projection`."""
     weight = target.output.weight.detach()
     held: Tensor | None = target.output.bias
     if held is None:
@@ -123,19 +126,19 @@ def tune(
 def _unscaled(difference: Tensor, scale: Tensor | None) -> Tensor:
     if scale is None:
         return difference
-    # An output dimension that is scaled to nothing can make up for nothing.
+    # An output dimension that is scaled to zero cannot compensate for any difference.
     usable = scale.abs() > 1e-12
     return torch.where(usable, difference / torch.where(usable, scale, 1), 0)
 
 
 def summed(equations: NormalEquations, processes: Processes) -> NormalEquations:
-    """The normal equations of all processes' tokens."""
+    """Returns the normal equations of all processes' tokens."""
     if processes.count == 1:
         return equations
     numbers = torch.tensor([equations.target_square, equations.tokens], dtype=torch.float64)
     square, tokens = processes.add(numbers).tolist()
     sums = {name: processes.add(getattr(equations, name)) for name in _SUMS}
-    epsilon = max(processes.gather(equations.epsilon))  # one without tokens knows of no rounding
+    epsilon = max(processes.gather(equations.epsilon))  # 0 tokens tell nothing of rounding
     return replace(equations, **sums, target_square=square, tokens=tokens, epsilon=epsilon)
 
 
@@ -143,6 +146,6 @@ _SUMS = ("gram", "cross", "feature_sum", "target_sum")
 
 
 def from_main(fit: TunedProjection, processes: Processes) -> TunedProjection:
-    """The main process's fit: equal to the bit in all, whatever their processors."""
+    """Returns the main process's fit, so that it is bitwise equal in all, whatever their hardware."""
     weight, bias = (processes.from_owner(values, 0) for values in (fit.weight, fit.bias))
     return TunedProjection(weight, bias, fit.error)
