@@ -1,8 +1,8 @@
 """CorDA (context-oriented decomposition adaptation) as a PEFT method.
 
-Importing this package registers the PEFT type ``CORDA``, so that ``get_peft_model``,
-``PeftModel.from_pretrained`` and ``AutoPeftModel`` know what to do with a `CordaConfig` or with an
-adapter that was saved from one.
+Importing this package registers the PEFT type `CORDA`, so that `get_peft_model`,
+`PeftModel.from_pretrained` and `AutoPeftModel` accept a `CordaConfig` and load adapters saved from
+one.
 
 Method: CorDA, arXiv 2406.05223 (NeurIPS 2024).
 """

@@ -1,4 +1,4 @@
-"""`python -m peft_corda` is the command `peft-corda`."""
+"""Runs the command `peft-corda` as `python -m peft_corda`."""
 
 from .cli.main import main
 

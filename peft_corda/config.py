@@ -1,4 +1,4 @@
-"""`CordaConfig`: what `get_peft_model` takes."""
+"""`CordaConfig`, the configuration passed to `get_peft_model`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .model_card import AdapterFacts, describe
 
 SCALINGS = ("balanced", "paper")
 
-# LoRA options that a CORDA adapter cannot honour, with the value that leaves them off.
+# LoRA options that CORDA adapters do not support, with the value that turns them off.
 _UNSUPPORTED: dict[str, Any] = {
     "lora_bias": False,
     "layer_replication": None,
@@ -33,7 +33,7 @@ _last_saved: list[tuple[weakref.ref[CordaConfig], str]] = []
 
 
 def saved_last(folder_name: str) -> CordaConfig | None:
-    """The config that was saved last, if that was to a folder of this name and it is still in use."""
+    """Returns the config saved last, if its folder has this name and the config still exists."""
     for reference, saved_to in _last_saved:
         if saved_to == folder_name:
             return reference()
@@ -42,52 +42,52 @@ def saved_last(folder_name: str) -> CordaConfig | None:
 
 @dataclass
 class CordaConfig(LoraConfig):
-    """Configuration of a CORDA adapter: a `peft.LoraConfig` and how the adapter starts.
+    """Configuration of a CORDA adapter: a `peft.LoraConfig` plus the start of the adapter.
 
     The adapter of a linear layer with weight `W (out, in)` starts as the part of `W` that lies in
     the span of `r` left singular vectors of `W C`, `C (in, in)` being the mean outer product of the
-    layer's inputs on calibration data; that part is subtracted again, so the model starts out
-    computing what it did (CorDA, arXiv 2406.05223, Section 3).
+    layer's inputs on calibration data. That part is subtracted again, so that the adapted model
+    initially computes the same outputs as the base model (CorDA, arXiv 2406.05223, Section 3).
 
-    The start is scaled such that `lora_alpha / r * B A` is that part for every `lora_alpha`;
-    ``lora_alpha = r`` is the paper's setting.
+    The start is scaled such that `lora_alpha / r * B A` equals that part for every `lora_alpha`.
+    The paper's setting is `lora_alpha = r`.
 
     Args:
-        corda_method: ``"kpm"`` (knowledge-preserved mode: train the `r` directions that the
-            calibration data uses least) or ``"ipm"`` (instruction-previewed mode: train the `r`
-            directions that it uses most). Named, it makes training without calibration an error.
-            Left at None, it becomes the method of the factors, or ``"kpm"`` if they hold both or are
-            yet to be made; an adapter that is never given any then trains as a plain LoRA, with a
-            warning, as a script that only swaps `LoraConfig` for this class expects.
-        corda_scaling: ``"balanced"`` (default) spreads the singular values of the starting product
-            `B A` evenly over both factors, whatever the scale of `C`; ``"paper"`` uses the paper's
-            `B = U_r S_r^½`, `A = S_r^-½ U_rᵀ W`. `B A` is the same.
-        corda_weighting: ``"covariance"`` (the paper's) decomposes `W C`; ``"sqrt_covariance"``
-            decomposes `W C^½`, whose left vectors are the principal directions of the layer's
-            outputs.
-        corda_damping: λ of `C + λ · mean(diag C) · I`, without unit.
-        corda_factors: file written by `CordaFactors.save`, or a `CordaFactors`. Left at None,
-            `calibrate(model, config, dataloader)` fills it in. Not stored with a saved adapter,
-            which has its own start in it.
+        corda_method: Either `"kpm"` (knowledge-preserved mode: trains the `r` directions that the
+            calibration data uses least) or `"ipm"` (instruction-previewed mode: trains the `r`
+            directions that it uses most). If a method is given, training without calibration is an
+            error. If it is None, the method of the factors is used, or `"kpm"` if they hold both or
+            do not exist yet. An adapter that never receives factors then trains as a plain LoRA,
+            with a warning, as a script that only swaps `LoraConfig` for this class expects.
+        corda_scaling: Either `"balanced"` (default), which gives both factors the same singular
+            values, whatever the scale of `C`, or `"paper"`, which uses the paper's
+            `B = U_r S_r^½`, `A = S_r^-½ U_rᵀ W`. The starting product `B A` is the same.
+        corda_weighting: Either `"covariance"` (the paper's), which decomposes `W C`, or
+            `"sqrt_covariance"`, which decomposes `W C^½`, whose left singular vectors are the
+            principal directions of the layer's outputs.
+        corda_damping: The dimensionless λ of `C + λ · mean(diag C) · I`.
+        corda_factors: A file written by `CordaFactors.save`, or a `CordaFactors`. If it is None,
+            `calibrate(model, config, dataloader)` sets it. It is not stored with a saved adapter,
+            which contains its own start.
 
     Raises:
-        ValueError: if an option is unknown, out of range, or not supported by CORDA adapters.
+        ValueError: If an option is unknown, out of range, or not supported by CORDA adapters.
     """
 
     corda_method: str | None = field(
         default=None,
         metadata={
             "help": "'kpm' keeps the knowledge of the calibration data and trains the directions it "
-            "uses least; 'ipm' trains the directions it uses most. None: 'kpm' if there is data."
+            "uses least; 'ipm' trains the directions it uses most. By default 'kpm', given data."
         },
     )
     corda_scaling: str = field(
         default="balanced",
-        metadata={"help": "How the start is spread over A and B: 'balanced' or 'paper'."},
+        metadata={"help": "Split of the start into the factors A and B: 'balanced' or 'paper'."},
     )
     corda_weighting: str = field(
         default="covariance",
-        metadata={"help": "What the weight is multiplied by: 'covariance' or 'sqrt_covariance'."},
+        metadata={"help": "Factor multiplied with the weight: 'covariance' or 'sqrt_covariance'."},
     )
     corda_damping: float = field(
         default=0.01,
@@ -95,7 +95,7 @@ class CordaConfig(LoraConfig):
     )
     corda_factors: str | CordaFactors | None = field(
         default=None,
-        metadata={"help": "Factors file (or CordaFactors) that the adapter starts from."},
+        metadata={"help": "Factors file (or CordaFactors) that the adapter is initialized from."},
     )
 
     def __post_init__(self) -> None:
@@ -115,8 +115,8 @@ class CordaConfig(LoraConfig):
         for alpha in (self.lora_alpha, *(self.alpha_pattern or {}).values()):
             if not alpha > 0:
                 raise ValueError(
-                    f"`lora_alpha` must be greater than 0, got {alpha!r}: the start of a CORDA adapter "
-                    "is divided by it. Use lora_alpha=r for the paper's setting."
+                    f"`lora_alpha` must be greater than 0, got {alpha!r}, because the start of a CORDA "
+                    "adapter is divided by it. Use lora_alpha=r for the paper's setting."
                 )
         _check_patterns("rank_pattern", self.rank_pattern)
         _check_patterns("alpha_pattern", self.alpha_pattern)
@@ -126,7 +126,7 @@ class CordaConfig(LoraConfig):
         if not isinstance(self.init_lora_weights, bool):
             raise ValueError(
                 f"`init_lora_weights={self.init_lora_weights!r}` cannot be combined with CordaConfig, "
-                "which sets the start of the adapter itself. Leave it out, or use peft.LoraConfig."
+                "which initializes the adapter itself. Leave it out, or use peft.LoraConfig."
             )
         off = dict(_UNSUPPORTED)
         off.update({f.name: None for f in fields(self) if f.metadata.get("is_lora_variant")})
@@ -139,13 +139,13 @@ class CordaConfig(LoraConfig):
                 )
 
     def method_for(self, factors: CordaFactors | None = None) -> str:
-        """`corda_method`, or what it becomes (with these factors) where it was left open."""
+        """Returns `corda_method`, or where it is None, the method used (with these factors)."""
         if self.corda_method is not None:
             return self.corda_method
         return factors.methods[0] if factors is not None and len(factors.methods) == 1 else "kpm"
 
     def card_facts(self) -> AdapterFacts:
-        """What the model card says of an adapter of this configuration."""
+        """Returns the facts that the model card states about an adapter of this configuration."""
         return AdapterFacts(
             method=self.corda_method,
             ranks=frozenset({self.r, *(self.rank_pattern or {}).values()}),
@@ -153,10 +153,10 @@ class CordaConfig(LoraConfig):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as JSON-ready values, without the factors it started from.
+        """Returns the configuration as JSON-ready values, without `corda_factors`.
 
-        A saved adapter holds its own start (`lora_A0`, `lora_B0`), so it needs neither the factors
-        nor the data on loading.
+        A saved adapter contains its own start (`lora_A0`, `lora_B0`), so loading it needs neither
+        the factors nor the calibration data.
         """
         factors, self.corda_factors = self.corda_factors, None
         try:
@@ -165,9 +165,9 @@ class CordaConfig(LoraConfig):
             self.corda_factors = factors
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json and, in a checkpoint, a section of the model card (README.md).
+        """Writes adapter_config.json and, in a checkpoint, a section of the model card (README.md).
 
-        PEFT writes its card and the weights before the config, and asks no one what to put in.
+        PEFT writes its card and the weights before the config and offers no hook for the card.
         """
         super().save_pretrained(save_directory, **kwargs)
         describe(save_directory, self.card_facts())
@@ -185,12 +185,12 @@ def _check_patterns(name: str, given: Mapping[str, Any] | None) -> None:
             re.compile(pattern)
         except re.error as error:
             raise ValueError(
-                f"`{name}` holds {pattern!r}, which is not a valid regular expression: {error}. Give "
-                "the names of modules, or expressions that match them."
+                f"`{name}` has the key {pattern!r}, which is not a valid regular expression: {error}. "
+                "Use names of modules, or expressions that match them."
             ) from error
 
 
 def rank_of(config: CordaConfig, name: str) -> int:
-    """Rank of the adapter on module `name`, `rank_pattern` included."""
+    """Returns the rank of the adapter on module `name`, which `rank_pattern` may set."""
     pattern = config.rank_pattern or {}
     return pattern.get(get_pattern_key(list(pattern), name), config.r)

@@ -1,4 +1,4 @@
-"""`CordaFactors`: what a calibration found, as a value that can be saved, loaded and checked."""
+"""`CordaFactors`, the result of a calibration, which can be saved, loaded and checked."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from .decomposition.directions import METHODS, Directions
 
 FORMAT = "peft_corda.factors"
 FORMAT_VERSION = 2
-# Number of weight entries kept per module to recognise the base model again.
+# Number of weight entries stored per module, by which the base model is recognized.
 SAMPLE_SIZE = 32
-# Two roundings of one weight to bfloat16 differ by less than this, relative to its size.
+# Two roundings of one weight to bfloat16 differ by less than this, relative to its magnitude.
 SAMPLE_RTOL = 2.0**-7
 _PARTS = ("U", "S", "weight_norms")
 
 
 @dataclass(frozen=True, eq=False)
 class WeightSample:
-    """What is looked at of a weight to tell whether it is the one that was calibrated.
+    """Sample of a weight, to check that it is the one that was calibrated.
 
     Attributes:
-        sample: from `sample_of`.
-        shape: `(out, in)`.
-        error: what quantising may have changed an entry by.
+        sample: Entries of the weight, from `sample_of`.
+        shape: Shape of the weight, `(out, in)`.
+        error: Largest absolute change of an entry that quantization may have caused.
     """
 
     sample: Tensor
@@ -43,17 +43,17 @@ class WeightSample:
 
 @dataclass(frozen=True, eq=False)
 class ModuleFactors:
-    """What calibration found for one linear layer with weight `W (out, in)`.
+    """Result of calibration for one linear layer with weight `W (out, in)`.
 
     Attributes:
-        directions: by method, ``"kpm"`` or ``"ipm"``; of the largest rank asked for.
-        shape: `(out, in)` of `W`.
-        weight_sample: `(SAMPLE_SIZE,)`, entries of `W` that tell whether a base model is the one
+        directions: Directions by method, `"kpm"` or `"ipm"`, of the largest requested rank.
+        shape: Shape of `W`, `(out, in)`.
+        weight_sample: Entries of `W`, `(SAMPLE_SIZE,)`, which tell whether a base model is the one
             that was calibrated.
-        energy: `‖W F‖²`, the sum of all squared singular values.
-        effective_rank: over how many directions the inputs are spread, between 1 and `in`
-            (`statistics.effective_rank`); None where only a cross-covariance was collected.
-        tokens: calibration tokens that the layer saw.
+        energy: The sum of all squared singular values, `‖W F‖²`.
+        effective_rank: Effective number of directions of the inputs, between 1 and `in`
+            (`covariance.effective_rank`); None where only a cross-covariance was collected.
+        tokens: Number of calibration tokens that the layer received.
     """
 
     directions: Mapping[str, Directions]
@@ -66,14 +66,14 @@ class ModuleFactors:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class CordaFactors:
-    """Result of `calibrate`: the directions that adapters are cut along, for every target module.
+    """Result of `calibrate`: the singular directions of every target module.
 
-    Adapters of any smaller rank can be started from it, and of either method that it holds.
+    Adapters of any smaller rank, and of every method in `methods`, can be initialized from it.
 
     Attributes:
-        modules: factors by module name, as in `model.named_modules()` of the base model.
-        damping: λ of the damped covariance.
-        weighting: ``"covariance"`` or ``"sqrt_covariance"``.
+        modules: Factors by module name, as in `model.named_modules()` of the base model.
+        damping: The λ of the damped covariance.
+        weighting: Either `"covariance"` or `"sqrt_covariance"`.
     """
 
     modules: Mapping[str, ModuleFactors]
@@ -82,7 +82,7 @@ class CordaFactors:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """Methods that every module has directions for."""
+        """Methods for which every module has directions."""
         return tuple(
             method
             for method in METHODS
@@ -91,11 +91,11 @@ class CordaFactors:
 
     @property
     def tokens(self) -> int:
-        """Calibration tokens seen: the fewest over the modules."""
+        """Number of calibration tokens: the minimum over the modules."""
         return min(module.tokens for module in self.modules.values())
 
     def rank(self, name: str, method: str) -> int:
-        """Largest rank of an adapter that a module's directions are enough for."""
+        """Returns the largest rank of an adapter that a module's directions allow."""
         return self.modules[name].directions[method].rank
 
     def __repr__(self) -> str:
@@ -105,11 +105,11 @@ class CordaFactors:
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CordaFactors:
-        # Immutable, and as large as an adapter: copies of a config share it.
+        # Factors are immutable and as large as an adapter, so copies of a config share them.
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the factors to one safetensors file; the file appears only when it is complete."""
+        """Writes the factors to one safetensors file, which appears only when it is complete."""
         tensors: dict[str, Tensor] = {}
         about: dict[str, Any] = {}
         for name, module in self.modules.items():
@@ -138,11 +138,11 @@ class CordaFactors:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CordaFactors:
-        """Read a file written by `save`.
+        """Reads a file written by `save`.
 
         Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if the file is not a factors file, or one of another format version.
+            FileNotFoundError: If the file does not exist.
+            ValueError: If the file is not a factors file, or has another format version.
         """
         path = os.fspath(path)
         if not os.path.isfile(path):
@@ -176,16 +176,17 @@ class CordaFactors:
         ranks: Mapping[str, int],
         weights: Mapping[str, WeightSample],
     ) -> None:
-        """Raise unless the factors belong to this base model and reach these ranks.
+        """Checks that the factors belong to this base model and reach these ranks.
 
         Args:
-            method: that the adapter asks for.
-            weighting: that the adapter asks for.
-            ranks: wanted rank by module name.
-            weights: what is seen of the base model at hand, by module name.
+            method: Method of the adapter.
+            weighting: Weighting of the adapter.
+            ranks: Rank of the adapter by module name.
+            weights: Weight samples of the current base model, by module name.
 
         Raises:
-            ValueError: naming what differs: method, weighting, modules, shapes, weights or ranks.
+            ValueError: If the method, weighting, modules, shapes, weights or ranks differ. The
+                message names the difference.
         """
         if method not in self.methods:
             raise ValueError(
@@ -203,7 +204,7 @@ class CordaFactors:
             raise ValueError(
                 f"The factors have no entry for {_listed(missing)}, which the config targets; they "
                 f"hold {_listed(list(self.modules))}. They were made for another base model or other "
-                "target_modules: calibrate again with this model and config."
+                "target_modules. Calibrate again with this model and config."
             )
         reshaped = [
             f"{name}: {tuple(seen.shape)} here, {tuple(self.modules[name].shape)} in the factors"
@@ -223,29 +224,29 @@ class CordaFactors:
         if changed:
             raise ValueError(
                 f"The factors belong to another base model: the weights of {_listed(changed)} are not "
-                "those that were calibrated. Load the original base, or calibrate again."
+                "those that were calibrated. Load the original base model, or calibrate again."
             )
         short = [
-            f"{name}: rank {rank} wanted, {self.rank(name, method)} in the factors"
+            f"{name}: rank {rank} requested, {self.rank(name, method)} in the factors"
             for name, rank in ranks.items()
             if rank > self.rank(name, method)
         ]
         if short:
             raise ValueError(
-                f"The factors are of too small a rank for {_listed(short)}. Lower r (or rank_pattern), "
+                f"The factors have too small a rank for {_listed(short)}. Lower r (or rank_pattern), "
                 "or calibrate again with the larger rank."
             )
 
 
 def sample_of(weight: Tensor) -> Tensor:
-    """`SAMPLE_SIZE` entries of a weight, spread evenly over it, in float32."""
+    """Returns `SAMPLE_SIZE` evenly spaced entries of a weight, in float32 on the CPU."""
     flat = weight.reshape(-1)
     positions = torch.linspace(0, flat.numel() - 1, SAMPLE_SIZE, dtype=torch.float64).long()
     return flat[positions.to(flat.device)].float().cpu()
 
 
 def _same_sample(seen: WeightSample, theirs: Tensor) -> bool:
-    # The same base in another float dtype, or quantised, is still the same base.
+    # A base model in another float dtype, or quantized, is still the same base model.
     least = float(theirs.abs().max()) * 1e-6
     return bool(torch.allclose(seen.sample, theirs, rtol=SAMPLE_RTOL, atol=max(least, seen.error)))
 
@@ -270,13 +271,13 @@ def _check_format(path: str, metadata: Mapping[str, str]) -> None:
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"{path!r} is a safetensors file, but not a factors file of peft_corda. Pass a file "
-            "written by CordaFactors.save; a saved adapter is loaded with PeftModel.from_pretrained."
+            "written by CordaFactors.save. Load a saved adapter with PeftModel.from_pretrained."
         )
     if metadata["format_version"] != str(FORMAT_VERSION):
         raise ValueError(
-            f"{path!r} has format version {metadata['format_version']}, this version of peft_corda "
+            f"{path!r} has format version {metadata['format_version']}, but this version of peft_corda "
             f"reads version {FORMAT_VERSION}. It was written by peft-corda "
-            f"{metadata.get('peft_corda_version')}: use that version, or calibrate again."
+            f"{metadata.get('peft_corda_version')}. Use that version, or calibrate again."
         )
 
 

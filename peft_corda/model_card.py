@@ -1,4 +1,4 @@
-"""The part of a model card (README.md) that is about the adapter."""
+"""The section of a model card (README.md) about the adapter."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ _OWNER = "peft_corda"
 _CORDA = """\
 ## CorDA adapter
 
-PEFT needs a plugin for this adapter; without it, loading ends in `KeyError: 'CORDA'`. The fix:
+PEFT needs a plugin to load this adapter; without it, loading fails with `KeyError: 'CORDA'`. Install
+the plugin:
 
 ```bash
 pip install peft-corda
 ```
+
+and import it:
 
 ```python
 import peft_corda  # before the adapter is loaded
@@ -27,29 +30,29 @@ import peft_corda  # before the adapter is loaded
 
 - Method: CorDA ([arXiv 2406.05223](https://arxiv.org/abs/2406.05223)), {method}.
 - Rank: {rank}.
-- `lora_A0` and `lora_B0` are what `lora_A` and `lora_B` started from. The adapter adds the difference,
-  `s (B A − B0 A0)`, to the unchanged weights of the base model.
-- `peft-corda export` turns it into a plain LoRA adapter, which needs no plugin.
+- `lora_A0` and `lora_B0` are the initial values of `lora_A` and `lora_B`. The adapter adds the
+  difference, `s (B A − B0 A0)`, to the unchanged weights of the base model.
+- `peft-corda export` converts it to a plain LoRA adapter, which needs no plugin.
 """
 _MEANINGS = {
-    "kpm": "`kpm`: trained are the directions that the calibration data uses least",
-    "ipm": "`ipm`: trained are the directions that the calibration data uses most",
-    None: "but no method was named and no data given: trained from the start of a plain LoRA",
+    "kpm": "`kpm`, which trains the directions that the calibration data uses least",
+    "ipm": "`ipm`, which trains the directions that the calibration data uses most",
+    None: "without a method or calibration data: trained from the initialization of a plain LoRA",
 }
 _LORA = """\
 ## Plain LoRA
 
-Trained as a CorDA adapter ({method}, rank {rank}) and exported by peft-corda as a LoRA adapter of rank
-{exported}{how}. It loads on the unchanged base model with PEFT alone.
+This adapter was trained as a CorDA adapter ({method}, rank {rank}) and exported by peft-corda as a
+LoRA adapter of rank {exported}{how}. PEFT alone loads it on the unchanged base model.
 """
 
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """What a card says of an adapter.
+    """Facts about an adapter that a model card states.
 
     Attributes:
-        method: `"kpm"`, `"ipm"`, or None where no method was named.
+        method: Either `"kpm"` or `"ipm"`, or None if no method was given.
         ranks: All ranks that modules have.
         base_model: Name or path of the base model, if known.
     """
@@ -60,22 +63,22 @@ class AdapterFacts:
 
     @property
     def rank(self) -> str:
-        """The rank, or the least and the largest one."""
+        """The rank, or the smallest and the largest one."""
         least, largest = min(self.ranks), max(self.ranks)
         return str(least) if least == largest else f"{least} to {largest}"
 
 
 def corda_section(facts: AdapterFacts) -> str:
-    """What to do where the plugin is missing, and what the adapter is."""
+    """Returns the section on the adapter, with instructions for installing the plugin."""
     return _CORDA.format(method=_MEANINGS[facts.method], rank=facts.rank)
 
 
 def update_card(folder: str | os.PathLike[str], section: str | None) -> None:
-    """Put our section into a card that is there, in place of an older one, or take it out (None)."""
+    """Adds or replaces our section in an existing card, or removes it (None)."""
     path = os.path.join(folder, CARD_NAME)
     if not os.path.isfile(path):
         return
-    # Line breaks as they are: the text is the user's.
+    # Line breaks are kept, as the text is the user's.
     with open(path, encoding="utf-8", newline="") as file:
         before = file.read()
     after = with_section(before, section, _OWNER)
@@ -84,10 +87,10 @@ def update_card(folder: str | os.PathLike[str], section: str | None) -> None:
 
 
 def describe(folder: str | os.PathLike[str], facts: AdapterFacts) -> None:
-    """Put a section on the adapter into the card, after PEFT wrote card and weights.
+    """Adds a section on the adapter to the card, after PEFT has written the card and the weights.
 
-    For adapters in folders of their own, PEFT writes one card above them; theirs are made here. Without
-    weights it is no checkpoint, and no card is made.
+    For adapters in their own subfolders, PEFT writes only one card, in the parent folder; theirs are
+    created here. A folder without weights is not a checkpoint, and gets no card.
     """
     path = os.path.join(folder, CARD_NAME)
     weights = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
@@ -98,7 +101,10 @@ def describe(folder: str | os.PathLike[str], facts: AdapterFacts) -> None:
 
 
 def lora_card(src: str, dst: str, facts: AdapterFacts, rank: int, exact: bool) -> str:
-    """The card of an export: that of an earlier export or of the checkpoint, as far as it goes on."""
+    """Returns the card of an export, based on that of an earlier export or of the checkpoint.
+
+    The section on the CORDA adapter is replaced by one on the exported LoRA.
+    """
     cards = [os.path.join(folder, CARD_NAME) for folder in (dst, src)]
     found = next(filter(os.path.isfile, cards), None)
     card = ModelCard.load(found) if found is not None else ModelCard(_new_card(facts))

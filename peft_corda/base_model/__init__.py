@@ -1,1 +1,1 @@
-"""Contact with the base model: its layers, weights and hooks."""
+"""Access to the base model: its layers, weights and hooks."""

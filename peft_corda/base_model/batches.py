@@ -1,4 +1,4 @@
-"""What calibration knows of a batch: its keys, shape, padding and digest."""
+"""Properties of calibration batches: keys, shape, padding and digest."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Batch = Mapping[str, Any]
 
 
 def first_example(batch: Batch) -> dict[str, Any] | None:
-    """The first row of a batch, and of plain text no more than a few of its tokens.
+    """Returns the first row of a batch, and only its first few tokens if the batch is plain text.
 
-    None if the batch's tensors differ in their number of rows.
+    The result is None if the batch's tensors differ in their number of rows.
     """
     tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
     rows = {value.shape[0] if value.ndim else 0 for value in tensors.values()}
@@ -35,7 +35,7 @@ def first_example(batch: Batch) -> dict[str, Any] | None:
 
 
 def count_of(batches: Iterable[Batch]) -> int | None:
-    """The number of batches, where it is known."""
+    """Returns the number of batches, or None if it is unknown."""
     try:
         return len(batches) if isinstance(batches, Sized) else None
     except TypeError:  # a DataLoader of an IterableDataset
@@ -43,7 +43,7 @@ def count_of(batches: Iterable[Batch]) -> int | None:
 
 
 def digest_of(batch: Any) -> str:
-    """What the tensors of a batch are recognised by."""
+    """Returns a digest by which the tensors of a batch are recognized."""
     digest = hashlib.sha256()
     for key in sorted(batch) if isinstance(batch, Mapping) else ():
         value = batch[key]
@@ -54,7 +54,7 @@ def digest_of(batch: Any) -> str:
 
 
 def token_shape(inputs: Any) -> tuple[int, int] | None:
-    """`(batch, tokens)` of a batch; None if nothing in it tells."""
+    """Returns the shape `(batch, tokens)` of a batch, or None if no entry has it."""
     if not isinstance(inputs, Mapping):
         return None
     for key in ("input_ids", "inputs_embeds", "attention_mask"):
@@ -64,30 +64,31 @@ def token_shape(inputs: Any) -> tuple[int, int] | None:
     return None
 
 
-# Entries of a batch of text that hold a number for each token.
+# Entries of a text batch with one number per token.
 TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
 
 
 def unpadded(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A batch cut into parts without padding: sequences of equal length stay together.
+    """Splits a batch into parts without padding, each of sequences of equal length.
 
     Args:
-        batch: with `attention_mask` and, for models of two sequences, `decoder_attention_mask`, each
-            `(batch, tokens)`. Tensors `(batch, tokens, …)` are cut like the mask of their side.
+        batch: A batch with `attention_mask` and, for encoder-decoder models, `decoder_attention_mask`,
+            each `(batch, tokens)`. Tensors `(batch, tokens, …)` are cut like the mask of their side.
 
     Returns:
         Batches without masks, in the order of their first sequences; the batch itself if it has no
         padding.
 
     Raises:
-        ValueError: if a mask leaves out tokens between others.
+        ValueError: If a mask leaves out tokens in the middle of a sequence, or is a packed one that
+            leaves out tokens.
     """
     sides = {
         prefix: token_mask(batch.get(prefix + "attention_mask")) for prefix in ("", "decoder_")
     }
     if all(mask is None for mask in sides.values()):
         return [dict(batch)]
-    # Without a packed mask, sequences would look at each other.
+    # Without the packed mask, sequences would attend to each other.
     if any(
         mask is not None and batch[prefix + "attention_mask"].ndim != 2
         for prefix, mask in sides.items()
@@ -95,7 +96,7 @@ def unpadded(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise ValueError(
             "A packed attention_mask of shape (batch, 1, tokens, tokens) leaves out tokens. For this "
             "model padding is cut off, which takes a mask of shape (batch, tokens). Give sequences "
-            "padded on one side with such a mask, or packed without padding."
+            "padded on one side with such a mask, or packed sequences without padding."
         )
     count = next(len(mask) for mask in sides.values() if mask is not None)
     together: dict[tuple[Any, ...], list[int]] = defaultdict(list)
@@ -115,18 +116,19 @@ def unpadded(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def of_like_length(batch: Mapping[str, Any], run_cost: int) -> list[dict[str, Any]]:
-    """A batch of text cut into parts that are padded less.
+    """Splits a text batch into parts with less padding.
 
-    Only where that changes nothing else: all tensors are `(batch, tokens)`, and padding is on the right,
-    so that every token keeps its position.
+    A batch is split only if all tensors are `(batch, tokens)` and padding is on the right, so that
+    every token keeps its position.
 
     Args:
-        batch: as a model takes it.
-        run_cost: what a run of the model costs beyond its tokens, in tokens.
+        batch: Keyword arguments of the model.
+        run_cost: Fixed cost of a forward pass, in tokens.
 
     Returns:
-        The parts with the least padded tokens and runs together, the longest sequences first; the batch
-        itself if it cannot be cut, or that does not pay. Rows without any token are left out.
+        The parts with the least total cost of padded tokens and forward passes, the longest sequences
+        first; the batch itself if it cannot be split or splitting is not worth it. Rows without any
+        token are left out.
     """
     mask = batch.get("attention_mask")
     whole = [dict(batch)]
@@ -148,9 +150,9 @@ def of_like_length(batch: Mapping[str, Any], run_cost: int) -> list[dict[str, An
 
 
 def _cheapest_cuts(rows_of: Mapping[int, int], run_cost: int) -> list[int]:
-    """The lengths up to which sequences are run together, rising; from numbers of rows by length."""
+    """Returns the maximum lengths of the cheapest parts, ascending, from row counts by length."""
     lengths = sorted(rows_of)
-    # For all sequences up to each length: the least cost, and the cuts it takes.
+    # Least cost, and the cuts that achieve it, for all sequences up to each length.
     best: list[tuple[int, list[int]]] = [(0, [])]
     for end, longest in enumerate(lengths, 1):
         rows, options = 0, []
@@ -163,7 +165,7 @@ def _cheapest_cuts(rows_of: Mapping[int, int], run_cost: int) -> list[int]:
 
 
 def _span(mask: Tensor | None, row: int) -> tuple[int, int] | None:
-    """First and behind the last token of a sequence; None without a mask."""
+    """Returns the start and the end (exclusive) of a sequence's tokens, or None without a mask."""
     if mask is None:
         return None
     kept = mask[row].nonzero().flatten().tolist()
@@ -187,7 +189,7 @@ def _cut(
 ) -> Any:
     if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] not in (1, count):
         return value
-    if value.shape[0] == count:  # else one row for all sequences, such as of positions
+    if value.shape[0] == count:  # else one row for all sequences, such as position ids
         value = value[rows]
     side = "decoder_" if key.startswith("decoder_") else ""
     span = spans[side]

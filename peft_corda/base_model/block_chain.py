@@ -1,9 +1,8 @@
-"""Whether a model's blocks form a chain, and how such a model is run from its middle.
+"""Detects whether a model's blocks form a chain, and runs such a model from a block in the middle.
 
-A transformer is a list of blocks, each given what the one before put out. Where that is so, blocks at
-the front can be left out: the model's own forward runs all the same, so masks and positions are what
-they always are, but these blocks hand their input on, and the last of them puts out hidden states
-that were kept.
+A transformer is a list of blocks, each called with the output of the previous one. In such a chain,
+the first blocks can be skipped: the model's own forward still runs, so masks and positions are
+unchanged, but these blocks pass their input on, and the last of them returns cached hidden states.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ from .input_groups import Group
 
 @dataclass(frozen=True)
 class Chain:
-    """Blocks that are called one after the other, each with the hidden states of the one before.
+    """Blocks that are called in sequence, each with the hidden states of the previous one.
 
     Attributes:
-        names: as in `model.named_modules()`.
-        modules: the blocks.
-        in_tuple: whether a block puts its hidden states out in a tuple of one.
-        bytes_per_token: of the hidden states.
+        names: Names of the blocks, as in `model.named_modules()`.
+        modules: The blocks.
+        in_tuple: Whether a block returns its hidden states in a tuple of one.
+        bytes_per_token: Size of the hidden states, in bytes per token.
     """
 
     names: tuple[str, ...]
@@ -41,11 +40,11 @@ class Chain:
     bytes_per_token: int
 
     def positions(self, groups: Sequence[Group]) -> list[int]:
-        """The block from which on the model must run to reach each group.
+        """Returns the first block that the model must run to reach each group.
 
         Args:
-            groups: in the order of the forward pass; those behind the blocks are reached from the
-                last block.
+            groups: Groups in the order of the forward pass. A group outside the blocks is reached
+                from the same block as the group before it.
         """
         positions: list[int] = []
         for group in groups:
@@ -57,12 +56,12 @@ class Chain:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A chain of blocks by its looks.
+    """An apparent chain of blocks, not yet verified.
 
     Attributes:
-        chain: the blocks.
-        holds_from: whether an example, run from a block on, gives the targets from there on the same
-            inputs to the bit as when run in full.
+        chain: The blocks.
+        holds_from: Whether an example, run from a given block, gives the targets from that block on
+            bitwise the same inputs as a full run.
     """
 
     chain: Chain
@@ -70,11 +69,11 @@ class Candidate:
 
 
 def find_chain(runner: Runner, example: dict[str, Any]) -> Candidate | None:
-    """The chain of blocks that holds the targets; None if there is none.
+    """Returns the chain of blocks that contains the targets, or None if the model has no chain.
 
     Args:
-        runner: of the model and its target modules.
-        example: a small batch, which is run.
+        runner: Runner of the model and its target modules.
+        example: A small batch, which is run.
     """
     model, targets = runner.model, runner.targets
     if is_offloaded(model):
@@ -103,7 +102,7 @@ def find_chain(runner: Runner, example: dict[str, Any]) -> Candidate | None:
         try:
             with resumed_from_block(chain, start, partial(seen.states.__getitem__, start)):
                 again = _run_and_watch(runner, blocks, example)
-        except Exception:  # whatever a block misses that an earlier one leaves behind for it
+        except Exception:  # a block may miss state that an earlier block sets for it
             return False
         return _same_from(start, seen, again)
 
@@ -111,14 +110,14 @@ def find_chain(runner: Runner, example: dict[str, Any]) -> Candidate | None:
 
 
 def given_to(args: Any, kwargs: Any) -> Tensor:
-    """The hidden states that a block is called with: its first argument."""
+    """Returns the hidden states that a block is called with, its first argument."""
     given = args[0] if args else next(iter(kwargs.values()))
     return given if isinstance(given, Tensor) else torch.empty(0)
 
 
 @contextmanager
 def resumed_from_block(chain: Chain, start: int, states: Callable[[], Tensor]) -> Iterator[None]:
-    """Blocks before `start` do nothing; the last of them puts out `states()`."""
+    """Makes blocks before `start` pass their input on, and the last of them return `states()`."""
 
     def form(hidden: Tensor) -> Any:
         return (hidden,) if chain.in_tuple else hidden
@@ -127,7 +126,7 @@ def resumed_from_block(chain: Chain, start: int, states: Callable[[], Tensor]) -
         return form(given_to(args, kwargs))
 
     def resume(*args: Any, **kwargs: Any) -> Any:
-        # A copy: models may change hidden states in place.
+        # A copy, as models may change hidden states in place.
         return form(states().clone())
 
     with ExitStack() as stack:
@@ -153,12 +152,13 @@ class _Call:
 
 @dataclass
 class _Run:
-    """What is seen of one run.
+    """Record of one run.
 
     Attributes:
-        calls: of the blocks.
-        states: copies of what each block was given.
-        inputs: names and inputs of the targets that were called from each block on, until the next.
+        calls: Calls of the blocks.
+        states: Copies of the hidden states given to each block.
+        inputs: Names and inputs of the targets called before the first block, and then from each
+            block until the next.
     """
 
     calls: list[_Call]
@@ -191,8 +191,8 @@ def _run_and_watch(runner: Runner, blocks: nn.ModuleList, example: dict[str, Any
 
 
 def _same_from(start: int, full: _Run, part: _Run) -> bool:
-    """Whether the targets that are reached from this block on are given the same in both runs."""
-    # Called before it as well, they belong to a pass that starts further in front.
+    """Whether the targets first reached from this block on have the same inputs in both runs."""
+    # Targets that are also called before this block belong to a pass that starts earlier.
     earlier = {name for inputs in full.inputs[: start + 1] for name, _ in inputs}
     expected, found = (
         [(name, given) for inputs in run.inputs for name, given in inputs if name not in earlier]
@@ -215,7 +215,7 @@ def _is_chain(calls: Sequence[_Call], length: int) -> bool:
 
 
 def _hidden(output: Any) -> Tensor | None:
-    """The hidden states in what a block puts out, if nothing else is in it."""
+    """Returns the hidden states in a block's output, or None if it contains anything else."""
     if isinstance(output, tuple) and len(output) == 1:
         output = output[0]
     return output if isinstance(output, Tensor) else None

@@ -1,7 +1,7 @@
-"""Runs calibration batches through a model and shows what its modules are given.
+"""Runs calibration batches through a model and observes the inputs of its modules.
 
-This, `chain.py` and `blocks.py` are the only files of the calibration that touch a model's hooks and
-forwards.
+Only this module, `block_chain` and `hidden_state_cache` use a model's hooks or replace its forwards
+during calibration.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from .batches import Batch, of_like_length, token_shape, unpadded
 from .masks import token_mask
 from .quantized import quantization_of
 
-# What a run of a model costs beyond its tokens, in tokens: reading weights from memory; starting
-# kernels, or bringing weights in from elsewhere.
+# Fixed cost of a forward pass, in tokens: reading weights from memory; or, the higher one,
+# launching kernels, or loading offloaded and gathering sharded weights.
 _RUN_COST = 64
 _HIGH_RUN_COST = 4096
 
-# Called with a module's name, its input and, where that is asked for, its output.
+# Called with a module's name, its input and, where requested, its output.
 Visitor = Callable[[str, Tensor, Tensor | None], None]
 
 
 class _Done(Exception):
-    """Ends a forward pass behind the last module of interest."""
+    """Ends a forward pass after the last module of interest."""
 
 
 class Runner:
     """Runs batches through a model, no further than needed.
 
     Attributes:
-        model: takes a batch as keyword arguments.
-        targets: modules of interest by name.
-        mask: of the batch that is running: bool `(batch, tokens)`, or None if all tokens count.
-        tokens: `(batch, tokens)` of the batch that is running, where known.
-        stop_after: name of the module behind which the run of a batch ends, if any.
-        device: that batches are moved to.
+        model: The model, which takes a batch as keyword arguments.
+        targets: Modules of interest by name.
+        mask: Mask of the current batch, bool `(batch, tokens)`, or None if all tokens count.
+        tokens: Shape `(batch, tokens)` of the current batch, if known.
+        stop_after: Name of the module after which the run of a batch ends, if any.
+        device: Device that batches are moved to.
     """
 
     def __init__(
@@ -54,14 +54,14 @@ class Runner:
     ) -> None:
         """
         Args:
-            model: takes a batch as keyword arguments.
-            targets: modules of interest by name; where none is in the model's head, the head is
-                left out.
-            without_padding: cut padding off and run sequences of equal length together, for models
-                whose modules do not tell which tokens they are given.
+            model: The model, which takes a batch as keyword arguments.
+            targets: Modules of interest by name. If none of them is in the model's head, the head is
+                not run.
+            without_padding: Whether to cut padding off and batch sequences of equal length, for
+                models whose module inputs do not show which tokens they belong to.
         """
         self.model, self.targets = model, targets
-        # Where weights are gathered, that is set up by the first call of the whole model.
+        # Gathering of sharded weights is set up by the first call of the full model.
         self._module = model if sharding_of(model) else _shortest(model, targets)
         inner = model.get_base_model() if isinstance(model, PeftModel) else self._module
         self._takes_cache = "use_cache" in inspect.signature(inner.forward).parameters
@@ -75,23 +75,27 @@ class Runner:
         self.tokens: tuple[int, int] | None = None
 
     def cutting_padding(self) -> Runner:
-        """A runner that cuts padding off, see `without_padding`."""
+        """Returns a copy of the runner that cuts padding off (see `without_padding`)."""
         cutting = copy(self)
         cutting._without_padding = True
         return cutting
 
     def parts(self, batch: Batch, number: int = 0) -> list[dict[str, Any]]:
-        """What a batch is run as, without labels: itself, or parts with less padding or none.
+        """Returns the parts that a batch is run as, without labels and with less or no padding.
+
+        Args:
+            batch: The batch, which may be the only part.
+            number: Number of the batch, for the error message.
 
         Raises:
-            TypeError: if the batch is not a mapping.
-            ValueError: if its mask is of an unknown shape, or has holes that cannot be cut out.
+            TypeError: If the batch is not a mapping.
+            ValueError: If its mask has an unsupported shape, or holes that cannot be cut out.
         """
         if not isinstance(batch, Mapping):
             raise TypeError(
                 f"Calibration batch {number} is a {type(batch).__name__}; expected a mapping from "
                 "argument names to tensors, such as {'input_ids': …, 'attention_mask': …}, as "
-                "tokenizers and collators give."
+                "returned by tokenizers and data collators."
             )
         inputs = {key: value for key, value in batch.items() if key not in LABEL_KEYS}
         if self._without_padding:
@@ -99,7 +103,7 @@ class Runner:
         return of_like_length(inputs, self._run_cost)
 
     def run(self, part: dict[str, Any]) -> None:
-        """Run the model on one of the `parts` of a batch."""
+        """Runs the model on one of the `parts` of a batch."""
         inputs = dict(send_to_device(part, self.device))
         self.mask = token_mask(inputs.get("attention_mask"))
         self.tokens = token_shape(inputs)
@@ -109,12 +113,12 @@ class Runner:
             self._module(**inputs)
 
     def visited(self, name: str) -> None:
-        """To be told of each visited module: ends the run behind `stop_after`."""
+        """Ends the run after the module `stop_after`; must be called for each visited module."""
         if name == self.stop_after:
             self.finish()
 
     def finish(self) -> None:
-        """Called in a hook: end the run of this batch here."""
+        """Ends the run of this batch; must be called in a hook."""
         raise _Done
 
 
@@ -122,7 +126,7 @@ class Runner:
 def visiting(
     modules: Mapping[str, nn.Module], visit: Visitor, with_output: Container[str] = ()
 ) -> Iterator[None]:
-    """Call `visit` before each forward pass of each module, or after it if its output is wanted."""
+    """Calls `visit` before each forward pass of a module, or after it for modules in `with_output`."""
     with ExitStack() as stack:
         for name, module in modules.items():
 
@@ -142,16 +146,16 @@ def visiting(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients; each module's own mode comes back."""
+    """Sets evaluation mode and disables gradients; restores each module's mode afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     for module in modes:
-        # In evaluation mode bitsandbytes packs the weight anew on some CPUs, with rounded scales and no
-        # way to train through it any more. Nothing else in such a layer asks for the mode.
+        # In evaluation mode, bitsandbytes repacks the weight on some CPUs, with rounded scales and
+        # without support for training afterwards. Nothing else in such a layer depends on the mode.
         if quantization_of(module) == "4bit":
             module.training = True
     try:
-        # Not inference mode, whose tensors have no version to tell apart changed inputs by.
+        # Not inference mode, whose tensors have no version counter to detect in-place changes by.
         with torch.inference_mode(False), torch.no_grad():
             yield
     finally:
@@ -161,7 +165,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _shortest(model: nn.Module, targets: Mapping[str, nn.Module]) -> nn.Module:
-    """The model without its head where no target lies in the head: the logits are not needed."""
+    """Returns the model without its head if no target is in the head, as logits are not needed."""
     prefix = getattr(model, "base_model_prefix", "")
     backbone = getattr(model, prefix, None) if prefix else None
     if isinstance(backbone, nn.Module) and all(name.startswith(prefix + ".") for name in targets):

@@ -1,7 +1,7 @@
-"""Passes over a part of a model's blocks, without running the blocks before them again.
+"""Cache of hidden states, so that a pass need not rerun the blocks of earlier passes.
 
-A pass keeps the hidden states that go into the first block of the next pass, and that pass starts
-there.
+A pass caches the hidden states that enter the first block of the next pass, and the next pass starts
+at that block.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .forward import Runner
 
 
 class HiddenStateCache:
-    """Carries hidden states from one pass to the next.
+    """Caches hidden states from one pass to the next.
 
     Args:
-        chain: the model's blocks.
-        limit: bytes that the hidden states may take; they are given up, and later passes run from
-            the start, if they need more.
+        chain: The model's blocks.
+        limit: Maximum size of the hidden states in bytes. If they need more, they are discarded, and
+            later passes run from the first block.
     """
 
     def __init__(self, chain: Chain, limit: int) -> None:
@@ -42,15 +42,16 @@ class HiddenStateCache:
     def running(
         self, first: int, last: int, following: int | None, runner: Runner
     ) -> Iterator[None]:
-        """One pass.
+        """Context of one pass.
 
         Args:
-            first, last: blocks of the first and the last group of the pass.
-            following: block of the first group of the next pass; None in the last pass.
-            runner: what the pass is run with.
+            first: Block of the first group of the pass.
+            last: Block of the last group of the pass.
+            following: Block of the first group of the next pass, or None in the last pass.
+            runner: Runner of the pass.
 
         Raises:
-            ValueError: if the data is not that of the pass before.
+            ValueError: If the data is not that of the previous pass.
         """
         if self._start > first:
             self._forget()
@@ -60,7 +61,7 @@ class HiddenStateCache:
         self._size = 0
         kept: list[Tensor] = []
         self._keeps = following is not None and following > self._start
-        # Where it is not certain that the groups are done with, the model runs to its end.
+        # If later blocks may still reach the groups of this pass, the model runs to its end.
         stops = following is not None and last < following and runner.stop_after is not None
 
         def keep(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -85,7 +86,7 @@ class HiddenStateCache:
             self._forget()
 
     def give_up(self) -> None:
-        """Keep nothing in this pass: the next one starts from the beginning."""
+        """Caches nothing in this pass, so that the next one starts from the first block."""
         self._keeps = False
 
     def _keep(self, kept: list[Tensor], hidden: Tensor) -> None:
@@ -99,15 +100,15 @@ class HiddenStateCache:
     def _state(self) -> Tensor:
         state = self._states[self._part]
         if self._keeps:
-            # The next pass starts further on.
+            # The next pass starts at a later block.
             self._states[self._part] = torch.empty(0)
         return state
 
     def next_part(self, part: Mapping[str, Any]) -> None:
-        """To be called before each part of a batch is run.
+        """Moves on to the next part of a batch; must be called before the part is run.
 
         Raises:
-            ValueError: if its hidden states are those of other data.
+            ValueError: If the cached hidden states belong to other data.
         """
         self._part += 1
         digest = digest_of(part)
@@ -118,9 +119,9 @@ class HiddenStateCache:
 
     def _refuse(self) -> None:
         raise ValueError(
-            "The calibration data came in another order, or otherwise, than in the pass before. Give "
-            "the same batches every time (no shuffling), or a list of them, or a max_memory that is "
-            "enough for one pass."
+            "The calibration data, or its order, differs from that of the previous pass. Give the same "
+            "batches in every pass (without shuffling), for example as a list, or a max_memory that "
+            "is enough for a single pass."
         )
 
     def _forget(self) -> None:
@@ -129,7 +130,7 @@ class HiddenStateCache:
 
 @dataclass(frozen=True)
 class Span:
-    """Blocks of a pass: of its first and last group, and of the first group of the next pass."""
+    """Blocks of the first and the last group of a pass, and of the first group of the next pass."""
 
     first: int
     last: int

@@ -1,4 +1,4 @@
-"""Which target modules share an input, and in which order they are called."""
+"""Finds the target modules that share an input, and the order in which they are called."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .weights import weight_shape
 
 @dataclass(frozen=True)
 class Layout:
-    """What one run of the model shows about its target modules.
+    """Layout of the target modules, as observed in one run of the model.
 
     Attributes:
-        groups: in the order of the forward pass; every target is in one of them.
-        masked: whether an attention mask tells for each of them which input rows are padding.
+        groups: Groups in the order of the forward pass. Every target is in one of them.
+        masked: Whether an attention mask tells, for each of them, which input rows are padding.
     """
 
     groups: list[Group]
@@ -27,11 +27,11 @@ class Layout:
 
 
 def with_cross(groups: Sequence[Group], targets: Mapping[str, nn.Module]) -> list[Group]:
-    """Groups, with the cross-covariance of outputs and inputs where that is smaller.
+    """Returns the groups, with the cross-covariance of outputs and inputs where that is smaller.
 
-    `Σ y xᵀ = W Σ x xᵀ` is half the work and memory, or less, for a wide weight (the down projection
-    of a transformer). It carries the rounding of the outputs, which the largest directions of `W C`
-    do not feel, and the smallest would: for ``ipm`` alone.
+    `Σ y xᵀ = W Σ x xᵀ` takes at most half the work and memory for a wide weight (such as the down
+    projection of a transformer). It includes the rounding of the outputs, which does not affect the
+    largest directions of `W C` but would affect the smallest, so it is valid only for `"ipm"`.
     """
 
     def chosen(group: Group) -> Group:
@@ -43,14 +43,14 @@ def with_cross(groups: Sequence[Group], targets: Mapping[str, nn.Module]) -> lis
 
 
 class InputSharing:
-    """Tells modules that are called one after the other with the very same tensor."""
+    """Detects modules that are called in succession with the very same tensor."""
 
     def __init__(self) -> None:
         self._last: tuple[Tensor, int] | None = None
         self._number = 0
 
     def number_of(self, inputs: Tensor) -> int:
-        """Counts the inputs: the same number again for the last tensor, unchanged."""
+        """Numbers the inputs; the last tensor, if unchanged, has the same number again."""
         last = self._last
         if last is None or last[0] is not inputs or last[1] != inputs._version:
             self._last = (inputs, inputs._version)
@@ -58,27 +58,29 @@ class InputSharing:
         return self._number
 
     def forget(self) -> None:
-        """Let go of the last tensor."""
+        """Releases the last tensor."""
         self._last = None
 
 
 def discover(runner: Runner, batch: Batch) -> Layout:
-    """Find out by running one example which target modules are given the very same tensor.
+    """Runs one example to find out which target modules are given the very same tensor.
 
     Args:
-        runner: of the model and its target modules.
-        batch: any batch of the calibration data; all of it is run only if its first example does
-            not reach every target (as with experts that are chosen by token), or if a target is given
-            rows that are not laid out in sequences: how many there are may be chance in one example.
+        runner: Runner of the model and its target modules.
+        batch: Any batch of the calibration data. It is run in full only if its first example does not
+            reach every target (as with experts routed by token), or if a target is given rows that
+            are not in sequences, whose number in a single example may be a coincidence.
 
     Raises:
-        TypeError, ValueError: as `collect.collect_covariances`; also if a target was never called.
+        TypeError: If the batch is not a mapping.
+        ValueError: If the mask has an unsupported shape or leaves no token, or if a target was never
+            called.
     """
     targets, parts = runner.targets, runner.parts(batch)
     if not parts:
         raise ValueError(
             "The first calibration batch has no token that counts: attention_mask is 0 everywhere. "
-            "Check the tokenizer's padding and the mask."
+            "Check the tokenizer's padding and the attention_mask."
         )
     example = first_example(parts[0])
     calls = _Calls(targets, runner)
@@ -108,11 +110,11 @@ def layout_of(runner: Runner, part: Batch) -> Layout:
 
 
 class _Calls:
-    """Keeps account of which target was called with what.
+    """Records the calls of the targets and their inputs.
 
     Attributes:
-        masked: whether the mask could be laid over every input so far.
-        in_rows: whether an input was of rows, and not of sequences.
+        masked: Whether the mask could be broadcast to every input so far.
+        in_rows: Whether any input consisted of rows, not of sequences.
     """
 
     def __init__(self, targets: Mapping[str, nn.Module], runner: Runner) -> None:
@@ -135,7 +137,7 @@ class _Calls:
         return [name for name in self._targets if name not in self._inputs]
 
     def layout(self) -> Layout:
-        # Modules that are called several times share a covariance if they share every input.
+        # Modules that are called several times share a covariance only if they share every input.
         members: dict[tuple[int, ...], list[str]] = {}
         for name, inputs in self._inputs.items():
             members.setdefault(tuple(inputs), []).append(name)
@@ -154,11 +156,11 @@ class Group:
     """Target modules that are given the very same input, and so share one covariance.
 
     Attributes:
-        members: names, in the order of the forward pass.
-        features: input dimensions.
-        outputs: output dimensions, where the cross-covariance of outputs and inputs is collected in
-            place of the covariance of the inputs; else None.
-        called_once: whether each was called exactly once in a forward pass.
+        members: Names of the modules, in the order of the forward pass.
+        features: Input dimensions.
+        called_once: Whether each module was called exactly once in a forward pass.
+        outputs: Output dimensions if the cross-covariance of outputs and inputs is collected instead
+            of the covariance of the inputs, else None.
     """
 
     members: tuple[str, ...]
@@ -168,10 +170,10 @@ class Group:
 
     @property
     def leader(self) -> str:
-        """The module whose input is looked at."""
+        """Name of the module whose input is observed."""
         return self.members[0]
 
     def bytes(self, itemsize: int = _FLOAT32) -> int:
-        """Memory of the covariance while it is summed."""
+        """Returns the memory of the covariance sum in bytes."""
         rows = self.features if self.outputs is None else self.outputs + 1
         return itemsize * self.features * rows

@@ -1,4 +1,4 @@
-"""Which of a module's input rows are tokens that count, and not padding. Pure."""
+"""Selects the input rows of a module that are tokens and not padding. Pure."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What is added to the score of a token that is not to be looked at is far below this.
+# The value added to the attention scores of masked tokens is far below this.
 _HIDDEN = -1e3
 
 
 def token_mask(attention_mask: Any) -> Tensor | None:
-    """Which tokens count, bool `(batch, tokens)`; None if all do.
+    """Returns the mask of tokens that count, bool `(batch, tokens)`, or None if all of them do.
 
     Args:
-        attention_mask: `(batch, tokens)`, 1 for tokens that count; or `(batch, heads or 1, tokens,
-            tokens)` as used for packed sequences, True or 0 where a token looks at another and
-            False or very negative elsewhere: tokens that look at themselves count.
+        attention_mask: A mask `(batch, tokens)`, 1 for tokens that count, or `(batch, heads or 1,
+            tokens, tokens)` as used for packed sequences, True or 0 where a token attends to another
+            and False or very negative elsewhere. In the latter, tokens that attend to themselves
+            count.
 
     Raises:
-        ValueError: if the mask is of another shape, or a packed one of whole numbers.
+        ValueError: If the mask has another shape, or is a packed one of an integer dtype.
     """
     if attention_mask is None or getattr(attention_mask, "is_meta", False):
         return None
@@ -30,8 +31,8 @@ def token_mask(attention_mask: Any) -> Tensor | None:
         if itself.dtype != torch.bool and not itself.is_floating_point():
             raise ValueError(
                 f"attention_mask of shape {shape} has dtype {itself.dtype}. Packed sequences take a "
-                "mask of bool, True where a token looks at another, or of numbers to be added to the "
-                "scores, 0 where it does."
+                "mask of bool, True where a token attends to another, or of floating-point numbers "
+                "added to the attention scores, 0 where it does."
             )
         mask = itself if itself.dtype == torch.bool else itself > _HIDDEN
     elif len(shape) == 2:
@@ -45,16 +46,16 @@ def token_mask(attention_mask: Any) -> Tensor | None:
 
 
 def kept_rows(name: str, inputs: Tensor, mask: Tensor | None) -> Tensor:
-    """Input rows `(tokens, in)` of the tokens that count.
+    """Returns the input rows `(tokens, in)` of the tokens that count.
 
     Args:
-        name: the module, for the error message.
-        inputs: `(batch, tokens, in)`, `(batch · tokens, in)`, or `(batch, in)` for a module that
-            sees one vector a sequence (a pooler), which counts if its sequence has any token.
-        mask: bool `(batch, tokens)`, or None if all count.
+        name: Name of the module, for the error message.
+        inputs: Inputs `(batch, tokens, in)`, `(batch · tokens, in)`, or `(batch, in)` for a module
+            with one vector per sequence (a pooler), which counts if its sequence has any token.
+        mask: Mask from `token_mask`, bool `(batch, tokens)`, or None if all tokens count.
 
     Raises:
-        ValueError: for any other shape.
+        ValueError: If the inputs have any other shape.
     """
     rows = inputs.reshape(-1, inputs.shape[-1])
     if mask is None:
@@ -63,8 +64,8 @@ def kept_rows(name: str, inputs: Tensor, mask: Tensor | None) -> Tensor:
     leading = tuple(inputs.shape[:-1])
     if not is_broadcastable(leading, (mask.shape[0], mask.shape[1])):
         raise ValueError(
-            f"The input of {name} has shape {tuple(inputs.shape)}, which the attention_mask of shape "
-            f"{tuple(mask.shape)} cannot be laid over, so padding cannot be told from text. Leave the "
+            f"The input of {name} has shape {tuple(inputs.shape)}, to which the attention_mask of shape "
+            f"{tuple(mask.shape)} cannot be broadcast, so padding cannot be told from text. Leave the "
             "module out of target_modules, or give batches without padding and without "
             "attention_mask."
         )
@@ -74,6 +75,6 @@ def kept_rows(name: str, inputs: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def is_broadcastable(leading: tuple[int, ...], tokens: tuple[int, int]) -> bool:
-    """Whether a mask `(batch, tokens)` tells which rows of an input with these dimensions count."""
+    """Whether a mask `(batch, tokens)` can be broadcast to inputs with these leading dimensions."""
     batch, length = tokens
     return leading in (tokens, (batch * length,), (batch,))

@@ -1,4 +1,4 @@
-"""Weights that are quantised by bitsandbytes or torchao."""
+"""Weights quantized by bitsandbytes or torchao."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-# What quantising may change an entry by, relative to the largest entry of the weight: half of the
-# widest gap between two levels, and a little for the quantised scales.
+# Largest change of an entry by quantization, relative to the largest entry of the weight: half of
+# the widest gap between two levels, and a little for the quantized scales.
 _ERRORS = {"4bit": 0.2, "8bit": 0.01, "torchao": 0.01}
 
 
 def quantization_of(module: nn.Module) -> str | None:
-    """``"4bit"``, ``"8bit"`` (bitsandbytes) or ``"torchao"`` for a quantised layer, else None."""
+    """Returns `"4bit"`, `"8bit"` (bitsandbytes) or `"torchao"` for a quantized layer, else None."""
     weight = _weight(module)
     name = type(weight).__name__
     if _is_of_torchao(weight):
-        # PEFT has no merging for 4-bit weights.
+        # PEFT cannot merge into the 4-bit weights of torchao.
         return None if "Int4" in name else "torchao"
     kind = {"Params4bit": "4bit", "Int8Params": "8bit"}.get(name)
-    # bitsandbytes quantises on the move to a device; until then the weight is dense.
+    # bitsandbytes quantizes on the move to a device; until then the weight is dense.
     return None if kind is None or weight.is_floating_point() else kind
 
 
 def rounding_of(module: nn.Module) -> float:
-    """How far entries of a quantised weight may be off, relative to the largest one; 0 if dense."""
+    """Largest error of a quantized weight's entries, relative to the largest one; 0 if dense."""
     return _ERRORS.get(quantization_of(module) or "", 0.0)
 
 
@@ -37,18 +37,18 @@ def is_packed(weight: Tensor) -> bool:
 
 
 def unpacked(weight: Tensor) -> tuple[Tensor, Any]:
-    """Codes and quantisation state of a 4-bit weight, in the layout that bitsandbytes dequantises.
+    """Returns codes and quantization state of a 4-bit weight, as bitsandbytes dequantizes them.
 
-    On some CPUs a forward pass in evaluation mode packs the weight anew, in place: what is dequantised
-    afterwards is something else, without an error.
+    On some CPUs a forward pass in evaluation mode repacks the weight in place. Dequantizing it
+    directly would then give wrong values without an error.
     """
     state = cast(Any, weight).quant_state
     if not is_packed(weight):
         return weight.data, state
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
-    # The inverse leaves the scales transposed, unless it quantises them again: they are set here. It
-    # changes the state that it is given.
+    # The inverse leaves the scales transposed, unless it quantizes them again, so they are set
+    # here. It changes the state that it is given, so it is given a copy.
     scales, state = state.absmax.T.reshape(-1).float(), copy.copy(state)
     state.original_nested = False
     codes, state = _convert_weight_packed_for_cpu_inverse(weight.data, state)

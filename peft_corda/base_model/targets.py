@@ -1,4 +1,4 @@
-"""Which modules a `CordaConfig` is about, found as PEFT finds them, and checked before any change."""
+"""Finds the target modules of a `CordaConfig` as PEFT does, and checks them before any change."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from .weights import SUPPORTED, is_supported, weight_shape
 def find_targets(
     model: nn.Module, config: CordaConfig, with_start: bool = True
 ) -> dict[str, nn.Module]:
-    """Target modules by name, in the order of `model.named_modules()`, checked.
+    """Returns the checked target modules by name, in the order of `model.named_modules()`.
 
     Args:
-        model: the base model (not a `PeftModel`); modules that already carry an adapter are found
+        model: The base model (not a `PeftModel`). Modules that already have an adapter are found
             under their own name, and their base layer is returned.
-        with_start: whether the adapters are to start from directions of the weight: there are no more
-            of them than its smaller side.
-        config: its `target_modules`, `exclude_modules`, `layers_to_transform`, `rank_pattern`, …
+        config: The configuration with `target_modules`, `exclude_modules`, `layers_to_transform`,
+            `rank_pattern`, …
+        with_start: Whether the adapters are initialized from directions of the weight, of which a
+            weight has no more than its smaller dimension.
 
     Raises:
-        ValueError: if nothing matches, a match is of an unsupported type, or a rank is too large.
+        ValueError: If nothing matches, a match has an unsupported type, or a rank is too large.
     """
     config = _with_explicit_targets(model, config)
     adapted: list[str] = []
@@ -60,7 +61,7 @@ def _with_explicit_targets(model: nn.Module, config: CordaConfig) -> CordaConfig
         if defaults is None:
             raise ValueError(
                 "Please specify `target_modules` in the CordaConfig, for example "
-                f"target_modules='all-linear': PEFT has no default for model type {model_type!r}."
+                f"target_modules='all-linear'. PEFT has no default for model type {model_type!r}."
             )
         config.target_modules = defaults if isinstance(defaults, str) else list(defaults)
     return cast(CordaConfig, _maybe_include_all_linear_layers(config, model))

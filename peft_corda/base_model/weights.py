@@ -1,4 +1,4 @@
-"""Reading the dense weight of a target module."""
+"""Reads the dense weight of a target module."""
 
 from __future__ import annotations
 
@@ -19,39 +19,40 @@ SUPPORTED = (
 
 
 def is_supported(module: nn.Module) -> bool:
-    """Whether a CORDA adapter can be put on this module."""
+    """Whether this module can have a CORDA adapter."""
     if quantization_of(module) is not None:
         return True
-    # Quantised layers of other packages subclass nn.Linear, but hold packed integers or a tensor
-    # subclass of which nothing is known here.
+    # Quantized layers of other packages subclass nn.Linear, but hold packed integers or an unknown
+    # tensor subclass.
     if not isinstance(module, nn.Linear | Conv1D) or _is_of_torchao(_weight(module)):
         return False
     return _weight(module).is_floating_point() and len(shape_of(_weight(module))) == 2
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
-    """`(out, in)` of a supported module."""
+    """Returns the weight shape `(out, in)` of a supported module."""
     if isinstance(module, nn.Linear):
-        # A quantised weight has another shape.
+        # A quantized weight has another shape.
         return module.out_features, module.in_features
     rows, columns = shape_of(_weight(module))
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
 def dense_weight(name: str, module: nn.Module) -> Tensor:
-    """`W (out, in)` of a supported module: detached; of a dense one sharing memory with it.
+    """Returns the detached weight `W (out, in)` of a supported module.
 
-    A quantised weight is what the quantised layer multiplies by. One that accelerate has offloaded is
-    read, one that is spread over processes is gathered, for which all of them must call this.
+    The result shares memory with a dense weight. A quantized weight is dequantized to the values that
+    the layer multiplies by. A weight offloaded by accelerate is loaded, and one sharded over processes
+    is gathered, for which all processes must call this function.
 
     Raises:
-        ValueError: if the weight is not in memory (on the meta device, and not offloaded either).
+        ValueError: If the weight is not in memory (on the meta device, and not offloaded either).
     """
     with gathered(module):
         if _weight(module).device.type == "meta":
             raise ValueError(
-                f"The weight of {name} is not in memory (it is on the meta device: not loaded yet). "
-                "CORDA reads each target weight once: load the model onto CPU or GPU first."
+                f"The weight of {name} is not in memory (it is on the meta device, so not loaded yet). "
+                "CORDA reads each target weight once. Load the model onto CPU or GPU first."
             )
         if quantization_of(module) is not None:
             return _dequantized(module)
@@ -60,7 +61,7 @@ def dense_weight(name: str, module: nn.Module) -> Tensor:
 
 
 def full_bias(module: nn.Module) -> Tensor | None:
-    """The bias `(out,)` of a module, read or gathered as by `dense_weight`."""
+    """Returns the bias `(out,)` of a module, loaded or gathered as by `dense_weight`."""
     if getattr(module, "bias", None) is None:
         return None
     with gathered(module):
@@ -68,7 +69,7 @@ def full_bias(module: nn.Module) -> Tensor | None:
 
 
 def decomposable(weight: Tensor) -> Tensor:
-    """The weight in at least float32, for linear algebra."""
+    """Returns the weight in at least float32, for linear algebra."""
     return weight if weight.dtype == torch.float64 else weight.float()
 
 

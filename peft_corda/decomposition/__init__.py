@@ -1,1 +1,1 @@
-"""Pure mathematics: a weight, statistics of its inputs and a rank give directions and factors."""
+"""Pure mathematics: directions and factors from a weight, statistics of its inputs and a rank."""

@@ -1,11 +1,12 @@
-"""What decompositions take: bytes and floating point operations. Pure.
+"""Cost of decompositions in bytes and floating point operations. Pure.
 
-For a weight `W (out, in)` with `n = min(out, in)`, rank `r`, and blocks of `w` vectors where directions
-are found by iteration (`subspace_iteration.block_width`). A multiplication and an addition are 2 FLOPs.
+The formulas are for a weight `W (out, in)` with `n = min(out, in)`, rank `r`, and blocks of `w` vectors
+where directions are found by iteration (`subspace_iteration.block_width`). A multiplication and an
+addition are 2 FLOPs.
 
-- Workspace, float64: `in² + out · in + n · in + n²` numbers (`out · n` in place of `n²` for tall `W`,
-  `4 n²` without iteration), `in²` in float32 in place of `n²` for wide `W`; for iterated ``ipm`` `in²`
-  in float64 and float32; always `(out + 3 n) w` for the block of vectors.
+- Workspace in float64: `in² + out · in + n · in + n²` numbers (`out · n` in place of `n²` for tall `W`,
+  `4 n²` without iteration), with `in²` in float32 in place of `n²` for wide `W`; for `"ipm"` by
+  iteration, `in²` in float64 and in float32; in each case `(out + 3 n) w` for the block of vectors.
 - Arithmetic: `2 n · in²` for the product, `2 in · n²` for its triangle, `2 out · n²` if tall, and
   `10 n³` for eigenvectors, or `8 n² · w` where they are found by iteration.
 """
@@ -21,20 +22,21 @@ FLOAT32, FLOAT64 = 4, 8
 
 
 def workspace(rows: int, columns: int, rank: int, method: str) -> int:
-    """Bytes that decomposing a layer takes, with its covariance, which becomes the damped one.
+    """Bytes needed to decompose a layer, including its covariance and the damped one.
 
     Args:
-        rows, columns: `(out, in)` of the weight.
+        rows: Output dimensions of the weight.
+        columns: Input dimensions of the weight.
         rank: Number of directions.
-        method: `"kpm"` or `"ipm"`.
+        method: Either `"kpm"` or `"ipm"`.
     """
     least = min(rows, columns)
     block = FLOAT64 * (rows + 3 * least) * block_width(least, rank, method)
     factor = FLOAT32 * columns**2
     if method == "ipm" and is_faster(least, rank, method):
         return factor + max(factor, block)
-    # The product in float64, its triangle, the weight if that is made thin first, and a product in
-    # float32 or a copy of the factor.
+    # The product in float64, its triangle, the tall weight if that is reduced first, and a product
+    # in float32 or a copy of the factor.
     numbers = least * columns + (5 if rows > columns else 3) * least**2
     if rows > columns:
         numbers += rows * least
@@ -46,7 +48,7 @@ def workspace(rows: int, columns: int, rank: int, method: str) -> int:
 
 
 def arithmetic(rows: int, columns: int, rank: int, method: str) -> float:
-    """FLOPs of one decomposition; the arguments are those of `workspace`."""
+    """FLOPs of one decomposition, with the arguments of `workspace`."""
     least = min(rows, columns)
     flops = 2.0 * least * columns**2 + 2.0 * columns * least**2
     if rows > columns:
@@ -59,5 +61,5 @@ def arithmetic(rows: int, columns: int, rank: int, method: str) -> float:
 def total_arithmetic(
     layers: Iterable[tuple[tuple[int, int], int]], methods: Sequence[str]
 ) -> float:
-    """FLOPs of several layers, each given by `(out, in)` and rank, for every method."""
+    """FLOPs of decomposing several layers, each given as `(out, in)` and rank, by all methods."""
     return sum(arithmetic(*shape, rank, method) for shape, rank in layers for method in methods)

@@ -1,4 +1,4 @@
-"""What is accumulated per linear layer during calibration. Pure: tensors in, tensors out."""
+"""Statistics accumulated per linear layer during calibration. Pure: tensors in, tensors out."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .eigen import add_lower_gram, energy_of, mirror_lower
 class Covariance:
     """Mean outer product of a layer's inputs, `C = Σ x xᵀ / tokens` (CorDA, Section 3.1).
 
-    Not centred, as in the paper: the mean of the inputs is part of what the layer is used for.
+    It is not centered, as in the paper, because the layer also acts on the mean of its inputs.
 
     Attributes:
-        matrix: `(in, in)`, symmetric.
-        tokens: number of input rows summed over.
+        matrix: The matrix `C (in, in)`, symmetric.
+        tokens: Number of input rows in the sum.
     """
 
     matrix: Tensor
@@ -32,16 +32,16 @@ class Covariance:
 class CovarianceAccumulator:
     """Sums `x xᵀ` over batches; `finish` divides by the number of tokens.
 
-    Every token has the same weight, in whichever batch it comes.
+    Every token has the same weight, regardless of its batch.
 
     Args:
-        features: input dimensions.
-        device: where sums are kept.
-        dtype: that products and sums are worked out in, whatever the dtype of the inputs.
+        features: Input dimensions.
+        device: Device of the sums.
+        dtype: Dtype of products and sums, whatever the dtype of the inputs.
 
     Attributes:
-        sum: `(features, features)`; only blocks on and below the diagonal are kept up.
-        tokens: rows added so far.
+        sum: The sum `(features, features)`; only blocks on and below the diagonal are updated.
+        tokens: Number of rows added so far.
     """
 
     def __init__(
@@ -54,38 +54,38 @@ class CovarianceAccumulator:
         self.tokens = 0
 
     def update(self, inputs: Tensor) -> None:
-        """Add inputs of shape `(tokens, in)`."""
+        """Adds inputs of shape `(tokens, in)`."""
         with _rounded_like(inputs):
             add_lower_gram(self.sum, inputs.detach().to(self.sum.dtype))
         self.tokens += inputs.shape[0]
 
     def restore(self, total: Tensor, tokens: int) -> None:
-        """Go on from sums that were kept."""
+        """Continues from saved sums."""
         self.sum.copy_(total)
         self.tokens = tokens
 
     def reduce(self, add: Callable[[Tensor], Tensor]) -> None:
-        """Add up what several processes have.
+        """Sums the statistics over several processes.
 
         Args:
-            add: gives the sum of a tensor over all of them.
+            add: Returns the sum of a tensor over all processes.
         """
         self.sum = add(self.sum)
         self.tokens = int(add(torch.tensor(self.tokens)))
 
     def energy(self) -> Tensor:
-        """Sum of squares so far, a scalar tensor: not finite once an input was not."""
+        """Returns the sum of squares so far, a scalar tensor, not finite if any input was not."""
         return self.sum.diagonal().sum()
 
     def finish(self) -> Covariance:
-        """The mean outer product; ends the accumulator, whose memory it takes over.
+        """Returns the mean outer product, computed in the memory of the accumulator, which it ends.
 
         Raises:
-            ValueError: if nothing was added.
+            ValueError: If no token was added.
         """
         if self.tokens == 0:
-            raise ValueError("no token was added, so there is no mean outer product")
-        # In place: the sums may be most of the memory in use.
+            raise ValueError("No token was added, so the mean outer product is undefined.")
+        # In place, as the sums may be most of the memory in use.
         return Covariance(mirror_lower(self.sum).div_(self.tokens), self.tokens)
 
 
@@ -94,9 +94,9 @@ class CrossCovariance:
     """Mean outer product of a layer's outputs and inputs, `Σ y xᵀ / tokens = W C`.
 
     Attributes:
-        matrix: `(out, in)`.
-        energy: mean of the diagonal of `C`.
-        tokens: number of rows summed over.
+        matrix: The matrix `W C (out, in)`.
+        energy: Mean of the diagonal of `C`.
+        tokens: Number of rows in the sum.
     """
 
     matrix: Tensor
@@ -105,12 +105,13 @@ class CrossCovariance:
 
 
 class CrossAccumulator(CovarianceAccumulator):
-    """Sums `y xᵀ` over batches, and in a last row the squares of `x`.
+    """Sums `y xᵀ` over batches, and in an additional last row the squares of `x`.
 
     Args:
-        features: input dimensions.
-        outputs: output dimensions.
-        device, dtype: as for `CovarianceAccumulator`.
+        features: Input dimensions.
+        outputs: Output dimensions.
+        device: As for `CovarianceAccumulator`.
+        dtype: As for `CovarianceAccumulator`.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class CrossAccumulator(CovarianceAccumulator):
         self.tokens = 0
 
     def update_pair(self, inputs: Tensor, outputs: Tensor) -> None:
-        """Add inputs `(tokens, in)` and the outputs `(tokens, out)` for them, without bias."""
+        """Adds inputs `(tokens, in)` and their outputs `(tokens, out)`, without the bias."""
         rows = inputs.detach().to(self.sum.dtype)
         with _rounded_like(inputs):
             self.sum[:-1].addmm_(outputs.detach().to(self.sum.dtype).T, rows)
@@ -136,7 +137,7 @@ class CrossAccumulator(CovarianceAccumulator):
 
     def finish(self) -> CrossCovariance:  # type: ignore[override]
         if self.tokens == 0:
-            raise ValueError("no token was added, so there is no mean outer product")
+            raise ValueError("No token was added, so the mean outer product is undefined.")
         mean = self.sum / self.tokens
         return CrossCovariance(mean[:-1], float(mean[-1].double().mean()), self.tokens)
 
@@ -149,14 +150,14 @@ def damped_cross(cross: CrossCovariance, weight: Tensor, damping: float) -> Tens
 
 
 def _rounded_like(inputs: Tensor) -> AbstractContextManager[None]:
-    # 16-bit inputs fit into TensorFloat-32 without loss, and use it.
+    # 16-bit inputs are exact in TensorFloat-32, so it is allowed for them.
     return exact_products(inputs.device, inputs.dtype in (torch.bfloat16, torch.float16))
 
 
 def effective_rank(covariance: Tensor) -> float:
-    """`(tr C)² / ‖C‖²`, between 1 and `in`: over how many directions the inputs' energy is spread.
+    """Effective number of directions of the inputs' energy, `(tr C)² / ‖C‖²`, between 1 and `in`.
 
-    The participation ratio of the eigenvalues, which needs none of them.
+    It is the participation ratio of the eigenvalues, computed without an eigendecomposition.
     """
     trace, squares = float(covariance.diagonal().double().sum()), energy_of(covariance)
     return trace**2 / squares if squares > 0 else 0.0
@@ -165,8 +166,8 @@ def effective_rank(covariance: Tensor) -> float:
 def damped(covariance: Tensor, damping: float, dtype: torch.dtype = torch.float64) -> Tensor:
     """`C + damping · mean(diag C) · I`, `(in, in)`, in `dtype`.
 
-    Keeps `C` positive definite with fewer tokens than dimensions. A covariance of zeros (a layer
-    that only ever saw zeros) becomes the identity, which makes the decomposition that of the weight.
+    Damping makes `C` positive definite even with fewer tokens than dimensions. A covariance of zeros
+    (of a layer with only zero inputs) becomes the identity, so that the weight itself is decomposed.
     """
     matrix = covariance.to(dtype, copy=True)
     level = float(matrix.diagonal().double().mean())

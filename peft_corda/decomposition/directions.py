@@ -1,4 +1,4 @@
-"""From a weight and the covariance of its inputs to directions and starting factors. Pure.
+"""Directions of a weight, from the covariance of its inputs. Pure.
 
 Notation: weight `W (out, in)`, damped covariance `C (in, in)`, `W C = U S Vᵀ` (CorDA, arXiv
 2406.05223, eq. 3). The paper's adapter `B = U_r √S_r`, `A = √S_r V_rᵀ C⁻¹` needs no inverse and no
@@ -6,9 +6,9 @@ right singular vectors: `S Vᵀ C⁻¹ = Uᵀ W`, hence
 
     A = S_r^-½ U_rᵀ W,    B A = U_r U_rᵀ W,
 
-a projection of `W` on `r` orthonormal directions of its output space. With ``sqrt_covariance``
-weighting `C` gives way to a factor `F` with `F Fᵀ = C`: the left singular vectors of `W F` are those
-of `W C^½`, the eigenvectors of the covariance of the layer's outputs.
+a projection of `W` onto `r` orthonormal directions of its output space. With `"sqrt_covariance"`
+weighting, `C` is replaced by a factor `F` with `F Fᵀ = C`: the left singular vectors of `W F` are
+those of `W C^½`, the eigenvectors of the covariance of the layer's outputs.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from .triangular import thin_rows, triangle_of
 
 METHODS = ("kpm", "ipm")
 WEIGHTINGS = ("covariance", "sqrt_covariance")
-# Up to this size a singular value decomposition costs next to nothing.
+# Up to this size the cost of a singular value decomposition is negligible.
 _SMALL = 256
-# Singular values of less than so many times the rounding of a product may be off by more than 0.1 % in
-# energy (on layers of a real model 0.09 % at most from there to twice as many).
+# Singular values below this multiple of a product's rounding error may be off by more than 0.1 % in
+# energy (on layers of a real model, by 0.09 % at most between this multiple and twice as much).
 _BLUR = 3.0
 
 
 @dataclass(frozen=True, eq=False)
 class Directions:
-    """Left singular directions of `W F` that one method wants, the most wanted first.
+    """Left singular directions of `W F` that one method trains, in order of preference.
 
     Attributes:
-        U: `(out, rank)` with orthonormal columns. The first `r` columns are those for any smaller
-            rank `r`.
-        S: `(rank,)`, their singular values: falling for ``ipm``, rising for ``kpm``.
-        weight_norms: `(rank,)`, `‖u_iᵀ W‖`.
+        U: Left singular vectors `(out, rank)`, orthonormal. For any smaller rank `r`, they are the
+            first `r` columns.
+        S: Their singular values `(rank,)`, descending for `"ipm"`, ascending for `"kpm"`.
+        weight_norms: The norms `‖u_iᵀ W‖`, `(rank,)`.
     """
 
     U: Tensor
@@ -54,21 +54,24 @@ class Directions:
 
 
 def right_factor(covariance: Tensor, weighting: str) -> Tensor:
-    """What the weight is multiplied by: `F (in, in)`, `C` itself or in float64.
+    """Returns the factor `F (in, in)` of the weight: `C` itself, or an `F` with `F Fᵀ = C` in float64.
 
     Args:
-        covariance: `C (in, in)`, damped.
-        weighting: ``"covariance"`` for `F = C`, ``"sqrt_covariance"`` for an `F` with `F Fᵀ = C`.
+        covariance: The damped covariance `C (in, in)`.
+        weighting: Use `"covariance"` for `F = C`, `"sqrt_covariance"` for an `F` with `F Fᵀ = C`.
+
+    Raises:
+        ValueError: If the weighting is unknown.
     """
     if weighting == "covariance":
         return covariance
     covariance = covariance.double()
     if weighting != "sqrt_covariance":
-        raise ValueError(f"weighting must be one of {WEIGHTINGS}, got {weighting!r}")
+        raise ValueError(f"weighting must be one of {WEIGHTINGS}, got {weighting!r}.")
     factor, failed = torch.linalg.cholesky_ex(covariance)
     if not failed:
         return factor
-    # Semi-definite: no damping, and fewer tokens than dimensions.
+    # Semi-definite, as without damping and with fewer tokens than dimensions.
     values, vectors = torch.linalg.eigh(covariance)
     return vectors * values.clamp(min=0).sqrt()
 
@@ -76,32 +79,35 @@ def right_factor(covariance: Tensor, weighting: str) -> Tensor:
 def decompose(
     weight: Tensor, factor: Tensor, rank: int, method: str, exact: bool = False
 ) -> tuple[Directions, float]:
-    """Left singular vectors and values of `W F`.
+    """Returns left singular vectors and values of `W F`, and its energy.
 
-    ``ipm`` takes the largest eigenpairs of the Gram matrix `(W F)(W F)ᵀ`. For ``kpm`` that matrix
-    would lose what is wanted, as it squares the condition of `W F` (1e8 in attention projections of
-    real models); the largest eigenpairs of its inverse, from a triangular factor of `W F`, are the
-    same directions to full accuracy. Both are worked out in full in float64; at sizes where that is
-    faster, by subspace iteration and with float32 products where they lose nothing that matters. The
-    energy of the directions is then within 0.1 % (``ipm``) and 1 % (``kpm``) of the optimum, on layers
-    of real models within 0.01 % and 0.5 %.
+    For `"ipm"` they are the largest eigenpairs of the Gram matrix `(W F)(W F)ᵀ`. For `"kpm"` that
+    matrix would lose the required digits, as it squares the condition number of `W F` (1e8 in
+    attention projections of real models). The largest eigenpairs of its inverse, from a triangular
+    factor of `W F`, are the same directions to full accuracy. Both are computed in full in float64,
+    or, at sizes where that is faster, by subspace iteration, with float32 products where the loss of
+    precision is negligible. The energy of the directions is then within 0.1 % (`"ipm"`) and 1 %
+    (`"kpm"`) of the optimum, on layers of real models within 0.01 % and 0.5 %.
 
     Args:
-        weight: `W (out, in)`.
-        factor: `F (in, in)`, from `right_factor`.
-        rank: how many; at most `min(out, in)`.
-        method: ``"ipm"`` for the largest singular values, ``"kpm"`` for the smallest of the thin
+        weight: The weight `W (out, in)`.
+        factor: The factor `F (in, in)`, from `right_factor`.
+        rank: Number of directions, at most `min(out, in)`.
+        method: Use `"ipm"` for the largest singular values, `"kpm"` for the smallest of the thin
             decomposition.
-        exact: float64 and no iteration at any size.
+        exact: Whether to use float64 and no iteration at any size.
 
     Returns:
         The directions, in float32 on the weight's device, and the energy `‖W F‖²` of the layer.
+
+    Raises:
+        ValueError: If the rank is out of range or the method is unknown.
     """
     size = min(weight.shape)
     if not 1 <= rank <= size:
-        raise ValueError(f"rank must be between 1 and min(out, in) = {size}, got {rank}")
+        raise ValueError(f"rank must be between 1 and min(out, in) = {size}, got {rank}.")
     if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}.")
     iterate = iterative.is_faster(size, rank, method) and not exact
     with exact_products(weight.device):
         if method == "ipm":
@@ -137,7 +143,7 @@ def _smallest_left(
 
 
 def _is_blurred(product: Tensor, values: Tensor) -> bool:
-    """Whether rounding of a float32 product may make up much of singular values, taken together."""
+    """Whether rounding of a float32 product may be a large part of the norm of `values`."""
     if product.dtype == torch.float64:
         return False
     rounding = torch.finfo(product.dtype).eps * energy_of(product) ** 0.5
@@ -145,12 +151,12 @@ def _is_blurred(product: Tensor, values: Tensor) -> bool:
 
 
 def decompose_product(product: Tensor, weight: Tensor, rank: int) -> tuple[Directions, float]:
-    """As `decompose` for ``ipm``, where `W C` itself is known.
+    """Returns what `decompose` returns for `"ipm"`, given the product `W C` itself.
 
     Args:
-        product: `W C (out, in)`, no more rows than columns.
-        weight: `W (out, in)`.
-        rank: how many; at most `out`.
+        product: The product `W C (out, in)`, with no more rows than columns.
+        weight: The weight `W (out, in)`.
+        rank: Number of directions, at most `out`.
     """
     if iterative.is_faster(len(product), rank, "ipm"):
         with exact_products(product.device):
@@ -163,7 +169,7 @@ def decompose_product(product: Tensor, weight: Tensor, rank: int) -> tuple[Direc
 
 
 def _directions(vectors: Tensor, values: Tensor, projected: Tensor) -> Directions:
-    """From `U (out, rank)`, `S (rank,)`, and `Uᵀ W` or something with rows of the same length."""
+    """Builds `Directions` from `U`, `S`, and `Uᵀ W` or a matrix with the same row norms."""
     return Directions(
         U=vectors.float(),
         S=values.float(),
@@ -177,10 +183,10 @@ def _smallest_right(triangle: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         # Eigenvectors of Rᵀ R, and so of its inverse.
         inverse = torch.cholesky_inverse(triangle, upper=True)
         values, vectors = torch.linalg.eigh(inverse)
-        # Far smaller eigenvalues than the largest are lost in rounding. Small matrices can afford to
-        # be held to all of them.
+        # Eigenvalues far smaller than the largest are lost in rounding. Small matrices can afford a
+        # check of all of them.
         least = values[0] if len(values) <= _SMALL else values[-rank]
         if least > 1e3 * len(values) * torch.finfo(values.dtype).eps * values[-1]:
             return vectors[:, -rank:].flip(1), values[-rank:].flip(0).rsqrt()
-    # As when a weight has rows of zeros.
+    # Singular matrices, such as those of weights with rows of zeros.
     return iterative.smallest_of_all(triangle, rank)

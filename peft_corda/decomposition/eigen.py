@@ -5,29 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# How a symmetric product is cut into rows of blocks.
+# Number and least size of the block rows of a symmetric product.
 _BLOCKS = 12
 _LEAST_BLOCK = 128
-# Beyond it a Cholesky factor of a Gram matrix loses too many digits.
+# Above this spread a Cholesky factor of a Gram matrix loses too many digits.
 _CHOLESKY_SPREAD = 1e7
 
 
 def largest_eigenvectors(symmetric: Tensor, count: int) -> Tensor:
-    """`(n, count)` eigenvectors of the largest eigenvalues of `(n, n)`, largest first."""
+    """Returns the eigenvectors `(n, count)` of the largest eigenvalues of `(n, n)`, largest first."""
     vectors = torch.linalg.eigh(symmetric).eigenvectors  # ascending
     return vectors[:, len(symmetric) - count :].flip(1)
 
 
 def orthonormal(columns: Tensor) -> Tensor:
-    """An orthonormal basis `(n, k)` of the span of `(n, k)`."""
+    """Returns an orthonormal basis `(n, k)` of the span of columns `(n, k)`."""
     return torch.linalg.qr(columns).Q
 
 
 def basis(columns: Tensor) -> Tensor:
-    """A basis of the span of `(n, k)`, float64, orthonormal to a few percent at worst.
+    """Returns a float64 basis of the span of `(n, k)`, orthonormal to a few percent at worst.
 
-    Enough to go on with, at half the cost of `orthonormal`: a Cholesky factor of the Gram matrix
-    squares the condition, which leaves an error of about 1e-16 · spread².
+    This is accurate enough to continue iterating, at half the cost of `orthonormal`: a Cholesky factor
+    of the Gram matrix squares the condition number, which leaves an error of about 1e-16 · spread².
     """
     triangle, failed = torch.linalg.cholesky_ex(gram(columns), upper=True)
     if failed or not spread(triangle) < _CHOLESKY_SPREAD:
@@ -36,13 +36,14 @@ def basis(columns: Tensor) -> Tensor:
 
 
 def add_lower_gram(total: Tensor, columns: Tensor) -> None:
-    """Add `Xᵀ X` to `total (n, n)`, in blocks on and below the diagonal alone.
+    """Adds `Xᵀ X` to `total (n, n)`, only in blocks on and below the diagonal.
 
-    Nearly half of a plain product is saved. What stands above the diagonal blocks is left as it is.
+    This saves nearly half the cost of a plain product. Entries above the diagonal blocks are left
+    unchanged.
 
     Args:
-        total: changed in place.
-        columns: `X (rows, n)`, of the dtype of `total`.
+        total: The sum, changed in place.
+        columns: The matrix `X (rows, n)`, in the dtype of `total`.
     """
     size = columns.shape[1]
     step = _step(size)
@@ -52,7 +53,7 @@ def add_lower_gram(total: Tensor, columns: Tensor) -> None:
 
 
 def mirror_lower(total: Tensor) -> Tensor:
-    """Fill in, in place, what `add_lower_gram` leaves out."""
+    """Fills in, in place, the blocks above the diagonal that `add_lower_gram` leaves out."""
     size = len(total)
     step = _step(size)
     for start in range(0, size, step):
@@ -66,22 +67,22 @@ def _step(size: int) -> int:
 
 
 def gram(columns: Tensor) -> Tensor:
-    """`Xᵀ X (n, n)` of `X (rows, n)`."""
+    """Returns the Gram matrix `Xᵀ X (n, n)` of `X (rows, n)`."""
     total = columns.new_zeros(columns.shape[1], columns.shape[1])
     add_lower_gram(total, columns)
     return mirror_lower(total)
 
 
 def energy_of(matrix: Tensor) -> float:
-    """Sum of squares; in parts, as each is converted to float64."""
+    """Returns the sum of squares, computed in parts, as each is converted to float64."""
     parts = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in matrix.split(256)]
     return float(torch.stack(parts).square().sum())
 
 
 def spread(triangle: Tensor) -> float:
-    """Largest over smallest entry of the diagonal of a triangular matrix.
+    """Returns the largest over the smallest diagonal entry, in magnitude, of a triangular matrix.
 
-    A lower bound of its condition number, and rarely far below.
+    It is a lower bound of the condition number, and rarely far below it.
     """
     diagonal = triangle.diagonal().abs()
     least = float(diagonal.min())

@@ -1,6 +1,7 @@
 """Sums of low-rank products as one product. Pure.
 
-A weight update is `L R` with thin `L (out, k)` and `R (k, in)`; several are one with stacked factors.
+A weight update is `L R` with thin `L (out, k)` and `R (k, in)`. The sum of several updates is one
+product with stacked factors.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ Product = tuple[Tensor, Tensor]
 
 
 def stacked(products: Sequence[Product]) -> Product:
-    """`L (out, Σk)` and `R (Σk, in)` with `L R = Σ Lᵢ Rᵢ`, in float64."""
+    """Returns `L (out, Σk)` and `R (Σk, in)` with `L R = Σ Lᵢ Rᵢ`, in float64."""
     return (
         torch.cat([left.double() for left, _ in products], dim=1),
         torch.cat([right.double() for _, right in products], dim=0),
@@ -23,16 +24,19 @@ def stacked(products: Sequence[Product]) -> Product:
 
 
 def truncated(product: Product, rank: int) -> Product:
-    """The best approximation of `L R` of a rank, as `B (out, rank)` and `A (rank, in)` in float64.
+    """Returns the best approximation of `L R` of a given rank.
 
-    Best in the Frobenius norm (Eckart and Young), by two thin QR decompositions and the singular
-    values of a `k × k` matrix; exact where `L R` has no larger rank. Both factors get the square root
-    of the singular values, so that rounding either of them costs the same. Beyond the rank that
-    `L R` can have, both are padded with zeros.
+    It is the best in the Frobenius norm (Eckart and Young), computed by two thin QR decompositions and
+    the singular value decomposition of a `k × k` matrix, and exact if `L R` has no larger rank. Each
+    factor is scaled by the square root of the singular values, so that rounding either of them has
+    the same effect. Beyond the rank that `L R` can have, both are padded with zeros.
 
     Args:
-        product: `L (out, k)` and `R (k, in)`.
-        rank: of the result; at least 1.
+        product: The factors `L (out, k)` and `R (k, in)`.
+        rank: Rank of the result, at least 1.
+
+    Returns:
+        `B (out, rank)` and `A (rank, in)` in float64.
     """
     left, right = (factor.double() for factor in product)
     left_basis, left_part = torch.linalg.qr(left)
@@ -42,7 +46,7 @@ def truncated(product: Product, rank: int) -> Product:
 
 
 def truncated_dense(matrix: Tensor, rank: int) -> Product:
-    """As `truncated`, of a matrix `(out, in)` that is no known product."""
+    """Returns what `truncated` returns, for a matrix `(out, in)` that is not given as a product."""
     left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
     kept = min(rank, len(values))
     root = values[:kept].sqrt()

@@ -1,9 +1,9 @@
-"""Subspace iteration for the few wanted directions of a large layer. Pure.
+"""Subspace iteration for a few extreme singular directions of a large layer. Pure.
 
-A random block of vectors, a little wider than wanted, is multiplied by the matrix and its transpose
+A random block of vectors, slightly wider than the rank, is multiplied by the matrix and its transpose
 until the energy it captures no longer changes (Halko, Martinsson and Tropp, arXiv 0909.4061, Section
-4.5). Real layers have quickly falling spectra: two or three rounds are usual for the largest
-directions. The start is seeded, so results can be repeated.
+4.5). The spectra of real layers decay quickly: the largest directions usually take two or three
+rounds. The initial block is seeded, so results are reproducible.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from torch import Tensor
 
 from .eigen import basis, gram, is_singular, largest_eigenvectors, orthonormal
 
-# When to stop: relative change of the captured energy in a round (ipm), bound of the leaked energy
-# above the optimum (kpm; measured, a fifth of that is usual).
+# Stopping criteria: relative change of the captured energy in a round (ipm), and a bound of the
+# energy in excess of the optimum (kpm; the measured excess is usually a fifth of it).
 IPM_TOLERANCE = 1e-4
 KPM_TOLERANCE = 4e-3
 _MOST_ROUNDS = 30
-# From which size and size / rank on iterating is faster (benchmarks/corda_start/crossover.py).
+# Least size and ratio size / rank at which iterating is faster
+# (benchmarks/corda_start/crossover.py).
 _LEAST_SIZE = 384
 _LEAST_RATIO = {"ipm": 3, "kpm": 4}
 _PROBES = 32
@@ -28,29 +29,29 @@ _SEED = 0
 
 
 def is_faster(size: int, rank: int, method: str) -> bool:
-    """Whether iterating is faster than working out all eigenpairs of a `size × size` matrix."""
+    """Whether iterating is faster than computing all eigenpairs of a `size × size` matrix."""
     return size >= _LEAST_SIZE and rank * _LEAST_RATIO[method] <= size
 
 
 def block_width(size: int, rank: int, method: str) -> int:
-    """How many vectors are iterated on to find `rank` directions of a `size × size` matrix.
+    """Number of vectors iterated to find `rank` directions of a `size × size` matrix.
 
-    The smallest singular values of a real layer lie closely: there a wider block saves rounds.
+    The smallest singular values of a real layer lie close together, so a wider block saves rounds.
     """
     return min(size, rank + max(16, rank // (2 if method == "kpm" else 4)))
 
 
 def largest_left(weight: Tensor, factor: Tensor | None, rank: int) -> tuple[Tensor, Tensor, float]:
-    """Left singular vectors of `W F` with the largest singular values, in float32 arithmetic.
+    """Finds left singular vectors of the largest singular values of `W F`, in float32 arithmetic.
 
     Args:
-        weight: `W (out, in)`.
-        factor: `F (in, in)`; None for the identity.
-        rank: how many.
+        weight: The weight `W (out, in)`.
+        factor: The factor `F (in, in)`, or None for the identity.
+        rank: Number of vectors.
 
     Returns:
-        `U (out, rank)` in float64, largest first; its image `Uᵀ W F (rank, in)`; and `‖W F‖²`: what
-        the block captures, and an estimate from 32 random probes of the rest.
+        `U (out, rank)` in float64, largest first; its image `Uᵀ W F (rank, in)`; and `‖W F‖²`, the
+        sum of the energy that the block captures and an estimate of the rest from 32 random probes.
     """
     weight = weight.float()
     width = block_width(min(weight.shape), rank, "ipm")
@@ -63,66 +64,67 @@ def largest_left(weight: Tensor, factor: Tensor | None, rank: int) -> tuple[Tens
         energies = torch.linalg.eigvalsh(gram(right.double())).flip(0)
         before, captured = captured, float(energies[:rank].sum())
         last, gain = gain, captured - before
-        # Gains fall by a constant factor in the end: what is still to come, their geometric series.
+        # Gains eventually fall by a constant factor, so a geometric series estimates the rest.
         rest = gain**2 / (last - gain) if gain < last else gain
         if max(gain, rest) <= IPM_TOLERANCE * captured:
             break
         block = orthonormal(right)
     rotation = largest_eigenvectors(gram(right.double()), rank)
-    # Float32 leaves the columns orthonormal to 1e-6 only.
+    # In float32 the columns are orthonormal only to 1e-6.
     vectors = orthonormal(left.double() @ rotation)
     energy = float(energies.sum()) + _rest(left, forward, weight)
     return vectors, backward(vectors.float()).T, energy
 
 
 def smallest_right(triangle: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Right singular vectors of `R` with the smallest singular values, in float64 arithmetic.
+    """Finds right singular vectors of the smallest singular values of `R`, in float64 arithmetic.
 
-    The inverse of `Rᵀ R` is applied by two triangular solves; there the wanted directions are the
-    largest.
+    The inverse of `Rᵀ R`, of which they are the largest directions, is applied by two triangular
+    solves.
 
     Args:
-        triangle: `R (n, n)`, upper triangular, float64.
-        rank: how many.
+        triangle: The upper triangular matrix `R (n, n)` in float64.
+        rank: Number of vectors.
 
     Returns:
-        `(n, rank)`, smallest first, and their singular values `(rank,)`.
+        The vectors `(n, rank)`, smallest first, and their singular values `(rank,)`.
     """
     if is_singular(triangle):
         return smallest_of_all(triangle, rank)
     width = block_width(len(triangle), rank, "kpm")
-    # A basis after each application: two would span more than float64's digits in some layers.
+    # A new basis after each application, as two would exceed the precision of float64 in some
+    # layers.
     block = _random(len(triangle), width, triangle)
     for _ in range(2):
         block = basis(_solved(triangle, _solved(triangle, block, transposed=True)))
     for rounds in range(2, _MOST_ROUNDS):
         half = _solved(triangle, block, transposed=True)
         inverse_energies = torch.linalg.eigvalsh(gram(half))
-        # A round brings what does not belong, of the block's largest energy and more, down by this
-        # much.
+        # A round reduces the unwanted directions, with at least the block's largest energy, by this
+        # factor.
         gain = float(inverse_energies[0] / inverse_energies[-rank]) ** 2
         eps = torch.finfo(triangle.dtype).eps
         if inverse_energies[-rank] <= 1e3 * len(triangle) * eps * inverse_energies[-1]:
-            # Next to a far smaller direction the others are lost in rounding.
+            # If one direction is far smaller, the others are lost in rounding.
             return smallest_of_all(triangle, rank)
         if 0.5 * gain**rounds <= KPM_TOLERANCE:
             break
         block = basis(_solved(triangle, half))
     block, change = torch.linalg.qr(_solved(triangle, half))
-    # R times the basis, for the triangle has just been taken off it.
+    # R times the basis, from the product before orthogonalization.
     image = torch.linalg.solve_triangular(change, half, upper=True, left=False)
     squares, rotation = torch.linalg.eigh(gram(image))
     return block @ rotation[:, :rank], squares[:rank].clamp(min=0).sqrt()
 
 
 def _solved(triangle: Tensor, block: Tensor, transposed: bool = False) -> Tensor:
-    """`R⁻¹ X`, or `R⁻ᵀ X`."""
+    """Returns `R⁻¹ X`, or `R⁻ᵀ X` if transposed."""
     matrix = triangle.T if transposed else triangle
     return torch.linalg.solve_triangular(matrix, block, upper=not transposed)
 
 
 def smallest_of_all(triangle: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """As `smallest_right`, by a whole singular value decomposition: right for any matrix, and slow."""
+    """As `smallest_right`, by a full singular value decomposition: slow, but valid for any matrix."""
     _, values, rows = torch.linalg.svd(triangle)
     return rows[-rank:].flip(0).T, values[-rank:].flip(0)
 
@@ -130,7 +132,7 @@ def smallest_of_all(triangle: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def _products(
     weight: Tensor, factor: Tensor | None, width: int
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """`X → W F X` and `Y → Fᵀ Wᵀ Y`; `W F` is formed where that costs less than a few rounds."""
+    """Returns `X → W F X` and `Y → Fᵀ Wᵀ Y`; `W F` is formed if that costs less than a few rounds."""
     if factor is None:
         return lambda x: weight @ x, lambda y: weight.T @ y
     factor = factor.float()
@@ -141,7 +143,7 @@ def _products(
 
 
 def _rest(left: Tensor, forward: Callable[[Tensor], Tensor], weight: Tensor) -> float:
-    """Estimated energy of `W F` outside the span of `left`, from random probes."""
+    """Estimates the energy of `W F` outside the span of `left`, from random probes."""
     probed = forward(_random(weight.shape[1], _PROBES, weight))
     outside = probed - left @ (left.T @ probed)
     return float(outside.double().square().sum()) / _PROBES
@@ -151,4 +153,4 @@ def _random(rows: int, columns: int, like: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(_SEED)
     return torch.randn(rows, columns, generator=generator).to(
         like
-    )  # float64 takes three times as long
+    )  # drawing in float64 takes three times as long

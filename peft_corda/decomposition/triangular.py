@@ -9,21 +9,22 @@ from torch import Tensor
 
 from .eigen import gram, spread
 
-# Beyond these spreads of a triangle the cheaper way to it, from a Gram matrix in float64, blurs the
-# smallest singular values: of a weight, and of a product in float32.
+# Above these spreads of the triangle, the cheaper way to compute it, from a Gram matrix in float64,
+# loses the smallest singular values (of a weight, and of a product in float32).
 _GRAM_SPREAD = 1e4
 _GRAM_OF_PRODUCT_SPREAD = 1e5
-# Smaller products cost next to nothing. The smallest of more values, unless of a wide matrix, tend to
-# lie below the rounding of float32 (at 4096 x 4096 they do), and the work would be done twice.
+# The cost of smaller products is negligible. In larger ones, unless wide, the smallest singular
+# values tend to lie below the rounding of float32 (at 4096 x 4096 they do), and a second product is
+# needed.
 _LEAST_ROWS = 384
 _MOST_ROWS = 1024
 
 
 def thin_rows(weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """`min(out, in)` rows with the singular values of `W`, and the way back to its output space.
+    """Returns `min(out, in)` rows with the singular values of `W`, and the map to its output space.
 
-    A tall weight is `Q R`: the left singular vectors of `W F` are `Q` times those of `R F`; `R` is
-    float64. Any other is its own rows, of its own precision.
+    A tall weight is `Q R`: the left singular vectors of `W F` are `Q` times those of `R F`, and `R` is
+    in float64. Any other weight is returned unchanged, in its own dtype.
     """
     if weight.shape[0] <= weight.shape[1]:
         return weight, lambda vectors: vectors
@@ -44,17 +45,17 @@ def is_wide(rows: int, columns: int) -> bool:
 
 
 def in_float32(rows: int, columns: int) -> bool:
-    """Whether `triangle_of` works the product out in float32: half the cost, no copy of the factor."""
+    """Whether `triangle_of` computes the product in float32: half the cost, no copy of the factor."""
     return rows >= _LEAST_ROWS and (is_wide(rows, columns) or rows <= _MOST_ROWS)
 
 
 def triangle_of(rows: Tensor, factor: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
-    """`X F`, and `R (n, n)`, upper triangular in float64, with `X F (X F)ᵀ = Rᵀ R`.
+    """Returns `X F`, and `R (n, n)`, upper triangular in float64, with `X F (X F)ᵀ = Rᵀ R`.
 
     Args:
-        rows: `X (n, in)`, no more rows than columns.
-        factor: `F (in, in)`.
-        exact: whether the product must be float64; at most sizes it is anyway.
+        rows: The matrix `X (n, in)`, with no more rows than columns.
+        factor: The factor `F (in, in)`.
+        exact: Whether the product must be in float64, as it is at most sizes anyway.
     """
     if not exact and in_float32(*rows.shape):
         product = rows.float() @ factor.float()

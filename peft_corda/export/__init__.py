@@ -1,1 +1,1 @@
-"""A CORDA checkpoint as a plain LoRA adapter."""
+"""Export of a CORDA checkpoint as a plain LoRA adapter."""

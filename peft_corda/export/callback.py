@@ -1,4 +1,4 @@
-"""`CordaExportCallback`: a plain LoRA at the end of training."""
+"""`CordaExportCallback`, which exports a plain LoRA at the end of training."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from .export import check_target, export_lora
 class CordaExportCallback(TrainerCallback):
     """Exports the active CORDA adapter as a plain LoRA when training ends, on the main process.
 
-    What can be checked is checked before training begins. With `load_best_model_at_end` it is the best
-    model that is exported.
+    The arguments and the model are checked before training begins. With `load_best_model_at_end`, the
+    best model is exported.
 
     Args:
-        dst: folder to write, as for `export_lora`.
-        rank: of the LoRA factors, as for `export_lora`.
-        dtype: of the LoRA factors, as for `export_lora`.
+        dst: Folder to write, as for `export_lora`.
+        rank: Rank of the LoRA factors, as for `export_lora`.
+        dtype: Dtype of the LoRA factors, as for `export_lora`.
 
     Raises:
-        ValueError: as `export_lora`, or if the model has no single active CORDA adapter, or its weights
-            are spread over processes.
+        ValueError: As `export_lora`, or if the model does not have exactly one active adapter, of type
+            CORDA, or its weights are sharded over processes.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class CordaExportCallback(TrainerCallback):
         dtype: torch.dtype | str | None = None,
     ) -> None:
         check_target(os.fspath(dst), rank, dtype)
-        # A run may change the current folder on its way.
+        # The current folder may change during a run.
         self.dst, self.rank, self.dtype = resolved(dst, "dst"), rank, dtype
 
     def on_train_begin(
@@ -64,12 +64,12 @@ class CordaExportCallback(TrainerCallback):
 
 
 def _save(wrapped: nn.Module, folder: str) -> str:
-    """Where in `folder` the active adapter was saved to."""
+    """Saves the active adapter and returns its folder, which is `folder` or inside it."""
     model, name = _corda_adapter(wrapped)
     if not isinstance(model, PeftModel):
         model.save_pretrained(
             folder
-        )  # a transformers model with `add_adapter`: the active one alone
+        )  # a transformers model with `add_adapter` saves only the active adapter
         return folder
     model.save_pretrained(folder, selected_adapters=[name])
     return folder if name == "default" else os.path.join(folder, name)
@@ -82,8 +82,8 @@ def _corda_adapter(wrapped: nn.Module) -> tuple[Any, str]:
     names = active() if callable(active) else active
     if len(names) != 1 or not isinstance(configs.get(names[0]), CordaConfig):
         raise ValueError(
-            f"CordaExportCallback exports the one active CORDA adapter of a model, and this "
-            f"{type(model).__name__} has {names or 'none'} active. Activate a CORDA adapter with "
+            "CordaExportCallback needs exactly one active adapter, of type CORDA, but this "
+            f"{type(model).__name__} has {names or 'none'} active. Activate one CORDA adapter with "
             "set_adapter, or leave out the callback."
         )
     return model, names[0]
@@ -96,6 +96,6 @@ def _check_whole() -> None:
     plugin = getattr(state, "deepspeed_plugin", None)
     if state.distributed_type == DistributedType.FSDP or getattr(plugin, "zero_stage", 0) == 3:
         raise ValueError(
-            "CordaExportCallback needs the whole adapter on the main process, and FSDP and ZeRO-3 "
-            "spread it over all. Leave it out, and call export_lora on the saved checkpoint."
+            "CordaExportCallback needs the full adapter on the main process, but FSDP and ZeRO-3 shard "
+            "it over processes. Leave the callback out, and call export_lora on the saved checkpoint."
         )

@@ -1,4 +1,4 @@
-"""Reading the files of a checkpoint, and checking where an export may go."""
+"""Reads the files of a checkpoint, and checks the destination of an export."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..config import CordaConfig
 
-# By this an export is told from other LoRA adapters, which are never replaced.
+# Distinguishes exports from other LoRA adapters, which are never replaced.
 _METADATA = {"format": "pt", "exported_by": "peft_corda"}
 
 
@@ -31,11 +31,13 @@ def _is_export(folder: str) -> bool:
 def _check_apart(src: str, dst: str) -> None:
     inner, outer = os.path.realpath(dst), os.path.realpath(src)
     if inner == outer:
-        raise ValueError(f"dst is src, {dst!r}: the start would be lost. Give another folder.")
+        raise ValueError(
+            f"dst is src, {dst!r}, whose lora_A0 and lora_B0 would be lost. Give another folder."
+        )
     if os.path.commonpath([inner, outer]) == outer:
         raise ValueError(
-            f"dst, {dst!r}, lies in src, {src!r}: a Trainer that resumes from there would load it as a "
-            "second adapter. Give a folder outside of it."
+            f"dst, {dst!r}, lies in src, {src!r}. A Trainer that resumes from there would load it as a "
+            "second adapter. Give a folder outside of src."
         )
 
 
@@ -54,7 +56,9 @@ def _read_config(src: str) -> CordaConfig:
         inside = sorted(os.listdir(src)) if os.path.isdir(src) else []
         nested = [name for name in inside if os.path.isfile(os.path.join(src, name, CONFIG_NAME))]
         hint = (
-            f" There are adapters in its folders {', '.join(nested)}: give one." if nested else ""
+            f" It has adapters in its folders {', '.join(nested)}. Give one of them."
+            if nested
+            else ""
         )
         raise FileNotFoundError(
             f"No {CONFIG_NAME} in {src!r}. Give a folder that save_pretrained wrote.{hint}"
@@ -62,11 +66,11 @@ def _read_config(src: str) -> CordaConfig:
     peft_type = _json_of(src).get("peft_type")
     if peft_type != "CORDA":
         raise ValueError(
-            f"{src!r} holds an adapter of type {peft_type!r}, expected CORDA. Only CORDA adapters are "
-            "exported; a LORA adapter is plain LoRA already."
+            f"{src!r} holds an adapter of type {peft_type!r}, expected CORDA. Only CORDA adapters can "
+            "be exported; a LORA adapter is already plain LoRA."
         )
     config = PeftConfig.from_pretrained(src)
-    assert isinstance(config, CordaConfig)  # follows from its type
+    assert isinstance(config, CordaConfig)  # ensured by its peft_type
     return config
 
 
@@ -74,7 +78,7 @@ def _read_tensors(src: str) -> dict[str, Tensor]:
     path = os.path.join(src, SAFETENSORS_WEIGHTS_NAME)
     if not os.path.isfile(path):
         pickled = os.path.isfile(os.path.join(src, WEIGHTS_NAME))
-        found = f", only a {WEIGHTS_NAME}, which can run code when it is read" if pickled else ""
+        found = f", only a {WEIGHTS_NAME}, which can run code when it is loaded" if pickled else ""
         raise FileNotFoundError(
             f"No {SAFETENSORS_WEIGHTS_NAME} in {src!r}{found}. Save the adapter with "
             "save_pretrained(path, safe_serialization=True)."

@@ -1,8 +1,9 @@
-"""From a CORDA checkpoint to a plain LoRA adapter, which loads without this package.
+"""Exports a CORDA checkpoint as a plain LoRA adapter, which loads without this package.
 
 The weight update `s (B A − B0 A0)` of a module is the product of `[s B, −s B0] (out, 2r)` and
-`[A; A0] (2r, in)`. It is written as one LoRA product with the scaling in it (`lora_alpha = r`) and of
-one rank in all modules, since servers such as vLLM know no `rank_pattern` and no `alpha_pattern`.
+`[A; A0] (2r, in)`. It is written as one LoRA product that includes the scaling (`lora_alpha = r`),
+with the same rank in all modules, since servers such as vLLM do not support `rank_pattern` or
+`alpha_pattern`.
 """
 
 from __future__ import annotations
@@ -28,28 +29,29 @@ def export_lora(
     rank: int | None = None,
     dtype: torch.dtype | str | None = None,
 ) -> str:
-    """Write the adapter of a CORDA checkpoint as a plain LoRA adapter.
+    """Writes the adapter of a CORDA checkpoint as a plain LoRA adapter.
 
-    Needs no base model. The result loads on the unchanged base with PEFT alone, or in any server that
-    takes LoRA adapters. Tensors beside the adapter's factors (`modules_to_save`, biases, trained tokens)
-    are passed on as they are.
+    The base model is not needed. The result loads on the unchanged base model with PEFT alone, or in
+    any server that accepts LoRA adapters. Tensors other than the adapter's factors (`modules_to_save`,
+    biases, trained tokens) are copied unchanged.
 
     Args:
-        src: folder with a saved CORDA adapter (adapter_config.json and adapter_model.safetensors).
-        dst: folder to write; it appears only when it is complete. An earlier export there is replaced,
-            with the text of its model card kept.
-        rank: of the LoRA factors in every module. By default twice the largest rank in the checkpoint,
-            which is exact; else the update is replaced by its best approximation of that rank (in the
-            Frobenius norm, module by module).
-        dtype: of the LoRA factors, as a `torch.dtype` or by name; by default as in the checkpoint.
+        src: Folder with a saved CORDA adapter (adapter_config.json and adapter_model.safetensors).
+        dst: Folder to write, which appears only when it is complete. An earlier export there is
+            replaced, but the text of its model card is kept.
+        rank: Rank of the LoRA factors in every module. The default, twice the largest rank in the
+            checkpoint, is exact. If a rank is given, the update is replaced by its best approximation
+            of that rank (in the Frobenius norm, module by module).
+        dtype: Dtype of the LoRA factors, as a `torch.dtype` or by name. The default is the dtype in the
+            checkpoint.
 
     Returns:
-        `dst`.
+        The path `dst`.
 
     Raises:
-        FileNotFoundError: if `src` or one of its files is missing.
-        ValueError: if `src` is not a whole CORDA checkpoint, an argument is out of range, or `dst` is in
-            `src` or holds something else.
+        FileNotFoundError: If `src` or one of its files is missing.
+        ValueError: If `src` is not a complete CORDA checkpoint, an argument is out of range, or `dst` is
+            in `src` or contains other files.
     """
     src, given = os.fspath(src), os.fspath(dst)
     target = resolved(given, "dst")
@@ -71,12 +73,12 @@ def export_lora(
 def check_target(
     dst: str, rank: int | None = None, dtype: torch.dtype | str | None = None
 ) -> torch.dtype | None:
-    """The dtype to write in, after a check of all that an export needs but the checkpoint.
+    """Checks all arguments of an export except the checkpoint, and returns the dtype to write.
 
     Raises:
-        ValueError: if an argument is out of range, or `dst` is empty or holds anything but an earlier
-            export.
-        OSError: if `dst` cannot be written.
+        ValueError: If an argument is out of range, or `dst` is an empty path or contains anything but
+            an earlier export.
+        OSError: If `dst` cannot be written.
     """
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(
@@ -88,7 +90,7 @@ def check_target(
     target = check_output_folder(dst, "dst", _FILES)
     if os.path.isdir(target) and os.listdir(target) and not _is_export(target):
         raise ValueError(
-            f"{dst!r} holds files that are not an earlier export by this package, and the whole folder "
+            f"{dst!r} holds files that are not an earlier export by this package, and the entire folder "
             "would be replaced. Give the path of a new folder."
         )
     return None if dtype is None else getattr(torch, name)

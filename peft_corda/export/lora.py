@@ -1,4 +1,4 @@
-"""The tensors and the config of a plain LoRA, out of those of a CORDA adapter."""
+"""Converts the tensors and the config of a CORDA adapter to those of a plain LoRA."""
 
 from __future__ import annotations
 
@@ -25,16 +25,20 @@ def lora_tensors(
     rank: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[dict[str, Tensor], int]:
-    """The tensors of a LoRA checkpoint from those of a CORDA checkpoint, and their rank.
+    """Converts the tensors of a CORDA checkpoint to those of a LoRA checkpoint.
 
     Args:
-        tensors: `A (r, in)`, `B (out, r)` and their starts by module, and whatever else was saved.
-        config: the checkpoint's, for the scaling of each module.
-        rank: of all modules; twice the largest if None.
-        dtype: of the new factors; that of the old ones if None.
+        tensors: The factors `A (r, in)`, `B (out, r)` and their starts by module, and any other saved
+            tensors.
+        config: Config of the checkpoint, for the scaling of each module.
+        rank: Rank of all modules, by default twice the largest one.
+        dtype: Dtype of the new factors, by default that of the old ones.
+
+    Returns:
+        The tensors, and their rank.
 
     Raises:
-        ValueError: if a start is missing, shapes do not go together, or values are not finite.
+        ValueError: If a start is missing, shapes do not match, or values are not finite.
     """
     modules = _modules_of(tensors)
     ranks = {name: tensors[keys["A"]].shape[0] for name, keys in modules.items()}
@@ -46,8 +50,9 @@ def lora_tensors(
         a, b, a0, b0 = (tensors[keys[part]].detach().cpu() for part in ("A", "B", "A0", "B0"))
         if a.shape != a0.shape or b.shape != b0.shape or b.shape[1] != a.shape[0]:
             raise ValueError(
-                f"The factors of {name} do not go together: A {tuple(a.shape)}, B {tuple(b.shape)}, "
-                f"A0 {tuple(a0.shape)}, B0 {tuple(b0.shape)}. Save the adapter again."
+                f"The shapes of the factors of {name} do not match: A {tuple(a.shape)}, "
+                f"B {tuple(b.shape)}, A0 {tuple(a0.shape)}, B0 {tuple(b0.shape)}. Save the adapter "
+                "again."
             )
         update = stacked([(scaling * b.double(), a), (-scaling * b0.double(), a0)])
         _check_finite(name, *update)
@@ -59,7 +64,7 @@ def lora_tensors(
 
 
 def lora_config(config: CordaConfig, rank: int) -> LoraConfig:
-    """The config of a plain LoRA of one rank, with a scaling of 1, and all else as in `config`."""
+    """Returns the config of a plain LoRA of one rank and scaling 1, otherwise equal to `config`."""
     kept = {field.name: getattr(config, field.name) for field in fields(LoraConfig) if field.init}
     kept |= {
         "r": rank,
@@ -73,7 +78,7 @@ def lora_config(config: CordaConfig, rank: int) -> LoraConfig:
 
 
 def _modules_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
-    """By module name, the keys of `A`, `B`, `A0` and `B0`."""
+    """Returns the keys of `A`, `B`, `A0` and `B0` by module name."""
     names = [key.removesuffix(_ENDINGS["A"]) for key in tensors if key.endswith(_ENDINGS["A"])]
     modules = {
         name.removeprefix(_PREFIX): {part: name + end for part, end in _ENDINGS.items()}
@@ -83,20 +88,20 @@ def _modules_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
     if missing or not modules:
         what = f"{len(missing)} tensors, such as {missing[0]}" if missing else "any lora_A tensor"
         raise ValueError(
-            f"The checkpoint lacks {what}. A CORDA adapter is saved with what it started from (lora_A0 "
-            "and lora_B0): save it again with save_pretrained, all its parameters gathered."
+            f"The checkpoint lacks {what}. A CORDA adapter is saved with its start (lora_A0 and "
+            "lora_B0). Save it again with save_pretrained, with all its parameters gathered."
         )
     return modules
 
 
 def _scaling(config: CordaConfig, name: str, rank: int) -> float:
-    """`s` of a module, as PEFT's LoRA works it out."""
+    """Returns the scaling `s` of a module, computed as in PEFT's LoRA."""
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     configured = ranks.get(get_pattern_key(list(ranks), name), config.r)
     if configured != rank:
         raise ValueError(
             f"{name} has an adapter of rank {rank}, but the checkpoint's config says {configured}. Its "
-            "files do not belong together: save the adapter again."
+            "files do not belong together. Save the adapter again."
         )
     alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
     return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
@@ -106,5 +111,5 @@ def _check_finite(name: str, *factors: Tensor) -> None:
     if not all(bool(factor.isfinite().all()) for factor in factors):
         raise ValueError(
             f"The adapter of {name} has NaN or infinite values, or values that are too large for the "
-            "dtype to write. Export an earlier checkpoint, or with another dtype."
+            "dtype to write. Export an earlier checkpoint, or use another dtype."
         )

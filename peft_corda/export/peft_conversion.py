@@ -1,4 +1,4 @@
-"""Conversion to a plain LoRA while PEFT saves the adapter."""
+"""Converts the adapter to a plain LoRA while PEFT saves it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .lora import lora_config, lora_tensors
 
 
 class ConvertedConfig(LoraConfig):
-    """What PEFT's copy of a config becomes when `save_pretrained` converts the adapter on the way."""
+    """Config that replaces PEFT's copy when `save_pretrained` converts the adapter to a LoRA."""
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
@@ -24,14 +24,16 @@ class ConvertedConfig(LoraConfig):
 def convert_for_saving(
     tensors: Mapping[str, Tensor], config: CordaConfig | None
 ) -> dict[str, Tensor]:
-    """What `PeftModel.save_pretrained(path_initial_model_for_weight_conversion=...)` is to write.
+    """Returns the LoRA tensors that PEFT is to write in place of the adapter's.
+
+    Called by `PeftModel.save_pretrained(path_initial_model_for_weight_conversion=...)`.
 
     Args:
-        tensors: of the CORDA adapter, as they would have been saved.
-        config: PEFT's own copy of the adapter's config; turned into that of the LoRA.
+        tensors: Tensors of the CORDA adapter, as they would otherwise be saved.
+        config: PEFT's own copy of the adapter's config, which is changed in place to that of the LoRA.
 
     Raises:
-        ValueError: as `lora_tensors`, or if there is no such copy.
+        ValueError: As `lora_tensors`, or if `config` is None.
     """
     if config is None:
         raise ValueError(
@@ -39,7 +41,7 @@ def convert_for_saving(
             "save_pretrained(path), then call peft_corda.export_lora(path, another_path)."
         )
     converted, rank = lora_tensors(tensors, config)
-    # PEFT doubles both before it writes the config.
+    # PEFT doubles `r` and `lora_alpha` before it writes the config.
     lora = lora_config(config, rank // 2)
     config.__dict__.clear()
     config.__dict__.update(lora.__dict__)
