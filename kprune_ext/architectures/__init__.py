@@ -1,4 +1,4 @@
-"""The only place that names a model family: a table of rows, and the tasks of their heads."""
+"""Supported model families, named only here: a table with a row per family, and task heads."""
 
 from .row import Architecture, SubLayerPaths
 from .table import ARCHITECTURES, find_architecture

@@ -1,4 +1,4 @@
-"""How one sub-layer of a transformer layer is run, with residual and norm."""
+"""Running one sub-layer of a transformer layer, with residual and norm."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .row import Context, Run
 
 
 def first_output(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    """The first output of a module."""
+    """Returns the first output of a module."""
     output = module(*args, **kwargs)
     return output[0] if isinstance(output, tuple) else output
 
@@ -42,7 +42,7 @@ def distilbert_ffn(layer: nn.Module, hidden: Tensor, context: Context) -> Tensor
 
 
 def pre_norm(norm: str, module: str, scale: str | None = None, *names: str) -> Run:
-    """A sub-layer that reads the normed hidden state and adds to the hidden state."""
+    """Returns the `run` of a sub-layer that reads the normed hidden states and adds to them."""
 
     def run(layer: nn.Module, hidden: Tensor, context: Context) -> Tensor:
         normed = layer.get_submodule(norm)(hidden)

@@ -1,4 +1,4 @@
-"""Self-attention modules for heads that transformers' own modules cannot do without.
+"""Self-attention modules for families whose own module cannot run without some of its heads.
 
 Most families run with any number of heads once their projections are sliced. These do not, so their
 module is replaced by one of a subclass that takes over its contents (parameters keep their names).
@@ -15,15 +15,15 @@ from transformers.models.mpnet.modeling_mpnet import MPNetSelfAttention
 
 
 def take_over(new: nn.Module, old: nn.Module) -> None:
-    # In place of the parent's constructor, which would draw projections only for us to drop them.
+    # Instead of the parent's constructor, which would initialize projections that are then dropped.
     nn.Module.__init__(new)
     new.__dict__.update(old.__dict__)
 
 
 class HeadlessBertSelfAttention(BertSelfAttention):
-    """BERT's self-attention with no head left: it gives an output of no dimensions.
+    """BERT's self-attention with no head left, whose output has no dimensions.
 
-    transformers before version 5 cannot reshape such an output; this one does not need to.
+    transformers before version 5 cannot reshape such an output; this class does not need to.
     """
 
     def __init__(self, attention: nn.Module) -> None:
@@ -32,13 +32,13 @@ class HeadlessBertSelfAttention(BertSelfAttention):
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Outputs ``(batch, tokens, 0)`` and attention weights ``(batch, 0, tokens, tokens)``."""
+        """Returns outputs `(batch, tokens, 0)` and weights `(batch, 0, tokens, tokens)`."""
         batch, tokens = hidden_states.shape[:2]
         return self.value(hidden_states), hidden_states.new_zeros(batch, 0, tokens, tokens)
 
 
 class HeadlessDisentangledSelfAttention(DisentangledSelfAttention):
-    """DeBERTa's self-attention with no head left: it gives an output of no dimensions."""
+    """DeBERTa's self-attention with no head left, whose output has no dimensions."""
 
     def __init__(self, attention: nn.Module) -> None:
         take_over(self, attention)
@@ -50,23 +50,24 @@ class HeadlessDisentangledSelfAttention(DisentangledSelfAttention):
         output_attentions: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Outputs ``(batch, tokens, 0)``; attention weights ``(batch, 0, tokens, tokens)``."""
+        """Returns outputs `(batch, tokens, 0)` and weights `(batch, 0, tokens, tokens)`."""
         batch, tokens = hidden_states.shape[:2]
         weights = hidden_states.new_zeros(batch, 0, tokens, tokens) if output_attentions else None
         return self.value_proj(hidden_states), weights
 
 
 class HeadlessAttention(nn.Module):
-    """Attention with no head left whose last step is the output projection: its bias is all it gives.
+    """Attention with no head left that ends with its output projection and returns only its bias.
 
-    onnxruntime does not read products over no heads. It is put in front of the family's own class.
+    onnxruntime cannot read matrix products over no heads. This class precedes the family's own class
+    among the bases of the module's class.
     """
 
     def __init__(self, attention: nn.Module) -> None:
         take_over(self, attention)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Outputs ``(batch, tokens, hidden)``; attention weights ``(batch, 0, tokens, tokens)``."""
+        """Returns outputs `(batch, tokens, hidden)`, weights `(batch, 0, tokens, tokens)`."""
         batch, tokens = hidden_states.shape[:2]
         names = ("o_proj", "out_lin", "Wo")
         project = next(child for name, child in self.named_children() if name in names)
@@ -75,10 +76,10 @@ class HeadlessAttention(nn.Module):
 
 
 class KeptMPNetSelfAttention(MPNetSelfAttention):
-    """MPNet's self-attention with some of its heads; the position bias comes with all of them.
+    """MPNet's self-attention with some of its heads, for a position bias of all of them.
 
     Attributes:
-        kept_heads: numbers of the heads, in the model before any was removed.
+        kept_heads: Numbers of the heads, counted in the unpruned model.
     """
 
     def __init__(self, attention: nn.Module, kept_heads: tuple[int, ...]) -> None:
@@ -92,7 +93,7 @@ class KeptMPNetSelfAttention(MPNetSelfAttention):
         position_bias: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, ...]:
-        """As MPNet's, with ``position_bias`` ``(batch, all heads, tokens, tokens)``."""
+        """Runs MPNet's forward; `position_bias` is `(batch, all heads, tokens, tokens)`."""
         if position_bias is not None:
             position_bias = position_bias[:, list(self.kept_heads)]
         outputs: tuple[Tensor, ...] = super().forward(
@@ -102,13 +103,13 @@ class KeptMPNetSelfAttention(MPNetSelfAttention):
 
 
 def headless_bert(attention: nn.Module, kept: tuple[int, ...]) -> nn.Module:
-    """BERT-like attention with the heads ``kept`` of those it has."""
+    """Returns BERT-like attention with only the heads `kept` of its present ones."""
     headless = not kept and isinstance(attention, BertSelfAttention)
     return HeadlessBertSelfAttention(attention) if headless else attention
 
 
 def headless(attention: nn.Module, kept: tuple[int, ...]) -> nn.Module:
-    """Attention that ends with its output projection, with the heads ``kept`` of those it has."""
+    """Returns attention that ends with its output projection, with only the heads `kept`."""
     if kept or isinstance(attention, HeadlessAttention):
         return attention
     own = type(attention)
@@ -117,12 +118,12 @@ def headless(attention: nn.Module, kept: tuple[int, ...]) -> nn.Module:
 
 
 def headless_deberta(attention: nn.Module, kept: tuple[int, ...]) -> nn.Module:
-    """DeBERTa's attention with the heads ``kept`` of those it has."""
+    """Returns DeBERTa's attention with only the heads `kept` of its present ones."""
     return attention if kept else HeadlessDisentangledSelfAttention(attention)
 
 
 def kept_mpnet_heads(attention: nn.Module, kept: tuple[int, ...]) -> nn.Module:
-    """MPNet's attention with the heads ``kept`` of those it has."""
+    """Returns MPNet's attention with only the heads `kept` of its present ones."""
     before = getattr(attention, "kept_heads", None)
     return KeptMPNetSelfAttention(
         attention, tuple(kept if before is None else (before[head] for head in kept))

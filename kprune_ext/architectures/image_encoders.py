@@ -1,4 +1,4 @@
-"""Rows of families that read images."""
+"""Rows of the families that read images."""
 
 from __future__ import annotations
 

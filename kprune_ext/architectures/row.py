@@ -1,7 +1,7 @@
-"""What the package knows of one model family: where it keeps its heads and neurons.
+"""Description of one model family: the modules that hold its heads and neurons.
 
-`layers` is a path inside the base model (the encoder without a task's head); all other paths lie inside
-one transformer layer.
+`layers` is a path in the base model (the encoder without a task's head). All other paths are relative
+to one transformer layer.
 """
 
 from __future__ import annotations
@@ -13,34 +13,34 @@ from typing import Any
 from accelerate.utils import compare_versions
 from torch import Tensor, nn
 
-#: Arguments of a transformer layer besides the hidden state: masks, positions.
+#: Arguments of a transformer layer other than the hidden states: masks, positions.
 Context = Mapping[str, Any]
 
 Run = Callable[[nn.Module, Tensor, Context], Tensor]
 
-#: Prefix of the model type of the pruned form of a family. transformers' message about an unknown
-#: model type is the one place where a user without this package can learn its name.
+#: Prefix of a pruned family's model type. It names this package because a user without it sees only
+#: transformers' message about an unknown model type.
 PRUNED_PREFIX = "kprune_ext_"
 
-#: The oldest transformers that this package runs with; rows for it describe later ones, too.
+#: Oldest supported version of transformers; rows for it describe later versions, too.
 OLDEST = "4.57"
 
 
 @dataclass(frozen=True)
 class SubLayerPaths:
-    """Where one kind of sub-layer keeps its units.
+    """Modules that hold the units of one kind of sub-layer.
 
     Attributes:
-        inputs: linear modules whose output dimensions belong to the units.
-        output: the linear module whose input dimensions belong to the units.
-        run: ``(layer, hidden, context) -> hidden``, the sub-layer with residual and norm.
-        stacked: how many matrices each of ``inputs`` stacks along its output dimension: 3 for a
+        inputs: Paths of the linear modules whose output dimensions belong to the units.
+        output: Path of the linear module whose input dimensions belong to the units.
+        run: Runs the sub-layer with residual and norm, `(layer, hidden, context) -> hidden`.
+        stacked: Number of matrices that each of `inputs` stacks along its output dimension: 3 for a
             fused query, key and value, 2 for a fused gate and input.
-        scale: a vector ``(hidden,)`` that multiplies the output before the residual is added.
-        counter: for attention, the module that holds numbers of heads.
-        adapt: for attention, ``(module, kept) -> module``: what takes the counter's place when only
-            the heads numbered ``kept`` are left; it may be the same module.
-        adapt_classes: the classes that ``adapt`` refers to. A self-contained checkpoint gets a copy of
+        scale: Path of a vector `(hidden,)` that multiplies the output before the residual is added.
+        counter: For attention, path of the module that stores the number of heads.
+        adapt: For attention, a function `(module, kept) -> module` that returns the replacement of the
+            `counter` module when only the heads numbered `kept` are left. It may be the same module.
+        adapt_classes: Classes that `adapt` refers to. A self-contained checkpoint gets a copy of
             those of this package, and imports the others.
     """
 
@@ -59,14 +59,16 @@ class Architecture:
     """One model family.
 
     Attributes:
-        model_type: as in transformers' configs.
-        layers: path of the list of transformer layers in the base model.
-        attention, ffn: variants of the sub-layers; a layer has the first one whose modules it has.
-        neurons: the config's number of neurons of an unpruned layer.
-        extra_head_flops: ``(config, length)``: FLOPs of a head on one sequence besides projections
-            and the products of queries, keys and values.
-        refusal: why a model with this config cannot be pruned, or None if it can.
-        transformers: the oldest version of transformers whose modules the row describes.
+        model_type: Model type in transformers' configs.
+        layers: Path of the list of transformer layers in the base model.
+        attention: Variants of the attention sub-layer. A layer is of the first variant whose modules
+            it has.
+        ffn: Variants of the feed-forward sub-layer, likewise.
+        neurons: Returns the number of neurons of an unpruned layer, given the config.
+        extra_head_flops: Returns the FLOPs of a head on one sequence other than those of projections
+            and of the products of queries, keys and values, given `(config, length)`.
+        refusal: Returns why a model with this config cannot be pruned, or None if it can.
+        transformers: Oldest version of transformers whose modules the row describes.
     """
 
     model_type: str
@@ -85,5 +87,5 @@ class Architecture:
 
     @property
     def pruned_type(self) -> str:
-        """Model type of the pruned form."""
+        """Model type of the pruned family."""
         return PRUNED_PREFIX + self.model_type

@@ -1,8 +1,8 @@
-"""The table of model families that can be pruned, and the row that a model belongs to.
+"""Table of the model families that can be pruned, and look-up of a model's row.
 
-To add a family, add a row to `text_encoders` or `image_encoders`: the paths of its projections, and how
-to run one sub-layer (`blocks` has the common ways). Its model classes for all tasks follow from
-transformers' own tables. Nothing outside of this wing names a family.
+To add a family, add a row to `text_encoders` or `image_encoders`: the paths of its projections, and a
+function that runs one sub-layer (`blocks` has the common ones). Its model classes for all tasks follow
+from transformers' own tables. Nothing outside of `architectures` names a family.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from .row import Architecture
 from .text_encoders import TEXT_ENCODERS
 
 ARCHITECTURES: tuple[Architecture, ...] = (*TEXT_ENCODERS, *IMAGE_ENCODERS)
-#: By model type, of the dense and of the pruned form.
+#: Row by model type, both of the dense and of the pruned family.
 ROWS = {row.pruned_type: row for row in ARCHITECTURES} | {
     row.model_type: row for row in ARCHITECTURES
 }
 
 
 def supported() -> str:
-    """The families that can be pruned, for messages."""
+    """Returns the model types that can be pruned, for messages."""
     return ", ".join(row.model_type for row in ARCHITECTURES)
 
 
 def find_architecture(model: nn.Module) -> Architecture:
-    """The table row of a model, dense or pruned before.
+    """Returns the table row of a dense or pruned model.
 
     Raises:
-        ValueError: the family or variant is not supported; the message lists what is.
+        ValueError: If the family or variant is not supported; the message lists the supported ones.
     """
     config = getattr(model, "config", None)
     kind = getattr(config, "model_type", None)
@@ -49,7 +49,7 @@ def find_architecture(model: nn.Module) -> Architecture:
     if is_decoder(model):
         raise ValueError(
             f"Cannot prune a {type(model).__name__} (model type {kind!r}): it is a decoder. Supported "
-            f"are encoders of the model types {supported()}."
+            f"are encoders of these model types: {supported()}."
         )
     raise ValueError(
         f"Cannot prune a {type(model).__name__} (model type {kind!r}). Supported model types: "
@@ -60,10 +60,10 @@ def find_architecture(model: nn.Module) -> Architecture:
 
 
 def is_decoder(model: nn.Module) -> bool:
-    """Whether a model predicts tokens from those before them alone.
+    """Returns whether a model predicts each token only from the tokens before it.
 
-    Configs do not tell it of most families (Llama, Qwen, Gemma, GPT-2), so the class of the model, or of
-    its family's language models, does.
+    The configs of most families (Llama, Qwen, Gemma, GPT-2) do not say so. For them it follows from
+    the kinds of language models that transformers lists for the config's class.
     """
     config: Any = getattr(model, "config", None)
     if getattr(config, "is_decoder", False):

@@ -1,7 +1,7 @@
-"""Task heads: what a model predicts, and how to read it off.
+"""Task heads: the predictions of a model and how to compute them.
 
-Predictions are logits ``(batch, classes)``, or ``(batch, positions, classes)`` where a sample has
-several of its own, such as one for each token. No labels are needed anywhere.
+Predictions are logits `(batch, classes)`, or `(batch, positions, classes)` where a sample has
+several, such as one per token. Labels are not needed anywhere.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Task:
     """A kind of task head.
 
     Attributes:
-        name: for messages.
-        auto: transformers' Auto class of the models.
-        mapping: from the configs of families to their models.
-        predict: ``(model, batch) -> logits``.
-        problem: what the logits mean; None: as the model's config says.
+        name: Name of the task, for messages.
+        auto: Auto class of transformers for the task's models.
+        mapping: Model classes of the task, by config class of the family.
+        predict: Computes the predictions, `(model, batch) -> logits`.
+        problem: Problem type of the logits; None to take it from the model's config.
     """
 
     name: str
@@ -54,7 +54,7 @@ def _logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def _span(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """Start and end of the answer as two positions whose classes are the tokens."""
+    """Returns start and end of the answer as two positions whose classes are the tokens."""
     output = model(**batch)
     logits = torch.stack([output.start_logits, output.end_logits], dim=1)
     hidden = batch["attention_mask"].unsqueeze(1) == 0
@@ -62,7 +62,7 @@ def _span(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def _mean_pooled(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """The mean over unmasked tokens of the last hidden state, as sentence embeddings are made."""
+    """Returns the mean of the last hidden states over unmasked tokens, a sentence embedding."""
     hidden: Tensor = model(**batch).last_hidden_state
     if "attention_mask" not in batch:
         return hidden.mean(1)
@@ -109,14 +109,14 @@ TASKS: tuple[Task, ...] = (
 
 
 def find_task(model: nn.Module, model_classes: Mapping[type, Task]) -> Task:
-    """The task of a model.
+    """Returns the task of a model.
 
     Args:
-        model: dense or pruned.
-        model_classes: by class of dense model, what it is for.
+        model: The dense or pruned model.
+        model_classes: Task by class of the dense model.
 
     Raises:
-        ValueError: the class is none of them.
+        ValueError: If the model's class is not one of them.
     """
     for kind in (type(model), *type(model).__bases__):
         if kind in model_classes:
@@ -129,7 +129,7 @@ def find_task(model: nn.Module, model_classes: Mapping[type, Task]) -> Task:
 
 
 def problem_type(model: PreTrainedModel, task: Task) -> ProblemType:
-    """What a model's logits mean: one class, several labels, or numbers."""
+    """Returns the problem type of a model's logits: one class, several labels, or numbers."""
     if task.problem is not None:
         return task.problem
     declared: ProblemType | None = model.config.problem_type

@@ -1,4 +1,4 @@
-"""Rows of families that read text."""
+"""Rows of the families that read text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .row import OLDEST, Architecture, SubLayerPaths
 
 
 def _deberta_position_flops(config: Any, length: int) -> int:
-    """Projections of the table of relative positions, and its products with queries and keys."""
+    """FLOPs of projecting the relative positions and of their products with queries and keys."""
     if not getattr(config, "relative_attention", False):
         return 0
     most = config.max_relative_positions

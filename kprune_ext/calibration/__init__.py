@@ -1,1 +1,1 @@
-"""Calibration data on their way up through teacher and student."""
+"""Calibration data, and their hidden states in teacher and student."""

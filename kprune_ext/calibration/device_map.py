@@ -1,4 +1,4 @@
-"""Models that lie on several devices, or partly in CPU memory or on disk (``device_map``)."""
+"""Models on several devices, or partly offloaded to CPU memory or disk (`device_map`)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from transformers import PreTrainedModel
 from ..common.placement import gathered
 
 CPU = torch.device("cpu")
-#: By path of a module, the device of it and of all inside that no longer path is given for.
+#: Device by path of a module. It holds for everything inside, except where a longer path is given.
 DeviceMap = Mapping[str, torch.device]
 
 
 def device_map_of(model: nn.Module) -> DeviceMap:
-    """Where the pruned copy of a model's parts is to be, and to compute.
+    """Returns the device map of a model's pruned copy.
 
-    That is where the ``device_map`` says. What accelerate keeps in CPU memory or on disk, and brings
-    to a device for each forward pass, has its copy in CPU memory and computes there: pruning changes
-    it, and gradients need all of it.
+    It is the model's own `device_map`, except for parts that accelerate offloads to CPU memory or disk
+    and moves to a device for each forward pass. Their copy is in CPU memory and computes there:
+    pruning changes it, and gradients need all of it.
     """
     given = getattr(model, "hf_device_map", None)
     if given:
@@ -34,13 +34,13 @@ def device_map_of(model: nn.Module) -> DeviceMap:
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where a model expects its inputs."""
+    """Returns the device on which a model expects its inputs."""
     embeddings: nn.Module = model.get_input_embeddings()
     return next(embeddings.parameters()).device
 
 
 def device_of(path: str, device_map: DeviceMap, otherwise: torch.device) -> torch.device:
-    """The device of a module, parameter or buffer, by its path; ``otherwise`` if none is given."""
+    """Returns the device of a module, parameter or buffer; `otherwise` if the map has none."""
     while path not in device_map:
         if not path:
             return otherwise
@@ -49,15 +49,15 @@ def device_of(path: str, device_map: DeviceMap, otherwise: torch.device) -> torc
 
 
 def require_whole_layers(model: nn.Module, layers: str, device_map: DeviceMap) -> None:
-    """Refuse transformer layers that lie on several devices.
+    """Refuses transformer layers that are split over several devices.
 
     Args:
-        model: that the paths are of.
-        layers: path of the list of its transformer layers.
-        homes: see :func:`homes_of`.
+        model: The model.
+        layers: Path of the list of its transformer layers.
+        device_map: Its device map, from `device_map_of`.
 
     Raises:
-        ValueError: naming the layer.
+        ValueError: If a layer is split; the message names it.
     """
     for number, layer in enumerate(model.get_submodule(layers).children()):
         path = f"{layers}.{number}"
@@ -67,20 +67,21 @@ def require_whole_layers(model: nn.Module, layers: str, device_map: DeviceMap) -
         }
         if len(found) > 1:
             raise ValueError(
-                f"{path} lies on several devices ({', '.join(sorted(map(str, found)))}), but pruning "
+                f"{path} is on several devices ({', '.join(sorted(map(str, found)))}), but pruning "
                 "needs each transformer layer on one. Load the model with device_map='auto', which "
-                "does not split layers, or give the whole layer one device in your device_map."
+                "does not split layers, or assign the layer to one device in your device_map."
             )
 
 
 @torch.no_grad()
 def copy_weights(source: PreTrainedModel, copy: nn.Module, device_map: DeviceMap) -> None:
-    """Give a copy the source's parameters and buffers, in memory of its own, each at its home.
+    """Copies a model's parameters and buffers to another model, each to its device.
 
     Args:
-        source: its weights may be on any device, or be brought in by accelerate's hooks.
-        copy: a model whose modules, parameters and buffers have the same names; changed in place.
-        homes: of the parts of both.
+        source: The model to copy from. Its weights may be on any device or offloaded by accelerate.
+        copy: A model whose modules, parameters and buffers have the same names. It is changed in
+            place and shares no memory with `source`.
+        device_map: Device map of the copy.
     """
     own = dict(copy.named_modules())
     for path, module in source.named_modules():
@@ -99,9 +100,9 @@ def _own(values: Tensor, device: torch.device) -> Tensor:
 
 @contextmanager
 def moving_inputs(model: nn.Module, layers: str, device_map: DeviceMap) -> Iterator[None]:
-    """While the block runs, what is outside of the transformer layers gets its inputs on its device.
+    """Moves the inputs of modules outside of the transformer layers to the modules' devices.
 
-    The layers' inputs are moved by :meth:`kprune_ext.sublayers.SubLayer.run`.
+    The inputs of the layers are moved by `SubLayer.run`.
     """
     if len(set(device_map.values())) == 1:
         yield
@@ -111,7 +112,7 @@ def moving_inputs(model: nn.Module, layers: str, device_map: DeviceMap) -> Itera
         own = next(module.parameters(recurse=False), None)
         if not inside and (path in device_map or own is not None or module is model):
             device = device_of(path, device_map, CPU if own is None else own.device)
-            # As with a dispatched model, what comes out is where the inputs are.
+            # As with a dispatched model, outputs are on the device of the inputs.
             hook = AlignDevicesHook(execution_device=device, io_same_device=module is model)
             add_hook_to_module(module, hook)
     try:
@@ -121,7 +122,7 @@ def moving_inputs(model: nn.Module, layers: str, device_map: DeviceMap) -> Itera
 
 
 def dispatch(model: PreTrainedModel, device_map: DeviceMap) -> PreTrainedModel:
-    """The model, ready to run: with accelerate's hooks, if it lies on several devices."""
+    """Returns the model ready to run: with accelerate's hooks if it is on several devices."""
     if len(set(device_map.values())) == 1:
         return model
     places: Any = {

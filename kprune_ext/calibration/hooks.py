@@ -1,4 +1,4 @@
-"""Contact with a running model: context managers that leave it as they found it, also after an error."""
+"""Context managers around forward passes, which restore the model even after an error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..units.sublayers import SubLayer
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module in evaluation mode, and each back in its own mode afterwards."""
+    """Puts every module in evaluation mode, and restores each module's own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -25,15 +25,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class _Stop(Exception):
-    """Ends a forward pass once the inputs of interest have been seen."""
+    """Ends a forward pass once the inputs of interest are recorded."""
 
 
 @contextmanager
 def stopping_before(module: nn.Module) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """End any forward pass in the block at ``module``, and record the arguments it would get.
+    """Ends the forward pass in the block before `module`, and records the module's arguments.
 
     Yields:
-        A list that receives one ``(args, kwargs)``; the block must hold one forward pass.
+        A list that receives one `(args, kwargs)`. The block must run exactly one forward pass.
     """
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -52,21 +52,21 @@ def stopping_before(module: nn.Module) -> Iterator[list[tuple[tuple[Any, ...], d
 
 @dataclass
 class Flow:
-    """What went through a sub-layer's output projection in its last forward pass.
+    """Input and output of a sub-layer's output projection in its last forward pass.
 
     Attributes:
-        features: what entered it, ``(batch, tokens, units * unit_size)``.
-        output: what it made of that, ``(batch, tokens, hidden)``.
+        features: Input of the projection, `(batch, tokens, units * unit_size)`.
+        output: Output of the projection, `(batch, tokens, hidden)`.
     """
 
     features: Tensor | None = None
     output: Tensor | None = None
 
     def taken(self) -> tuple[Tensor, Tensor]:
-        """Features and output of a forward pass.
+        """Returns features and output of the last forward pass.
 
         Raises:
-            RuntimeError: no forward pass reached the sub-layer.
+            RuntimeError: If no forward pass reached the sub-layer.
         """
         if self.features is None or self.output is None:
             raise RuntimeError("No forward pass went through the watched sub-layer.")
@@ -75,7 +75,7 @@ class Flow:
 
 @contextmanager
 def watching(sublayer: SubLayer) -> Iterator[Flow]:
-    """Record what flows through a sub-layer's output projection."""
+    """Records input and output of a sub-layer's output projection."""
     flow = Flow()
 
     def at_output(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:

@@ -1,6 +1,6 @@
-"""Contact with a running encoder: into its first layer, through its sub-layers, out of its last.
+"""Running an encoder in pieces: up to its first layer, and from its last layer to the logits.
 
-Everything here leaves the model as it found it, also after an error.
+Everything here restores the model, even after an error.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ Inputs = Mapping[str, Tensor]
 
 
 class _Enough(Exception):
-    """Ends a forward pass that has told what was asked."""
+    """Ends a forward pass once all arguments of interest are recorded."""
 
 
 class _StandIn(nn.Module):
-    """Takes a transformer layer's place, with its attributes but without its weights."""
+    """Replacement of a transformer layer, with its attributes but without its weights."""
 
     def __init__(self, layer: nn.Module, answer: Callable[[tuple[Any, ...], dict], Any]) -> None:
         super().__init__()
-        # A hook of accelerate makes the layer's own forward one of its attributes.
+        # A hook of accelerate stores its forward as an attribute of the layer.
         own = {
             name: value
             for name, value in vars(layer).items()
@@ -48,11 +48,11 @@ class _StandIn(nn.Module):
 
 
 class LayerStack:
-    """A supported model, seen as: enter, sub-layers, predict.
+    """A supported model as a stack of sub-layers, with `enter` below and `predict` above them.
 
     Args:
-        model: in evaluation mode.
-        architecture: its table row.
+        model: The model, in evaluation mode.
+        architecture: The model's table row.
     """
 
     def __init__(self, model: PreTrainedModel, architecture: Architecture) -> None:
@@ -63,13 +63,13 @@ class LayerStack:
 
     @torch.no_grad()
     def enter(self, inputs: Inputs) -> tuple[Tensor, list[Context]]:
-        """The hidden state before the first layer, and each layer's other arguments.
+        """Computes the hidden states before the first layer, and each layer's other arguments.
 
         Args:
-            inputs: of the model, each ``(batch, …)``.
+            inputs: Inputs of the model, each `(batch, …)`.
 
         Returns:
-            ``(batch, tokens, hidden)``, and per layer a mapping from names of arguments.
+            The hidden states `(batch, tokens, hidden)`, and per layer its arguments by name.
         """
         self._look(inputs)
         contexts: list[Context] = []
@@ -88,35 +88,39 @@ class LayerStack:
         return entered[0], contexts
 
     def predict(self, predict: Predict, inputs: Inputs, hidden: Tensor) -> Tensor:
-        """What the model predicts if its last layer gives ``hidden`` ``(batch, tokens, hidden)``.
+        """Computes the model's predictions from given hidden states after its last layer.
 
         Args:
-            predict: ``(model, batch) -> logits``.
-            inputs: as the model was given them.
-            hidden: in place of what its layers make of the inputs.
+            predict: Computes the predictions, `(model, batch) -> logits`.
+            inputs: Inputs of the model, each `(batch, …)`.
+            hidden: Hidden states that replace the last layer's, `(batch, tokens, hidden)`.
+
+        Returns:
+            Logits `(batch, positions, classes)`; a result `(batch, classes)` of `predict` becomes one
+            position.
 
         Raises:
-            TypeError: ``predict`` gives no tensor.
-            ValueError: its shape is neither (batch, classes) nor (batch, positions, classes).
+            TypeError: If `predict` does not return a tensor.
+            ValueError: If its shape is neither `(batch, classes)` nor `(batch, positions, classes)`.
         """
         self._look(inputs)
         with self._replaced_layers(lambda args, kwargs: self._wrapped(hidden)):
             logits = predict(self.model, inputs)
         if not isinstance(logits, Tensor):
             raise TypeError(
-                f"predict gave a {type(logits).__name__}, but must give a tensor of logits. Return "
-                "model(**batch).logits or the like."
+                f"predict returned a {type(logits).__name__}, but must return a tensor of logits, "
+                "such as model(**batch).logits."
             )
         if logits.ndim not in (2, 3) or len(logits) != len(hidden):
             raise ValueError(
-                f"predict gave a tensor of shape {tuple(logits.shape)} for {len(hidden)} samples, "
-                "but must give (batch, classes) or (batch, positions, classes)."
+                f"predict returned a tensor of shape {tuple(logits.shape)} for {len(hidden)} samples, "
+                "but must return (batch, classes) or (batch, positions, classes)."
             )
         return logits if logits.ndim == 3 else logits.unsqueeze(1)
 
     @torch.no_grad()
     def _look(self, inputs: Inputs) -> None:
-        """Find out, once, in what form the layers give their result."""
+        """Finds out, once, whether the layers return tuples or tensors."""
         if self._gives_tuples is None:
             with stopping_before(self._layers[0]) as calls:
                 self.model(**inputs)
@@ -154,7 +158,7 @@ def _bind(
 
 @contextmanager
 def plain_outputs(config: Any) -> Iterator[None]:
-    """Have a model give named outputs without hidden states and attention weights."""
+    """Makes a model return named outputs without hidden states and attention weights."""
     wanted = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
     before = {name: getattr(config, name) for name in wanted if hasattr(config, name)}
     for name in before:

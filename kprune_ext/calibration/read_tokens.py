@@ -1,4 +1,4 @@
-"""Which tokens' states after the last layer predictions depend on."""
+"""The tokens whose hidden states after the last layer the predictions depend on."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from .device_map import input_device
 from .layer_stack import LayerStack
 from .samples import Sample
 
-#: Logits of so many elements go backward at a time: 64 MiB in float32.
+#: Largest number of elements of the logits in one backward pass: 64 MiB in float32.
 MOST_LOGITS = 2**24
 
-#: All unmasked tokens, the first position alone, or whatever is found for each sample.
+#: All unmasked tokens, only the first position, or the positions found for each sample.
 Reading = Literal["all", "first", "each"]
 
 
 def reading_of(stack: LayerStack, samples: Sequence[Sample], predict: Predict) -> Reading:
-    """How a task's own head reads the last layer, from its shortest and its longest sample.
+    """Returns which tokens a task's head reads, judged by its shortest and its longest sample.
 
     Args:
-        stack: Of the model.
-        samples: Calibration samples.
-        predict: `(model, batch) -> logits`, of the task. Which tokens it reads must follow from their
-            positions, and not from what they are; otherwise every sample is to be looked at.
+        stack: Layer stack of the model.
+        samples: The calibration samples.
+        predict: The task's predictions, `(model, batch) -> logits`. Which tokens it reads must depend
+            only on their positions, not on their content; otherwise every sample must be examined.
     """
     lengths = [sample.tokens.shape[1] for sample in samples]
     if not lengths:
@@ -54,7 +54,7 @@ def _reading_of_one(stack: LayerStack, sample: Sample, predict: Predict) -> set[
 
 
 def first_position(tokens: Tensor) -> Tensor:
-    """True at position 0, bool, of the shape of `tokens` `(batch, tokens)`."""
+    """Returns a mask that is True at position 0, of the shape of `tokens` `(batch, tokens)`."""
     first = torch.zeros_like(tokens)
     first[:, :1] = True
     return first
@@ -63,18 +63,21 @@ def first_position(tokens: Tensor) -> Tensor:
 def read_by_each(
     stack: LayerStack, inputs: Mapping[str, Tensor], hidden: Tensor, predict: Predict
 ) -> Tensor:
-    """Which positions of each sample have any part in its predictions, bool, `(batch, tokens)`.
+    """Returns which positions of each sample its predictions depend on, by their gradients.
 
-    A classifier that looks at the first token alone has no gradient anywhere else.
+    A classifier that reads only the first token has no gradient anywhere else.
 
     Args:
-        stack: Of the model.
-        inputs: Of the model, each `(batch, …)`.
-        hidden: The state that takes the place of the last layer's, `(batch, tokens, hidden)`.
-        predict: `(model, batch) -> logits`.
+        stack: Layer stack of the model.
+        inputs: Inputs of the model, each `(batch, …)`.
+        hidden: Hidden states that replace the last layer's, `(batch, tokens, hidden)`.
+        predict: Computes the predictions, `(model, batch) -> logits`.
+
+    Returns:
+        A bool mask, `(batch, tokens)`.
     """
     found: list[Tensor] = []
-    start, rows = 0, 1  # the first alone tells how many logits there are
+    start, rows = 0, 1  # the first sample shows the number of logits
     while start < len(hidden):
         part = slice(start, start + rows)
         with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""Calibration data: from a user's batches to single samples without padding."""
+"""Calibration data: single samples without padding, from a user's batches."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..common.text_data import LABEL_KEYS
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence without the padding behind it.
+    """One sequence without the padding after it.
 
     Attributes:
-        inputs: the model's tensor arguments, each ``(1, tokens, …)``, or ``(1, …)`` where they do
-            not run along the sequence.
-        tokens: which positions count, bool, ``(1, tokens)``.
+        inputs: The model's tensor arguments, each `(1, tokens, …)`, or `(1, …)` where they do not run
+            along the sequence.
+        tokens: Bool mask, True at unmasked tokens, `(1, tokens)`.
     """
 
     inputs: dict[str, Tensor]
@@ -30,20 +30,20 @@ class Sample:
 
     @property
     def count(self) -> int:
-        """Unmasked tokens."""
+        """Number of unmasked tokens."""
         return int(self.tokens.sum())
 
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """One process's samples, and what is known of those of all processes.
+    """One process's samples, with totals over all processes.
 
     Attributes:
-        samples: of this process.
-        keys: a number for each of them, see :func:`sample_keys`.
-        largest_scored: knowledge is measured on samples whose key is at most this.
-        count: samples of all processes.
-        tokens: unmasked tokens of all processes.
+        samples: Samples of this process.
+        keys: Key of each of these samples, from `sample_keys`.
+        largest_scored: Largest key of the samples on which knowledge is measured.
+        count: Number of samples of all processes.
+        tokens: Number of unmasked tokens of all processes.
     """
 
     samples: Sequence[Sample]
@@ -60,23 +60,24 @@ def collect_samples(
     image_tokens: Callable[[Mapping[str, Tensor]], int] | None = None,
     needed: bool = True,
 ) -> list[Sample]:
-    """Samples from the dataloader, in its order, until ``max_tokens`` unmasked tokens are reached.
+    """Takes samples from the dataloader, in its order, up to `max_tokens` unmasked tokens.
 
-    Padding at the end of a sequence is cut off, samples without any unmasked token are left out,
-    and labels and arguments that the model's forward does not know are ignored. A batch without an
-    ``attention_mask`` counts every token, as the model itself would.
+    Padding at the end of a sequence is removed, samples without any unmasked token are left out,
+    and labels and arguments that the model's forward does not accept are ignored. In a batch without
+    an `attention_mask` every token counts, as in the model itself.
 
     Args:
-        model: decides which arguments are taken, and whether it reads text or images.
-        dataloader: batches as mappings of tensors.
-        max_tokens: unmasked tokens in all; the first sample is always taken.
-        image_tokens: for images, how many tokens the model makes of each image of a batch.
-        needed: whether there must be any data.
+        model: The model, which determines the arguments that are taken and whether they are text or
+            images.
+        dataloader: Batches as mappings from argument names to tensors.
+        max_tokens: Largest number of unmasked tokens in total; the first sample is always taken.
+        image_tokens: For images, returns the number of tokens that the model has per image of a batch.
+        needed: Whether data without any unmasked token are an error.
 
     Raises:
-        TypeError: a batch is not a mapping of tensors.
-        ValueError: a batch has no ``input_ids`` or ``pixel_values``, an ``attention_mask`` of a
-            shape that is not ``(batch, tokens)``, or needed data hold no unmasked token.
+        TypeError: If a batch is not a mapping of tensors.
+        ValueError: If a batch lacks `input_ids` or `pixel_values` or has an `attention_mask` whose
+            shape is not `(batch, tokens)`, or if needed data hold no unmasked token.
     """
     accepted = set(inspect.signature(model.forward).parameters) - LABEL_KEYS
     images = model.main_input_name == "pixel_values" and image_tokens is not None
@@ -94,8 +95,8 @@ def collect_samples(
             total += sample.count
     if batches == 0 and needed:
         raise ValueError(
-            "The calibration data are empty: the dataloader gave no batch. Pass a dataloader over "
-            "some hundreds of inputs (an iterator that was used up before gives none)."
+            "The calibration data are empty: the dataloader yielded no batch. Pass a dataloader over "
+            "a few hundred inputs (an iterator that is already exhausted yields none)."
         )
     if not samples and needed:
         raise ValueError(
@@ -110,7 +111,7 @@ def _tensors(batch: Any, accepted: set[str]) -> dict[str, Tensor]:
         raise TypeError(
             f"A calibration batch is a {type(batch).__name__}, but must be a mapping from argument "
             "names to tensors, such as {'input_ids': …, 'attention_mask': …}. Use a dataset of "
-            "dicts with transformers' DataCollatorWithPadding."
+            "dicts with the DataCollatorWithPadding of transformers."
         )
     inputs = {
         name: value for name, value in batch.items() if name in accepted and value is not None
@@ -119,7 +120,7 @@ def _tensors(batch: Any, accepted: set[str]) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"{name!r} in a calibration batch is a {type(value).__name__}, but must be a "
-                "tensor. Let the dataset or collator return PyTorch tensors."
+                "tensor. Make the dataset or collator return PyTorch tensors."
             )
     return inputs
 
@@ -171,9 +172,9 @@ def _sequences(inputs: dict[str, Tensor], batch: Mapping[Any, Any]) -> list[Samp
 
 
 def sample_keys(samples: Sequence[Sample], seed: int) -> list[int]:
-    """A number of 63 bits for each sample that depends on its content and the seed alone.
+    """Returns a 63-bit number per sample that depends only on its content and the seed.
 
-    So what is drawn at random for a sample is the same in whichever process and order it comes.
+    Random draws for a sample are thus the same in any process and any order of samples.
     """
     return [_key(sample, seed) for sample in samples]
 
@@ -181,7 +182,7 @@ def sample_keys(samples: Sequence[Sample], seed: int) -> list[int]:
 def _key(sample: Sample, seed: int) -> int:
     content = hashlib.blake2b(str(seed).encode(), digest_size=8)
     for name, value in sorted(sample.inputs.items()):
-        if value.shape[:2] == sample.tokens.shape:  # what is masked makes no difference
+        if value.shape[:2] == sample.tokens.shape:  # masked tokens make no difference
             value = value.clone()
             value[~sample.tokens] = 0
         content.update(f"{name}{tuple(value.shape)}".encode())
@@ -192,27 +193,31 @@ def _key(sample: Sample, seed: int) -> int:
 
 
 def largest_scored(keys: Sequence[int], fraction: float, least: int) -> int:
-    """The largest key of the samples on which knowledge is measured, -1 if there are none.
+    """Returns the largest key of the samples on which knowledge is measured, -1 without any.
 
-    Keys are as good as random, so those up to a bound are a random part of the samples.
+    Keys are pseudo-random, so the samples with keys up to a bound are a random subset.
 
     Args:
-        keys: of all samples.
-        fraction: part of them that is chosen.
-        least: how many at least, if there are as many.
+        keys: Keys of all samples.
+        fraction: Fraction of the samples to choose.
+        least: Smallest number of samples to choose, if there are as many.
     """
     count = max(round(fraction * len(keys)), min(len(keys), least))
     return sorted(keys)[count - 1] if count else -1
 
 
 def require_finite(values: Tensor, name: str) -> None:
-    """Refuse NaN and infinity.
+    """Refuses NaN and infinite values.
+
+    Args:
+        values: The values to check.
+        name: Where they arise, for the message.
 
     Raises:
-        ValueError: naming where they arose.
+        ValueError: If a value is NaN or infinite.
     """
     if not bool(values.isfinite().all()):
         raise ValueError(
             f"NaN or infinite values at {name} on the calibration data. Check the model's weights "
-            "and inputs; if it runs in float16, load it in float32 or bfloat16."
+            "and inputs; if the model is in float16, load it in float32 or bfloat16."
         )

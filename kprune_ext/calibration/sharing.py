@@ -1,4 +1,4 @@
-"""Several processes that prune one model together: each has a share of the data, all get one result."""
+"""Pruning one model in several processes: each has a share of the data, all get the same result."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .samples import CalibrationData, collect_samples, largest_scored, sample_ke
 
 
 def processes_of(accelerator: Accelerator | None) -> Processes:
-    """The accelerator's processes; without one, this process alone."""
+    """Returns the accelerator's processes, or this process alone without an accelerator."""
     return Processes(alone=accelerator is None)
 
 
 def own_model(model: Any, accelerator: Accelerator | None) -> PreTrainedModel:
-    """The model without the wrappers that an accelerator puts around it.
+    """Returns the model without the wrappers that an accelerator adds.
 
     Raises:
-        ValueError: not all of its weights are in this process's memory.
+        ValueError: If not all of its weights are in this process's memory.
     """
     if accelerator is not None:
         model = accelerator.unwrap_model(model)
@@ -33,8 +33,8 @@ def own_model(model: Any, accelerator: Accelerator | None) -> PreTrainedModel:
         if is_partitioned(parameter) or is_dtensor(parameter):
             raise ValueError(
                 f"{name} is sharded over processes, but pruning needs all weights in each process's "
-                "memory. Prune first, with the model as from_pretrained gives it (no FSDP, no "
-                "ZeRO-3; device_map='auto' if it is too large for one device); then prepare the "
+                "memory. Prune first, with the model as from_pretrained returns it (no FSDP, no "
+                "ZeRO-3; device_map='auto' if it is too large for one device). Then prepare the "
                 "pruned model for training."
             )
         if parameter.is_meta and not _is_offloaded(model, name):
@@ -50,7 +50,7 @@ def _is_offloaded(model: PreTrainedModel, name: str) -> bool:
 
 
 def own_share(dataloader: Iterable[Any], accelerator: Accelerator | None) -> Iterable[Any]:
-    """This process's batches: a plain DataLoader is dealt out, anything else is taken as it is."""
+    """Returns this process's batches: a plain DataLoader is sharded, anything else used as it is."""
     if accelerator is None or accelerator.num_processes == 1:
         return dataloader
     prepared = isinstance(dataloader, DataLoaderShard | DataLoaderDispatcher)
@@ -76,19 +76,21 @@ def shared_data(
     accelerator: Accelerator | None = None,
     processes: Processes | None = None,
 ) -> CalibrationData:
-    """This process's samples, and what all processes know of the samples of all.
+    """Collects this process's samples, with totals over all processes.
 
     Args:
-        model, image_tokens: see :func:`kprune_ext.calibration.collect_samples`.
-        dataloader: see :func:`own_share`.
-        max_tokens: of all processes together.
-        seed: chooses the samples on which knowledge is measured.
-        scored: which part of the samples that is, and how many at least.
-        accelerator, processes: that share the data.
+        model: The model, as for `collect_samples`.
+        dataloader: The calibration data, as for `own_share`.
+        max_tokens: Largest number of unmasked tokens of all processes.
+        seed: Seed of the choice of samples on which knowledge is measured.
+        scored: Fraction of the samples on which knowledge is measured, and smallest number of them.
+        image_tokens: For images, the number of tokens per image, as for `collect_samples`.
+        accelerator: Accelerator whose processes share the data; None for this process alone.
+        processes: The processes; the accelerator's if None.
 
     Raises:
-        TypeError, ValueError: see :func:`kprune_ext.calibration.collect_samples`; no process has any
-            data.
+        TypeError: As in `collect_samples`.
+        ValueError: As in `collect_samples`, or if no process has any data.
     """
     processes = processes or processes_of(accelerator)
     with processes.error_barrier():
@@ -105,7 +107,7 @@ def shared_data(
     if not every_key:
         raise ValueError(
             f"None of the {processes.count} processes has calibration data with an unmasked token. "
-            "Pass a dataloader over some hundreds of inputs."
+            "Pass a dataloader over a few hundred inputs."
         )
     bound = largest_scored(every_key, *scored)
     return CalibrationData(samples, keys, bound, len(every_key), sum(tokens for _, tokens in parts))

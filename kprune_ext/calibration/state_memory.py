@@ -1,4 +1,4 @@
-"""Memory for hidden states: up to a limit where they are computed, beyond it in a file."""
+"""Memory for hidden states, which spills to files beyond a limit."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 
 class StateMemory:
-    """Memory for hidden states: up to a limit where they are computed, beyond it in a file.
+    """Memory for hidden states: up to a limit on the device that computes them, beyond it in files.
 
     Args:
-        limit: bytes.
-        folder: for the file, an existing folder.
+        limit: Largest number of bytes in memory.
+        folder: Existing folder for the files.
     """
 
     def __init__(self, limit: int, folder: Path) -> None:
@@ -26,7 +26,7 @@ class StateMemory:
         self._folder = folder
 
     def hold(self, values: Tensor) -> Tensor:
-        """A copy of the values that is counted, in memory or mapped from a file."""
+        """Returns a copy of the values, in memory and counted, or mapped from a file."""
         size = values.numel() * values.element_size()
         if self.used + size <= self.limit:
             self.used += size
@@ -39,6 +39,6 @@ class StateMemory:
 
 @contextmanager
 def state_memory(limit: int) -> Iterator[StateMemory]:
-    """Memory whose file goes away when the block ends."""
+    """Gives memory for hidden states, whose files are removed when the block ends."""
     with tempfile.TemporaryDirectory(prefix="kprune-") as folder:
         yield StateMemory(limit, Path(folder))

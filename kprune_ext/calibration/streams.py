@@ -1,4 +1,4 @@
-"""Hidden states of two models that move up side by side, one sub-layer at a time."""
+"""Hidden states of teacher and student, advanced in parallel, one sub-layer at a time."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from .state_memory import StateMemory
 
 @dataclass(frozen=True)
 class Stream:
-    """Samples of equal length on their way up: the state of both models before a sub-layer.
+    """Hidden states of both models before a sub-layer, for samples of equal length.
 
     Attributes:
-        keys: of the samples, by their content.
-        inputs: of the model, each ``(batch, …)``, on its device.
-        tokens: which positions count, bool, ``(batch, tokens)``.
-        scored: whether knowledge is measured on these samples.
-        read: whose state after the last layer predictions depend on, bool, ``(batch, tokens)``.
-        teacher: hidden state of the dense model, ``(batch, tokens, hidden)``; written to in place.
-        student: hidden state of the model being pruned, same shape.
-        contexts: per layer its other arguments, where they take little memory.
+        keys: Keys of the samples, from `sample_keys`.
+        inputs: Inputs of the model, each `(batch, …)`, on its device.
+        tokens: Bool mask, True at unmasked tokens, `(batch, tokens)`.
+        scored: Whether knowledge is measured on these samples.
+        read: Bool mask of the tokens whose hidden states after the last layer the predictions depend
+            on, `(batch, tokens)`.
+        teacher: Hidden states of the dense model, `(batch, tokens, hidden)`; written to in place.
+        student: Hidden states of the model being pruned, of the same shape.
+        contexts: Per layer its other arguments, if they take little memory.
     """
 
     keys: tuple[int, ...]
@@ -44,7 +45,7 @@ class Stream:
     contexts: list[Context] | None = None
 
     def contexts_in(self, stack: LayerStack) -> list[Context]:
-        """Per layer the arguments besides the hidden state, kept or made anew."""
+        """Returns each layer's other arguments, stored or recomputed."""
         return self.contexts or stack.enter(self.inputs)[1]
 
 
@@ -57,19 +58,20 @@ def start_streams(
     *,
     each_sample: bool = False,
 ) -> list[Stream]:
-    """The samples in batches of equal length, as they enter the first transformer layer.
+    """Batches samples of equal length and computes their hidden states before the first layer.
 
     Args:
-        encoder: of the model that is pruned.
-        data: the samples.
-        batch_tokens: tokens of a batch at most.
-        memory: for hidden states.
-        predict: tells which states after the last layer are read; by default all count as such.
-        each_sample: whether to look at every sample for that, since what `predict` reads may depend on
-            the sample's tokens; otherwise two samples tell it.
+        stack: Layer stack of the model to prune.
+        data: The samples.
+        batch_tokens: Largest number of tokens per batch.
+        memory: Memory for the hidden states.
+        predict: Predictions that determine which hidden states after the last layer are read; without
+            it, all unmasked tokens count as read.
+        each_sample: Whether every sample is examined for that, because the tokens that `predict` reads
+            may depend on their content; otherwise two samples are.
 
     Raises:
-        ValueError: hidden states are NaN or infinite.
+        ValueError: If hidden states are NaN or infinite.
     """
     groups: dict[tuple[Any, ...], list[tuple[int, Sample]]] = defaultdict(list)
     for key, sample in zip(data.keys, data.samples, strict=True):
@@ -104,7 +106,7 @@ def _enter(
     tokens = torch.cat([sample.tokens for sample in part]).to(device)
     hidden, contexts = stack.enter(inputs)
     require_finite(hidden[tokens.to(hidden.device)], "the input of the first transformer layer")
-    # Position biases can be many times larger than the states, and are quickly made again.
+    # Position biases can be many times larger than the states, and are quickly recomputed.
     small = _bytes_in(contexts) <= hidden.numel() * hidden.element_size() // 4
     teacher, student = memory.hold(hidden), memory.hold(hidden)
     read = tokens
@@ -116,7 +118,7 @@ def _enter(
 
 
 def _bytes_in(contexts: Sequence[Context]) -> int:
-    """Memory of all tensors, each counted once."""
+    """Returns the bytes of all tensors' storages, each counted once."""
     found = {}
     for context in contexts:
         for value in context.values():

@@ -1,1 +1,1 @@
-"""Ground floor of both packages: files, processes, devices, text. Knows neither of them."""
+"""Code that both packages share: files, processes, devices, text. Imports neither of them."""

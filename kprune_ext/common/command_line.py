@@ -1,4 +1,4 @@
-"""What command line programs have in common, whose subcommands take dataclasses of options."""
+"""Shared code of command line programs whose subcommands take dataclasses of options."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from safetensors import SafetensorError
 
-#: Auto class of transformers by the name that a task has as an option.
+#: Auto class of transformers, by the name of the task in the option `task`.
 TASKS = {
     "causal-lm": "AutoModelForCausalLM",
     "seq2seq-lm": "AutoModelForSeq2SeqLM",
@@ -25,7 +25,7 @@ TASKS = {
     "image-classification": "AutoModelForImageClassification",
     "embeddings": "AutoModel",
 }
-#: PEFT's names of tasks, which are understood, too.
+#: Name of the task in the option `task`, by PEFT's task type, which is accepted as well.
 PEFT_TASKS = {
     "CAUSAL_LM": "causal-lm",
     "SEQ_2_SEQ_LM": "seq2seq-lm",
@@ -38,23 +38,23 @@ PEFT_TASKS = {
 
 @dataclass(frozen=True)
 class Aliases:
-    """Other spellings of options and of their values, on the command line and in YAML files.
+    """Other spellings of options and their values, on the command line and in YAML files.
 
     Attributes:
-        options: Name by earlier name.
-        values: By option, value by other value.
+        options: Present name of an option, by earlier name.
+        values: Per option, the present spelling of a value, by other spelling.
     """
 
     options: Mapping[str, str] = field(default_factory=dict)
     values: Mapping[str, Mapping[str, str]] = field(default_factory=lambda: {"task": PEFT_TASKS})
 
     def of(self, name: str) -> str:
-        """The present name of an option; dashes are taken for underscores."""
+        """Returns the present name of an option; dashes are read as underscores."""
         name = name.replace("-", "_")
         return self.options.get(name, name)
 
     def value_of(self, name: str, value: Any) -> Any:
-        """The present spelling of an option's value."""
+        """Returns the present spelling of an option's value."""
         known = self.values.get(name, {})
         return known.get(value, value) if isinstance(value, str) else value
 
@@ -67,15 +67,15 @@ def build_parser(
     flags: Mapping[str, str],
     positional: Collection[str] = (),
 ) -> ArgumentParser:
-    """The parser of the command line and of YAML files.
+    """Builds the parser of the command line and of YAML files.
 
     Args:
         program: Name of the program.
-        description: One line about it.
-        commands: By name of the subcommand, the dataclass of its options. The first line of its
-            docstring says what the command does.
-        flags: Help texts of options that take no value on the command line.
-        positional: Subcommands whose required options are given by position.
+        description: One line about the program.
+        commands: Dataclass of a subcommand's options, by name of the subcommand. The first line of
+            its docstring says what the command does.
+        flags: Help texts of the options that take no value on the command line, by option.
+        positional: Names of the subcommands whose required options are positional arguments.
     """
     parser = ArgumentParser(prog=program, description=description)
     subcommands = parser.add_subcommands(dest="command", required=True)
@@ -99,16 +99,16 @@ def parsed_options(
     args: Sequence[str] | None = None,
     aliases: Aliases | None = None,
 ) -> tuple[str, Any]:
-    """The subcommand, and its options as the dataclass that it takes.
+    """Parses the arguments into the subcommand's name and the dataclass of its options.
 
     Args:
-        parser: From `build_parser`.
-        commands: As for `build_parser`.
-        args: Arguments; those of the process if None.
-        aliases: Other spellings that are understood.
+        parser: A parser from `build_parser`.
+        commands: The subcommands, as given to `build_parser`.
+        args: The arguments; those of the process if None.
+        aliases: Other spellings that are accepted.
 
     Raises:
-        SystemExit: After a message, if an argument is wrong.
+        SystemExit: If an argument is invalid, after a message about it.
     """
     given = sys.argv[1:] if args is None else args
     parsed = parser.parse_args(with_present_names(given, aliases or Aliases()))
@@ -117,14 +117,14 @@ def parsed_options(
 
 
 def given_options(parsed: Namespace) -> dict[str, Any]:
-    """The options of a subcommand by name, without the file that they were read from."""
+    """Returns a subcommand's options by name, without the path of the YAML file."""
     return {key: value for key, value in vars(parsed).items() if key != "config"}
 
 
 def with_present_names(args: Sequence[str], aliases: Aliases) -> list[str]:
-    """Arguments in which options and values have their present spelling, also in named YAML files."""
+    """Returns the arguments in their present spelling, including the YAML files they name."""
     found: list[str] = []
-    option = ""  # that the next argument is the value of
+    option = ""  # the one whose value the next argument is
     for arg in args:
         if arg.startswith("--") and len(arg) > 2:
             option, equals, value = arg[2:].partition("=")
@@ -138,10 +138,11 @@ def with_present_names(args: Sequence[str], aliases: Aliases) -> list[str]:
 
 @contextmanager
 def errors_in_one_line(command: str) -> Iterator[None]:
-    """End the process with a message in place of a traceback, where the input was wrong.
+    """Ends the process with a message instead of a traceback if the input is invalid.
 
     Raises:
-        SystemExit: With a message, where the block ends with an error that tells what to do.
+        SystemExit: If the block raises one of the errors whose messages say what to do; it carries the
+            message.
     """
     try:
         yield
@@ -155,7 +156,7 @@ def _present_value(option: str, value: str, aliases: Aliases) -> str:
     try:
         options = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
-        return value  # the parser says what is wrong with it
+        return value  # the parser reports the fault
     if not isinstance(options, dict):
         return value
     present = {

@@ -1,4 +1,4 @@
-"""Files and folders that are complete or absent, and checks of where output is to go."""
+"""Atomic writing of files and folders, and checks of output paths."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ StrPath: TypeAlias = "str | os.PathLike[str]"
 
 
 def resolved(path: StrPath, name: str = "path") -> str:
-    """The absolute path that `path` stands for, without links and `..`.
+    """Returns the absolute path of `path`, without symbolic links and `..`.
 
     Args:
-        path: relative to the current folder, or absolute.
-        name: of the option that holds it, for the message.
+        path: The path, absolute or relative to the current folder.
+        name: Name of the option that holds it, for the message.
 
     Raises:
-        ValueError: if `path` is empty, as an unset shell variable is.
+        ValueError: If `path` is empty, as with an unset shell variable.
     """
     text = os.fspath(path)
     if not text.strip():
@@ -35,11 +35,13 @@ def resolved(path: StrPath, name: str = "path") -> str:
 
 
 def check_output_file(path: StrPath, name: str = "path") -> str:
-    """The resolved path of a file that can be written, checked without writing it.
+    """Returns the resolved path of an output file, after checking that it can be written.
+
+    The file itself is not touched.
 
     Raises:
-        ValueError: if `path` is empty or a folder.
-        OSError: if no file can be made there.
+        ValueError: If `path` is empty or a folder.
+        OSError: If no file can be created there.
     """
     target = resolved(path, name)
     if os.path.isdir(target) or os.fspath(path).endswith(("/", os.sep)):
@@ -53,24 +55,26 @@ def check_output_file(path: StrPath, name: str = "path") -> str:
 def check_output_folder(
     path: StrPath, name: str = "path", replaceable: Collection[str] = ()
 ) -> str:
-    """The resolved path of a folder that can be written or replaced, checked without writing it.
+    """Returns the resolved path of an output folder, after checking that it can be written.
+
+    The folder itself is not touched, whether it is new or is to be replaced.
 
     Args:
-        path: of a folder that is new or empty, or holds files of these names only.
-        name: of the option that holds it, for the message.
-        replaceable: names of files that may be replaced with the folder.
+        path: Path of a folder that is new or empty, or holds only files named in `replaceable`.
+        name: Name of the option that holds the path, for the message.
+        replaceable: Names of files that may be replaced with the folder.
 
     Raises:
-        ValueError: if `path` is empty, a file, the current folder or one above it, or holds anything
-            else.
-        OSError: if no folder can be made there.
+        ValueError: If `path` is empty, a file, the current folder or one above it, or a folder that
+            holds anything else.
+        OSError: If no folder can be created there.
     """
     target, shown = resolved(path, name), f"{name}={os.fspath(path)!r}"
     if os.path.lexists(target) and not os.path.isdir(target):
         raise ValueError(f"{shown} is a file; give the path of the folder to write.")
     if _contains(target, os.path.realpath(os.getcwd())):
         raise ValueError(
-            f"{shown} is the current folder or one above it. Give the path of a folder of its own."
+            f"{shown} is the current folder or one above it. Give the path of a separate folder."
         )
     others = _others(target, replaceable)
     if others:
@@ -85,14 +89,15 @@ def check_output_folder(
 def check_distinct(
     outputs: Mapping[str, StrPath | None], inputs: Mapping[str, StrPath | None]
 ) -> None:
-    """Refuse outputs that would overwrite an input or one another.
+    """Refuses outputs that would overwrite an input or one another.
 
     Args:
-        outputs: by the name of the option; None where it was not given.
-        inputs: likewise. Names that are no path here, such as those of a hub, do no harm.
+        outputs: Output paths by name of the option; None where the option was not given.
+        inputs: Input paths likewise. Names that are not local paths, such as hub ids, are harmless.
 
     Raises:
-        ValueError: if a path is an output and something else too, or lies in a folder that is an output.
+        ValueError: If an output is also another output or an input, or if one of these lies in an
+            output folder.
     """
     written = {name: resolved(path, name) for name, path in outputs.items() if path is not None}
     read = {name: os.path.realpath(path) for name, path in inputs.items() if path}
@@ -103,19 +108,19 @@ def check_distinct(
             if _same(path, second):
                 raise ValueError(
                     f"{name} and {other} are both {os.fspath(outputs[name] or '')!r}, which would be "
-                    f"overwritten. Give another path as {name}."
+                    f"overwritten. Give a different path as {name}."
                 )
             if _contains(path, second):
                 raise ValueError(
-                    f"{other} lies in the folder that {name}={os.fspath(outputs[name] or '')!r} is to "
-                    "become. Give paths that are apart."
+                    f"{other} lies in the folder {name}={os.fspath(outputs[name] or '')!r}, which would "
+                    "be replaced. Give a path outside of it."
                 )
 
 
 def check_output_files(
     outputs: Mapping[str, StrPath | None], inputs: Mapping[str, StrPath | None]
 ) -> None:
-    """`check_output_file` for each output that was given, and `check_distinct`."""
+    """Calls `check_output_file` for each output that was given, and `check_distinct` for all."""
     for name, path in outputs.items():
         if path is not None:
             check_output_file(path, name)
@@ -132,7 +137,7 @@ def _same(first: str, second: str) -> bool:
 
 
 def _contains(folder: str, path: str) -> bool:
-    """Whether `path` is `folder` or lies in it; both absolute."""
+    """Returns whether `path` is `folder` or lies in it; both are absolute."""
     try:
         return os.path.commonpath([folder, path]) == folder
     except ValueError:  # on different drives
@@ -140,7 +145,7 @@ def _contains(folder: str, path: str) -> bool:
 
 
 def _others(folder: str, replaceable: Collection[str]) -> list[str]:
-    """What a folder holds beside files of those names."""
+    """Returns the names of a folder's entries other than the files named in `replaceable`."""
     if not os.path.isdir(folder):
         return []
     with os.scandir(folder) as entries:
@@ -152,7 +157,7 @@ def _others(folder: str, replaceable: Collection[str]) -> list[str]:
 
 
 def _check_writable(directory: str, path: StrPath, name: str) -> None:
-    """Raise OSError unless files can be made in a folder, or in the closest one above that exists."""
+    """Raises OSError unless files can be created in a folder or its closest existing parent."""
     closest = directory
     while not os.path.lexists(closest):
         closest = os.path.dirname(closest)
@@ -167,18 +172,21 @@ def _check_writable(directory: str, path: StrPath, name: str) -> None:
 
 @contextmanager
 def replacing(path: StrPath) -> Iterator[str]:
-    """A temporary path to write to; it takes the name `path` when the block ends without an error.
+    """Gives a temporary path to write to; it is renamed to `path` if the block succeeds.
 
-    The folder is made if need be. After an error nothing is left behind, and a file that was there
-    before is as it was.
+    Its folder is created if necessary. After an error the temporary file is removed, and an earlier
+    file at `path` is unchanged.
+
+    Yields:
+        The temporary path.
 
     Raises:
-        ValueError: if `path` is empty.
+        ValueError: If `path` is empty.
     """
     target = resolved(path)
     directory, base = os.path.split(target)
     os.makedirs(directory, exist_ok=True)
-    # Not made by `tempfile`, whose files nobody else may read.
+    # Not from `tempfile`, whose files only their owner may read.
     temporary = os.path.join(directory, f".{base}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
@@ -189,11 +197,11 @@ def replacing(path: StrPath) -> Iterator[str]:
 
 
 def write_json(path: StrPath, values: Any, indent: int = 1) -> None:
-    """Write JSON-ready values; the file appears only when it is complete.
+    """Writes JSON-serializable values; the file appears only when it is complete.
 
     Raises:
         ValueError: If `path` is empty.
-        OSError: If it cannot be written.
+        OSError: If the file cannot be written.
     """
     with replacing(path) as temporary, open(temporary, "x", encoding="utf-8") as file:
         file.write(json.dumps(values, indent=indent) + "\n")
@@ -201,15 +209,20 @@ def write_json(path: StrPath, values: Any, indent: int = 1) -> None:
 
 @contextmanager
 def replacing_folder(path: StrPath, replaceable: Collection[str] = ()) -> Iterator[str]:
-    """As `replacing`, for a folder. Nothing is ever deleted but files of the names given.
+    """Gives a temporary folder to write to; it replaces `path` if the block succeeds.
+
+    As `replacing`, for a folder. Only files named in `replaceable` are ever deleted.
 
     Args:
-        path: of a folder that is new or empty, or holds files of these names only.
-        replaceable: names of files that are deleted with the folder that they are in.
+        path: Path of a folder that is new or empty, or holds only files named in `replaceable`.
+        replaceable: Names of files that are deleted with the folder that they are in.
+
+    Yields:
+        The path of the temporary folder.
 
     Raises:
-        ValueError, OSError: as `check_output_folder`, at the start and again before the folder is
-            replaced.
+        ValueError: As in `check_output_folder`, at the start and again before the folder is replaced.
+        OSError: Likewise.
     """
     target = check_output_folder(path, replaceable=replaceable)
     directory, base = os.path.split(target)
@@ -241,12 +254,12 @@ def replacing_folder(path: StrPath, replaceable: Collection[str] = ()) -> Iterat
 def atomic_save(
     tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]
 ) -> None:
-    """Write a safetensors file; it appears only when it is complete.
+    """Writes a safetensors file; it appears only when it is complete.
 
-    Equal contents give equal bytes, and the file may be read by whoever may read new files.
+    Equal contents give equal bytes. The file has the permissions of any new file.
 
     Raises:
-        OSError: if the file cannot be written, as on a full disk.
+        OSError: If the file cannot be written, as on a full disk.
     """
     with replacing(path) as temporary:
         with open(temporary, "xb"):
@@ -261,7 +274,7 @@ def atomic_save(
 
 
 def _order_metadata(path: str) -> None:
-    """Sort the metadata of a safetensors file in place, which come in an order of chance."""
+    """Sorts the metadata of a safetensors file, which are written in random order, in place."""
     with open(path, "r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))

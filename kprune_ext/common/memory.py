@@ -1,4 +1,4 @@
-"""Giving memory that is no longer needed back to the system, and keeping it in one piece."""
+"""Trimming freed memory, avoiding its fragmentation, and sizes in bytes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from torch import nn
 
 
 def trim_memory() -> None:
-    """Return freed memory to the system, where the C library can be asked to (Linux, glibc).
+    """Returns freed memory to the system, where the C library can do so (Linux, glibc).
 
-    Where large matrices of many sizes come and go, what glibc keeps of them for later grows to several
-    times of what is in use.
+    While large matrices of many sizes are allocated and freed, the memory that glibc retains grows to
+    several times the memory in use.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -32,15 +32,15 @@ def trim_memory() -> None:
 
 @contextmanager
 def without_onednn(model: nn.Module) -> Iterator[None]:
-    """Run a model of full precision on the CPU without oneDNN, where inputs have many shapes.
+    """Runs a full-precision model on the CPU without oneDNN, for inputs of many shapes.
 
-    oneDNN keeps what it compiles for every shape, PyTorch asks it for GELU, and thousands of such small
-    blocks between the large ones that come and go hinder the C library from putting those together
-    again: memory in pieces then grows to several times of what is in use. Products of matrices in
-    float32 are not oneDNN's matter, but those in lower precision are, and slow without it; then, and
-    where PyTorch's flags are frozen, everything stays as it is.
+    oneDNN caches a compiled kernel for every shape, and PyTorch uses it for GELU. Thousands of these
+    small blocks between large ones that are allocated and freed keep the C library from merging the
+    freed memory, and the fragmented memory grows to several times the memory in use. Matrix products
+    in float32 do not use oneDNN, but those in lower precision do, and are slow without it: for models
+    with such parameters, and where PyTorch's flags are frozen, nothing is changed.
 
-    The flag is the process's: other threads run without oneDNN in the meantime, too.
+    The flag holds for the process: other threads run without oneDNN in the meantime, too.
     """
     own = {p.dtype for p in model.parameters() if p.device.type == "cpu" and p.is_floating_point()}
     backend: Any = torch.backends.mkldnn
@@ -56,11 +56,11 @@ def without_onednn(model: nn.Module) -> Iterator[None]:
 
 
 def bytes_of(name: str, value: int | str) -> int:
-    """A size in bytes.
+    """Converts a size to a number of bytes.
 
     Args:
-        name: Of the option, for the message.
-        value: Number of bytes, or a text such as `"500MB"` or `"4GiB"`.
+        name: Name of the option, for the message.
+        value: The number of bytes, or a text such as `"500MB"` or `"4GiB"`.
 
     Raises:
         ValueError: If the value is not a valid size.
@@ -75,9 +75,9 @@ def bytes_of(name: str, value: int | str) -> int:
 
 
 def bytes_of_limit(max_memory: int | str | None) -> int | None:
-    """`max_memory` as a number of bytes; None where there is no limit.
+    """Converts `max_memory` to a number of bytes; None stands for no limit.
 
     Raises:
-        ValueError: If it is not a valid size.
+        ValueError: If the value is not a valid size.
     """
     return None if max_memory is None else bytes_of("max_memory", max_memory)

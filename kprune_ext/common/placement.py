@@ -1,4 +1,4 @@
-"""Where a model's weights are: at hand, brought in by accelerate's hooks, or spread over processes."""
+"""Where a model's weights are: in place, offloaded by accelerate, or sharded over processes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ ZERO3 = "ZeRO-3"
 
 
 def sharding_of(model: nn.Module) -> str | None:
-    """How the weights are spread over processes: ``"FSDP2"``, ``"ZeRO-3"``, or None if they are not.
+    """Returns how the weights are sharded over processes: `"FSDP2"`, `"ZeRO-3"`, or None.
 
     Raises:
-        ValueError: if they are spread in a way that no whole weight can be put together from.
+        ValueError: If they are sharded in a way from which full weights cannot be gathered.
     """
     for module in model.modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise ValueError(
                 "The model is wrapped by FullyShardedDataParallel (FSDP1), which flattens weights of "
                 "many layers into one. Use torch.distributed.fsdp.fully_shard (fsdp_version: 2 in "
-                "accelerate's config), or do this before the model is wrapped."
+                "accelerate's config), or pass the model before it is wrapped."
             )
     if (getattr(model, "_tp_size", None) or 1) > 1:
         _refuse_tensor_parallel(next(iter(dict(model.named_parameters())), "the model"))
@@ -41,24 +41,24 @@ def sharding_of(model: nn.Module) -> str | None:
 
 
 def is_fully_sharded(module: nn.Module) -> bool:
-    """Whether `fully_shard` was called on it."""
+    """Returns whether `fully_shard` was called on the module."""
     return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
 
 
 def is_partitioned(parameter: Tensor) -> bool:
-    """Whether DeepSpeed keeps only a part of it here, and gathers it for its module's forward."""
+    """Returns whether DeepSpeed shards the parameter and gathers it for its module's forward."""
     return hasattr(parameter, "ds_id")
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether only a part of it is here, as FSDP2 and tensor parallelism keep it."""
+    """Returns whether the tensor is a DTensor, as sharded by FSDP2 and tensor parallelism."""
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Whether weights are brought in before a module is called and taken away after it.
+    """Returns whether weights are gathered before a module is called and released after it.
 
-    Then its forward must run to the end, and modules must not be passed over.
+    Then its forward must run to the end, and no module may be skipped.
     """
     return any(
         hasattr(module, "_hf_hook") or is_fully_sharded(module) for module in model.modules()
@@ -66,12 +66,12 @@ def is_offloaded(model: nn.Module) -> bool:
 
 
 def shape_of(parameter: Tensor) -> tuple[int, ...]:
-    """The shape of a whole parameter."""
+    """Returns the shape of a parameter's full tensor."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where a module computes, whose own weights may be elsewhere."""
+    """Returns the device that a module computes on, even where its weights are elsewhere."""
     for inside in module.modules():
         for hook in _hooks(inside):
             if isinstance(hook, AlignDevicesHook) and hook.execution_device is not None:
@@ -83,7 +83,7 @@ def execution_device(module: nn.Module) -> torch.device:
                 )
     parameter = next(module.parameters())
     if is_dtensor(parameter) and parameter.device.type != "meta":
-        # With FSDP's CPU offloading the weights wait elsewhere.
+        # With FSDP's CPU offloading the shards are on the CPU.
         kind = _dtensor(parameter).device_mesh.device_type
         return (
             torch.device(kind, torch.cuda.current_device())
@@ -97,9 +97,9 @@ def execution_device(module: nn.Module) -> torch.device:
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """The module's own parameters are at hand, if accelerate or DeepSpeed keeps them elsewhere.
+    """Gathers the module's own parameters if accelerate offloads or DeepSpeed shards them.
 
-    With DeepSpeed all processes must come here.
+    With DeepSpeed all processes must enter this context.
     """
     with ExitStack() as stack:
         for hook in _hooks(module):
@@ -115,9 +115,9 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
 
 def full_tensor(parameter: Tensor) -> Tensor:
-    """All of a parameter, detached, on the device that it is worked with on.
+    """Returns a parameter's full tensor, detached, on the device that it is used on.
 
-    With FSDP2 all processes must call this. To be called within `brought_in`.
+    With FSDP2 all processes must call this. Must be called within `gathered`.
     """
     if is_partitioned(parameter):
         return parameter.detach().clone()  # DeepSpeed frees what it has gathered
@@ -128,7 +128,7 @@ def full_tensor(parameter: Tensor) -> Tensor:
 
 
 def full_parameters(model: nn.Module) -> Iterator[Tensor]:
-    """Every parameter that is anywhere, one at a time."""
+    """Yields the full tensor of every parameter that has values, one at a time."""
     for module in model.modules():
         with gathered(module):
             for parameter in module.parameters(recurse=False):
@@ -137,9 +137,9 @@ def full_parameters(model: nn.Module) -> Iterator[Tensor]:
 
 
 def fill(parameter: Tensor, value: Tensor) -> None:
-    """Give a parameter that may be spread over processes this value `(same shape)`, in place.
+    """Sets a parameter, which may be sharded over processes, to a value of the same shape, in place.
 
-    If it is, all processes must call this with the same value.
+    If it is sharded, all processes must call this with the same value.
     """
     if is_partitioned(parameter):
         from deepspeed import zero
@@ -157,7 +157,7 @@ def fill(parameter: Tensor, value: Tensor) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of weights that FSDP2 keeps gathered behind a forward pass."""
+    """Reshards the weights that FSDP2 keeps gathered after a forward pass."""
     for module in model.modules():
         if is_fully_sharded(module):
             cast(Any, module).reshard()
@@ -176,7 +176,7 @@ def _dtensor(tensor: Tensor) -> Any:
 
 def _refuse_tensor_parallel(name: str) -> None:
     raise ValueError(
-        f"The model is tensor-parallel: {name} is cut over processes so that each computes a part of "
-        "every layer, and no layer's whole input and output are seen in one place. Load it "
-        "without tp_plan / tp_size: with data-parallel processes, fully_shard, or device_map='auto'."
+        f"The model is tensor-parallel: {name} is split over processes so that each computes a part of "
+        "every layer, and no process sees a layer's full input and output. Load the model without "
+        "tp_plan / tp_size and use data-parallel processes, fully_shard, or device_map='auto'."
     )

@@ -1,4 +1,4 @@
-"""Products of matrices in the precision of their factors."""
+"""Matrix products in the precision of their factors."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 
 @contextmanager
 def exact_products(device: torch.device, lossless: bool = False) -> Iterator[None]:
-    """No TensorFloat-32 in products of float32, whatever is allowed elsewhere.
+    """Disables TensorFloat-32 in float32 matrix products, whatever is allowed elsewhere.
 
     Args:
-        device: that they are worked out on.
-        lossless: their factors fit into TensorFloat-32, so that it is used.
+        device: The device that the products are computed on.
+        lossless: Whether the factors fit into TensorFloat-32 exactly, so that it is used.
     """
     if device.type != "cuda":
         yield
         return
     settings = torch.backends.cuda.matmul
-    # PyTorch 2.9 has a new name for the setting, and warns of the old one.
+    # PyTorch 2.9 renamed the setting and warns about the old name.
     if hasattr(settings, "fp32_precision"):
         name, value = "fp32_precision", "tf32" if lossless else "ieee"
     else:

@@ -13,14 +13,14 @@ CARD_NAME = "README.md"
 
 
 def with_section(text: str, section: str | None, owner: str) -> str:
-    """The text of a model card with one section at its end, in place of an earlier one.
+    """Returns a model card with a section at its end, in place of an earlier one.
 
-    HTML comments mark where the section begins and ends, so that saving again replaces it and leaves
-    everything else as it is.
+    HTML comments mark the beginning and end of the section, so that saving again replaces it and
+    leaves the rest of the card unchanged.
 
     Args:
-        text: The card.
-        section: The section, ending in a line break, or None to take an earlier one out.
+        text: The text of the card.
+        section: The section, ending in a line break, or None to remove an earlier one.
         owner: Name of the package that the section belongs to.
     """
     start, end = f"<!-- {owner}: start -->", f"<!-- {owner}: end -->"
@@ -32,7 +32,7 @@ def with_section(text: str, section: str | None, owner: str) -> str:
 
 
 def empty_figure(width: float, height: float) -> Any:
-    """A matplotlib figure of so many inches.
+    """Creates a matplotlib figure of this size in inches.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -45,18 +45,18 @@ def empty_figure(width: float, height: float) -> Any:
             "Plots need matplotlib, which is not installed. Install it with: "
             "pip install 'peft-corda[plots]'"
         ) from error
-    # No pyplot: it would choose a backend for the whole process.
+    # Not with pyplot, which would choose a backend for the whole process.
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
-    """Write a figure; the file appears only when it is complete.
+    """Writes a figure; the file appears only when it is complete.
 
     Args:
-        figure: From `empty_figure`.
-        path: The format follows from its ending, PNG without one.
+        figure: A figure from `empty_figure`.
+        path: Path of the file. Its ending sets the format; without one, it is PNG.
 
     Raises:
         ValueError: If matplotlib does not know the format.

@@ -1,4 +1,4 @@
-"""Several processes at one piece of work: sums, shared work, and errors that end all of them."""
+"""Several processes that work on one task: sums, shared work, and an error barrier."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ T = TypeVar("T")
 
 
 class Processes:
-    """The processes of `torch.distributed`'s default group, or the only one there is.
+    """The processes of `torch.distributed`'s default group, or this process alone without one.
 
     Every process must call the same methods in the same order.
 
     Args:
-        in_step: whether a run of the model is work of all processes together, as weights are gathered
-            from all of them: then all must run it equally often.
-        alone: whether this process works by itself, whatever others there are.
+        collective_forward: Whether a forward pass is a collective of all processes, because it gathers
+            sharded weights from them: then all must run it equally often.
+        alone: Whether this process works by itself, even if others are running.
     """
 
     def __init__(self, collective_forward: bool = False, alone: bool = False) -> None:
@@ -33,14 +33,14 @@ class Processes:
         self._device = torch.device("cuda", torch.cuda.current_device()) if on_device else None
         self.collective_forward = collective_forward and self.count > 1
         self._notes = Notes() if self.collective_forward else None
-        self._known: Exception | None = None  # that all processes have been told of
+        self._known: Exception | None = None  # an error that all processes know of
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def add(self, tensor: Tensor) -> Tensor:
-        """The sum of a tensor over the processes."""
+        """Returns the sum of a tensor over the processes."""
         if self.count == 1:
             return tensor
         moved = tensor.to(self._device or "cpu").contiguous()
@@ -49,7 +49,7 @@ class Processes:
         return moved.to(tensor.device)
 
     def largest(self, number: int) -> int:
-        """The largest of the processes' numbers."""
+        """Returns the largest of the processes' numbers."""
         if self.count == 1:
             return number
         tensor = torch.tensor([number], device=self._device)
@@ -58,7 +58,7 @@ class Processes:
         return int(tensor)
 
     def from_owner(self, tensor: Tensor, owner: int) -> Tensor:
-        """The owner's tensor; the others give one of the same shape and dtype."""
+        """Returns the owner's tensor; the others pass one of the same shape and dtype."""
         if self.count == 1:
             return tensor
         moved = tensor.to(self._device or "cpu").contiguous()
@@ -67,7 +67,7 @@ class Processes:
         return moved.to(tensor.device)
 
     def first(self, value: T | None) -> T | None:
-        """What the first process has that has anything; it must be on the CPU."""
+        """Returns the first value that is not None, by rank; values must be on the CPU."""
         if self.count == 1:
             return value
         owner = self.count - self.largest(0 if value is None else self.count - self.rank)
@@ -76,7 +76,7 @@ class Processes:
         return self._object_from(value, owner)
 
     def gather(self, value: T) -> list[T]:
-        """Every process's value, by rank; they must be on the CPU."""
+        """Returns every process's value, by rank; values must be on the CPU."""
         if self.count == 1:
             return [value]
         found: list[Any] = [None] * self.count
@@ -85,7 +85,14 @@ class Processes:
         return found
 
     def rounds(self, owners: Sequence[int]) -> list[list[int]]:
-        """Pieces of work in an order in which every process has one of each round to do at most."""
+        """Groups pieces of work into rounds in which every process has at most one piece.
+
+        Args:
+            owners: Rank of the process that does each piece.
+
+        Returns:
+            Per round, the numbers of its pieces.
+        """
         waiting: list[list[int]] = [[] for _ in range(self.count)]
         for piece, owner in enumerate(owners):
             waiting[owner].append(piece)
@@ -95,7 +102,10 @@ class Processes:
         ]
 
     def items(self, source: Iterable[T]) -> Iterator[T | None]:
-        """The items of an iterable; in step, None after their end until no process has any left."""
+        """Yields the items of an iterable.
+
+        With a collective forward, None follows them until no process has any left.
+        """
         if not self.collective_forward:
             yield from source
             return
@@ -109,20 +119,20 @@ class Processes:
 
     @contextmanager
     def error_barrier(self, running_model: bool = False) -> Iterator[None]:
-        """Wait for each other at the end; an error in one process is an error in all.
+        """Waits for all processes at the end of the block; an error in one is raised in all.
 
         Args:
-            running_model: whether the model is run in this block. If it is run in step, an error leaves
-                the others waiting in the middle of it: they are left a note, which they find when
-                this process has gone, or their patience is at its end.
+            running_model: Whether the model is run in this block. If its forward is collective, an error
+                leaves the others waiting in the middle of it. This process then leaves a note, which
+                they find when it has ended or when they time out.
 
         Raises:
-            RuntimeError: in the processes that were well themselves.
+            RuntimeError: In the processes in which the block itself did not fail.
         """
         unseen = running_model and self.collective_forward
         try:
             yield
-        except Exception as error:  # of any kind: the others are told before it goes on its way
+        except Exception as error:  # of any kind: the others are told before it is raised
             if error is self._known:
                 raise
             if unseen and self._notes is not None:
@@ -130,7 +140,7 @@ class Processes:
                 if writer != self.rank:
                     raise RuntimeError(self._failed(writer, text)) from error
             elif self.count > 1:
-                with suppress(RuntimeError):  # the others may be gone: this error comes first
+                with suppress(RuntimeError):  # the others may have ended; this error matters more
                     self._object_from(_in_words(error), self.largest(self.rank + 1) - 1)
             self._known = error
             raise
@@ -162,30 +172,30 @@ class Processes:
                 raise RuntimeError(self._failed(*note)) from error
             raise RuntimeError(
                 f"Process {self.rank} of {self.count} lost contact with another process: it "
-                "has ended (killed, or out of memory; see its own output), or was not "
-                "there in time. If it only has more to do, allow more time: "
+                "has ended (killed, or out of memory; see its own output), or did not "
+                "respond in time. If it only needs longer, raise the timeout: "
                 "init_process_group(timeout=...), or Accelerator(kwargs_handlers="
                 "[InitProcessGroupKwargs(timeout=...)])."
             ) from error
 
 
 class Notes:
-    """Where a process writes why it ends, when the others are in the middle of something."""
+    """Notes of why a process fails while the others wait in a collective forward."""
 
     _numbers = count()
 
     def __init__(self) -> None:
-        # One for each piece of work: all processes begin equally many.
+        # One key per `Processes` object, of which every process creates equally many.
         self._key = f"failed/{next(self._numbers)}"
         try:
             from torch.distributed.distributed_c10d import _get_default_store
 
             self._store: Any = _get_default_store()
-        except (ImportError, ValueError):  # then there is only the loss of contact to go by
+        except (ImportError, ValueError):  # then a failure shows only as lost contact
             self._store = None
 
     def leave(self, rank: int, text: str) -> tuple[int, str]:
-        """Write a note, unless there is one; returns the rank and text of the one that is there."""
+        """Writes a note unless one exists, and returns the rank and text of the one that exists."""
         if self._store is not None:
             with suppress(RuntimeError):
                 self._store.compare_set(self._key, "", json.dumps([rank, text]))

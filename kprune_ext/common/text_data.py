@@ -1,4 +1,4 @@
-"""Calibration batches from files and data sets of text."""
+"""Calibration batches from text files and data sets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-# Endings of local files, and the `datasets` loader and options that read them.
+# Loader of `datasets` and its options, by ending of the local file.
 FILE_LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".txt": ("text", {}),
     ".md": ("text", {}),
@@ -25,7 +25,7 @@ FILE_LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
 }
 
-# Entries of a batch that serve the loss alone.
+# Entries of a batch that only the loss uses.
 LABEL_KEYS = frozenset(
     {"labels", "label", "label_ids", "next_sentence_label", "start_positions", "end_positions"}
 )
@@ -36,17 +36,18 @@ Batch = dict[str, Tensor]
 def load_rows(
     source: str, *, name: str | None = None, split: str = "train", whole_texts: bool = False
 ) -> Dataset:
-    """A local file, or a data set from the hub, as a `datasets.Dataset`.
+    """Loads a local file, or a data set from the hub, as a `datasets.Dataset`.
 
     Args:
-        source: file that ends in one of `FILE_LOADERS`, folder, or data set id.
-        name: configuration of the data set.
-        split: of the data set; a file has only ``"train"``.
-        whole_texts: read a text file as one row, not as a row for each line.
+        source: Path of a file whose ending is in `FILE_LOADERS`, path of a folder, or id of a data set
+            on the hub.
+        name: Configuration of the data set.
+        split: Split of the data set; a file has only `"train"`.
+        whole_texts: Whether a text file is read as one row instead of one row per line.
 
     Raises:
-        FileNotFoundError: if there is no such file or data set.
-        ValueError: if a local file's kind is unknown, or the data set has no such split.
+        FileNotFoundError: If the file or data set does not exist.
+        ValueError: If a local file's type is unknown, or the data set lacks the split.
     """
     from datasets import load_dataset
 
@@ -60,7 +61,7 @@ def load_rows(
     if loader is None:
         if path.is_file():
             raise ValueError(
-                f"The data file {source!r} is of an unknown kind. Known are: {', '.join(FILE_LOADERS)}."
+                f"The data file {source!r} is of an unknown type. Supported: {', '.join(FILE_LOADERS)}."
             )
         return load_dataset(source, name, split=split)
     kind, options = loader
@@ -72,22 +73,22 @@ def load_rows(
 def read_texts(
     rows: Dataset, fields: Sequence[Sequence[str]], *, seed: int | None = 0
 ) -> Iterator[tuple[str, ...]]:
-    """Texts of a data set, one tuple per row; rows with a blank text are left out.
+    """Yields the texts of a data set, one tuple per row; rows with a blank text are left out.
 
     Args:
-        rows: from `load_rows`.
-        fields: columns of each text: several are joined by line breaks, as question and answer.
-        seed: of the order of the rows; None for the order that they are in.
+        rows: A data set from `load_rows`.
+        fields: Columns of each text. Several, such as question and answer, are joined by line breaks.
+        seed: Seed of the order in which rows are taken; None for the order of the data set.
 
     Raises:
-        ValueError: if there is no such column, or it does not hold text.
+        ValueError: If a column does not exist or does not hold text.
     """
     wanted = list(dict.fromkeys(column for columns in fields for column in columns))
     unknown = [column for column in wanted if column not in rows.column_names]
     if unknown:
         raise ValueError(
             f"The data has no field {unknown[0]!r}; its fields are {', '.join(rows.column_names)}. "
-            "Name the one with the text as text_field."
+            "Pass the name of the one that holds the text as text_field."
         )
     rows = rows.select_columns(wanted)
     if seed is not None:
@@ -96,8 +97,8 @@ def read_texts(
         for column in wanted:
             if not isinstance(row[column], str | None):
                 raise ValueError(
-                    f"The field {column!r} holds a {type(row[column]).__name__}, expected text. Name a "
-                    "field of strings as text_field."
+                    f"The field {column!r} holds values of type {type(row[column]).__name__}, not text. "
+                    "Pass the name of a field of strings as text_field."
                 )
         texts = tuple("\n".join(row[c] for c in columns if row[c]) for columns in fields)
         if all(text.strip() for text in texts):
@@ -112,22 +113,22 @@ def padded_batches(
     batch_size: int,
     decoder_start: int | None = None,
 ) -> list[Batch]:
-    """One sequence per row, cut off at `max_length` tokens, padded on the right.
+    """Tokenizes one sequence per row, truncated to `max_length` tokens and padded on the right.
 
     Args:
-        texts: from `read_texts`, of one text each; of two, the second being the decoder's, if
-            `decoder_start` is given.
-        tokenizer: adds its special tokens.
-        num_samples: sequences.
-        max_length: tokens per sequence at most.
-        batch_size: sequences per batch.
-        decoder_start: token that the decoder's sequences start with, for encoder-decoder models.
+        texts: Rows from `read_texts`, of one text each; with `decoder_start`, of two, the second of
+            which is the decoder's.
+        tokenizer: The model's tokenizer, which adds its special tokens.
+        num_samples: Number of sequences.
+        max_length: Largest number of tokens per sequence.
+        batch_size: Number of sequences per batch.
+        decoder_start: First token of the decoder's sequences, for encoder-decoder models.
 
     Returns:
         Batches of `input_ids` and `attention_mask` `(batch, tokens)`, and their `decoder_` versions.
 
     Raises:
-        ValueError: if there are fewer texts than `num_samples`.
+        ValueError: If the data have fewer texts than `num_samples`.
     """
     rows: list[tuple[list[int], ...]] = []
     for row in texts:
@@ -143,7 +144,7 @@ def padded_batches(
             f"The data has {len(rows)} rows with text, fewer than num_samples={num_samples}. Give more "
             "data, or lower num_samples."
         )
-    # The order of sequences does not change a mean: those of like lengths need less padding.
+    # Sequences of similar length need less padding, and their order does not change a mean.
     rows.sort(key=lambda row: len(row[0]))
     batches = []
     for start in range(0, num_samples, batch_size):
@@ -164,29 +165,29 @@ def packed_batches(
     batch_size: int,
     seed: int | None = 0,
 ) -> list[Batch]:
-    """Texts one behind the other, cut into windows of exactly `max_length` tokens.
+    """Concatenates texts and cuts them into windows of exactly `max_length` tokens.
 
-    An end-of-text token stands behind each text, and no special token elsewhere. Texts are read until
-    there are enough windows; of a single long text, windows are chosen at random.
+    An end-of-text token follows each text; no other special tokens are added. Texts are read until
+    they fill enough windows; of a single long text, windows are chosen at random.
 
     Args:
-        texts: from `read_texts`, of one text each.
-        tokenizer: whose `eos_token` (or `sep_token`) ends a text.
-        num_samples: windows.
-        max_length: tokens per window.
-        batch_size: windows per batch.
-        seed: of the choice of windows; None for the first ones.
+        texts: Rows from `read_texts`, of one text each.
+        tokenizer: The model's tokenizer, whose `eos_token` (or `sep_token`) ends a text.
+        num_samples: Number of windows.
+        max_length: Number of tokens per window.
+        batch_size: Number of windows per batch.
+        seed: Seed of the choice of windows; None for the first ones.
 
     Returns:
         Batches of `input_ids` and `attention_mask`, `(batch, max_length)`.
 
     Raises:
-        ValueError: if the texts are too short for `num_samples` windows.
+        ValueError: If the texts are too short for `num_samples` windows.
     """
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     tokens: list[int] = []
     for (text,) in texts:
-        # Not verbose: that a text is longer than the model takes is no matter here.
+        # Not verbose: texts longer than the model's limit are cut into windows anyway.
         tokens += tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         tokens += [] if end is None else [end]
         if len(tokens) >= num_samples * max_length:
@@ -195,7 +196,7 @@ def packed_batches(
     if count < num_samples:
         raise ValueError(
             f"The data has {len(tokens):,} tokens, enough for {count} windows of {max_length} tokens "
-            f"and not for num_samples={num_samples}. Give more data, or lower num_samples or max_length."
+            f"but not for num_samples={num_samples}. Give more data, or lower num_samples or max_length."
         )
     chosen = list(range(num_samples))
     if seed is not None:
@@ -208,7 +209,7 @@ def packed_batches(
 
 
 def _padded(rows: list[list[int]], prefix: str, tokenizer: PreTrainedTokenizerBase) -> Batch:
-    # Any token will do, as the mask leaves it out.
+    # Any token will do, as the attention mask excludes it.
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     ids = [torch.tensor(row) for row in rows]
     masks = [torch.ones_like(row) for row in ids]

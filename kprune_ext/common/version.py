@@ -1,4 +1,4 @@
-"""The version of the distribution that both packages come in."""
+"""Version of the distribution that contains both packages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ DISTRIBUTION = "peft-corda"
 
 
 def installed_version() -> str:
-    """The version that is installed; `"unknown"` where the packages are run without being installed."""
+    """Returns the installed version, or `"unknown"` if the packages run without being installed."""
     try:
         return metadata.version(DISTRIBUTION)
     except metadata.PackageNotFoundError:

@@ -1,1 +1,1 @@
-"""Step 1: how much each unit knows."""
+"""Step 1: measuring the knowledge of each unit."""

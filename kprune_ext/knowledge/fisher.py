@@ -1,6 +1,6 @@
-"""How predictions react to small changes: square roots of the divergence's second derivative.
+"""Sensitivity of predictions to small changes: square roots of the divergence's second derivative.
 
-Logits z are ``(batch, positions, classes)``. L is the distance between the softened predictions of
+Logits z are `(batch, positions, classes)`. L is the distance between the softened predictions of
 two models, summed over a sample's positions: T² times the Kullback-Leibler divergence for classes
 (single label: a softmax; multi-label: a Bernoulli variable per label), the squared error for
 regression. Its second derivative H with respect to the logits of the model being pruned does not
@@ -18,23 +18,23 @@ from ..architectures.tasks import ProblemType
 
 
 def components(problem: ProblemType, classes: int) -> int:
-    """Columns of the root R of H = R Rᵀ at one position; two exclusive classes need only one."""
+    """Returns the number of columns of R in H = R Rᵀ at one position; 1 for two exclusive classes."""
     return 1 if problem == "single_label_classification" and classes == 2 else classes
 
 
 def root_times(z: Tensor, problem: ProblemType, temperature: float, r: Tensor) -> Tensor:
-    """R r with R Rᵀ = H, position by position.
+    """Computes R r with R Rᵀ = H, position by position.
 
     For softmax, R = diag(√p) − p √pᵀ.
 
     Args:
-        z: ``(batch, positions, classes)``.
-        problem: what the logits mean.
-        temperature: T.
-        r: ``(batch, positions, components)``, see :func:`components`.
+        z: Logits, `(batch, positions, classes)`.
+        problem: Problem type of the logits.
+        temperature: Temperature T.
+        r: Vectors `(batch, positions, components)`, with the number from `components`.
 
     Returns:
-        ``(batch, positions, classes)``.
+        Products, `(batch, positions, classes)`.
     """
     if problem == "regression":
         return 2**0.5 * r.expand_as(z)
@@ -57,21 +57,22 @@ def directions(
     limit: int,
     seeds: list[int],
 ) -> Iterator[Tensor]:
-    """Vectors v with  E[Σ v vᵀ] = H for every sample, over all of its positions at once.
+    """Yields vectors v with E[Σ v vᵀ] = H for every sample, over all of its positions at once.
 
-    Where columns of the root number at most ``limit``, they are the vectors, and the sum is exact.
-    Otherwise each of ``limit`` vectors adds all columns up with random signs, which is right in
-    the mean (Hutchinson's estimator); a sample's signs depend on its seed alone.
+    If the root has at most `limit` columns, they are the vectors, and the sum is exact. Otherwise
+    each of `limit` vectors is the sum of all columns with random signs, which is correct in
+    expectation (Hutchinson's estimator); a sample's signs depend only on its seed.
 
     Args:
-        z: logits, ``(batch, positions, classes)``, without gradient.
-        counted: which positions count, bool, ``(batch, positions)``.
-        problem, temperature: see :func:`root_times`.
-        limit: vectors at most.
-        seeds: one per sample.
+        z: Logits, `(batch, positions, classes)`, without gradient.
+        counted: Bool mask of the positions that count, `(batch, positions)`.
+        problem: Problem type of the logits.
+        temperature: Temperature T.
+        limit: Largest number of vectors.
+        seeds: One seed per sample.
 
     Yields:
-        ``(batch, positions, classes)``.
+        Vectors, `(batch, positions, classes)`.
     """
     batch, positions, classes = z.shape
     width = components(problem, classes)
@@ -98,13 +99,15 @@ def _signs(seed: int, rows: int, columns: int) -> Tensor:
 def divergence_gradient(
     z: Tensor, teacher: Tensor, problem: ProblemType, temperature: float
 ) -> Tensor:
-    """∂L/∂z, where L is the distance of the predictions from the teacher's.
+    """Returns ∂L/∂z, where L is the distance of the predictions from the teacher's.
 
-    T (p − p_teacher) for softmax and Bernoulli, 2 (z − z_teacher) for regression.
+    It is T (p − p_teacher) for softmax and Bernoulli, 2 (z − z_teacher) for regression.
 
     Args:
-        z, teacher: logits, ``(batch, positions, classes)``.
-        problem, temperature: as above.
+        z: Logits, `(batch, positions, classes)`.
+        teacher: Logits of the teacher, of the same shape.
+        problem: Problem type of the logits.
+        temperature: Temperature T.
     """
     if problem == "regression":
         return 2 * (z - teacher)

@@ -1,7 +1,7 @@
-"""How much each head and neuron knows (arXiv 2308.03449, section 4.2).
+"""Knowledge of each head and neuron (arXiv 2308.03449, section 4.2).
 
-Predictive knowledge is what a unit contributes to the model's predictions, representational
-knowledge what it contributes to its sub-layer's output.
+Predictive knowledge is a unit's contribution to the model's predictions, representational knowledge
+its contribution to its sub-layer's output.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from .unit_masks import MaskedUnits, unit_masks
 
 @dataclass(frozen=True)
 class Knowledge:
-    """Knowledge of the units of one sub-layer, each ``(units,)`` in float64.
+    """Knowledge of the units of one sub-layer, each `(units,)` in float64.
 
     Attributes:
-        predictive: mean over samples of the loss (in nats) that second-order theory expects from
+        predictive: Mean over samples of the loss (in nats) that second-order theory expects from
             removing the unit.
-        representational: mean over tokens of the squared output the unit gives, averaged over
-            output dimensions; for a head, the sum over its dimensions.
-        samples: how many the means are over.
+        representational: Mean over tokens of the unit's squared output, averaged over output
+            dimensions; for a head, the sum over its own dimensions.
+        samples: Number of samples that predictive knowledge is averaged over.
     """
 
     predictive: Tensor
@@ -42,18 +42,18 @@ class Knowledge:
 
 @dataclass(frozen=True)
 class Signal:
-    """What predictive knowledge is measured by.
+    """Predictions and settings with which predictive knowledge is measured.
 
     Attributes:
-        predict: ``(model, batch) -> logits``.
-        problem: what the logits mean.
-        temperature: T.
-        passes: backward passes per sample at most.
-        teacher: the dense model's logits by key of the sample. If given, the gradient of the
-            distance from them is squared, as in the paper; otherwise the expected square is taken.
-        depth_tokens: tokens times sub-layers that go backward at a time (a sample at least), so that
-            memory does not grow with depth.
-        unread_weight: how much tokens count in the last layer that no prediction reads.
+        predict: Computes the predictions, `(model, batch) -> logits`.
+        problem: Problem type of the logits.
+        temperature: Temperature T.
+        passes: Largest number of backward passes per sample.
+        teacher: Logits of the dense model, by key of the sample. If given, the gradient of the
+            distance from them is squared, as in the paper; otherwise the expected square is used.
+        depth_tokens: Largest number of tokens times sub-layers in one backward pass (but at least one
+            sample), so that memory does not grow with depth.
+        unread_weight: Weight, in the last layer, of tokens that no prediction reads.
     """
 
     predict: Predict
@@ -69,7 +69,7 @@ class Signal:
 def teacher_logits(
     sublayers: Sequence[SubLayer], stack: LayerStack, predict: Predict, streams: Sequence[Stream]
 ) -> dict[int, Tensor]:
-    """Logits ``(positions, classes)`` by key of the sample."""
+    """Returns logits `(positions, classes)` by key of the sample."""
     found: dict[int, Tensor] = {}
     for stream in streams:
         hidden, contexts = stack.enter(stream.inputs)
@@ -87,26 +87,30 @@ def measure_knowledge(
     signal: Signal,
     processes: Processes | None = None,
 ) -> list[Knowledge]:
-    """Knowledge of every unit of the given sub-layers, which must run up to the model's end.
+    """Measures the knowledge of every unit of the given sub-layers, the last ones of the model.
 
     Predictive (equations 4 and 5): ½ (∂L/∂m)² for a unit's mask m, averaged over samples. The
     gradient of a divergence vanishes where student and teacher agree, so the expected square is
     taken over the student's own predictive distribution: the Fisher information of each sample,
-    ½ Σ_v (vᵀ ∂z/∂m)² over :func:`kprune_ext.fisher.directions`. It is right at the first sub-layer
-    too. With ``signal.teacher`` it is the paper's own quantity.
+    ½ Σ_v (vᵀ ∂z/∂m)² over the vectors v of `directions`. It is valid at the first sub-layer,
+    too. With `signal.teacher` it is the paper's own quantity.
 
     Representational (equations 6 and 7): mean over unmasked tokens of Σ_i f_i² · mean_j W_ji² over
-    the dimensions i of the unit, f being what enters the output projection W.
+    the dimensions i of the unit, where f is the input of the output projection W.
 
     Args:
-        sublayers: the target and all later ones, bottom-up.
-        encoder: the model they belong to.
-        streams: the state before the first of the sub-layers.
-        signal: what is predicted, and how that is measured.
-        processes: that have the rest of the streams; sums are taken over all of them.
+        sublayers: The target and all later sub-layers, from bottom to top.
+        stack: Layer stack of the model that they belong to.
+        streams: Hidden states before the first of the sub-layers.
+        signal: The predictions, and how predictive knowledge is measured.
+        processes: The processes that have the other streams, over which sums are taken; None for this
+            process alone.
+
+    Returns:
+        Knowledge of the units of each sub-layer.
 
     Raises:
-        ValueError: activations or logits are NaN or infinite (the module is named).
+        ValueError: If activations or logits are NaN or infinite; the message names the module.
     """
     processes = processes or Processes(alone=True)
     with processes.error_barrier():
@@ -131,9 +135,10 @@ def measure_knowledge(
 def _sums(
     sublayers: Sequence[SubLayer], stack: LayerStack, streams: Sequence[Stream], signal: Signal
 ) -> list[Tensor]:
-    """Per sub-layer the sums of squared gradients and features; numbers of samples, tokens, read tokens.
+    """Returns sums of squared gradients and of squared features per sub-layer, and counts at the end.
 
-    In the last layer a token that no prediction reads counts less.
+    The counts are those of samples, tokens and read tokens. In the last layer a token that no
+    prediction reads counts less.
     """
     predictive = [_zeros(sublayer, sublayer.units) for sublayer in sublayers]
     squares = [_zeros(sublayer, sublayer.output.in_features) for sublayer in sublayers]
@@ -167,7 +172,7 @@ def _gradients(
     signal: Signal,
     masked: list[MaskedUnits],
 ) -> Iterator[tuple[int, Tensor]]:
-    """Per direction and sub-layer: the sub-layer's number and gradients ``(batch, units)``."""
+    """Yields a sub-layer's number and gradients `(batch, units)`, per direction and sub-layer."""
     contexts = stream.contexts_in(stack)
     hidden = stream.student
     for sublayer in sublayers:
@@ -202,7 +207,7 @@ def _directions(z: Tensor, stream: Stream, signal: Signal) -> Iterator[Tensor]:
 def _in_parts(
     streams: Sequence[Stream], depth: int, stack: LayerStack, signal: Signal
 ) -> Iterator[Stream]:
-    """The streams, cut where activations of all sub-layers, or logits, would take much memory."""
+    """Yields the streams, split where activations of all sub-layers, or logits, need much memory."""
     for stream in streams:
         with torch.no_grad():
             one = {name: value[:1] for name, value in stream.inputs.items()}

@@ -1,4 +1,4 @@
-"""Both kinds of knowledge as one score for each unit."""
+"""Both kinds of knowledge as one score per unit."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ def unit_scores(
     prior_samples: float = 1.0,
     mu: float | None = None,
 ) -> list[Tensor]:
-    """Knowledge of every unit as one number (arXiv 2308.03449, section 4.2).
+    """Computes one score per unit from its knowledge (arXiv 2308.03449, section 4.2).
 
-    The two kinds of knowledge have different units, and their ratio depends on how sure the model
-    is of its predictions; on the relative scale lambda weighs shares of their sums.
+    The two kinds of knowledge have different units of measurement, and their ratio depends on the
+    model's confidence in its predictions. On the relative scale lambda weighs shares of their sums.
 
-    The Fisher information of a model that is sure of most samples comes from the few that it is not
-    sure of, and units that these samples do not use get next to nothing. The prior samples count as if
-    their predictive knowledge were distributed like representational knowledge, which is measured on
-    all tokens.
+    The Fisher information of a model that is confident on most samples comes from the few others, and
+    units that these samples do not use get next to none. The prior samples count as if their
+    predictive knowledge were distributed like representational knowledge, which is measured on all
+    tokens.
 
     Args:
-        targets: Sub-layers.
-        knowledge: Of the units of each.
-        lambda_rep: Weight of representational against predictive knowledge.
-        relative: Whether both kinds are brought to the same sum first.
+        targets: The sub-layers.
+        knowledge: Knowledge of the units of each sub-layer.
+        lambda_rep: Weight of representational relative to predictive knowledge.
+        relative: Whether both kinds are scaled to the same sum first.
         prior_samples: Number of prior samples.
         mu: Weight of a head's mean knowledge per dimension; None for its head size.
 

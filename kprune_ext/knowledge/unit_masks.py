@@ -1,6 +1,6 @@
-"""Contact with a running model: masks on units, and a look at what flows through a sub-layer.
+"""Masks on a running model's units, whose gradients and features are recorded.
 
-Everything here is a context manager that leaves the model as it found it, also after an error.
+The context manager restores the model, even after an error.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ..units.sublayers import SubLayer
 
 @dataclass
 class MaskedUnits:
-    """The mask that multiplies one sub-layer's units, and the unmasked features.
+    """Mask on one sub-layer's units, and the features before masking.
 
     Attributes:
-        mask: ones, ``(batch, units)``, one mask per sample, with gradient.
-        features: what entered the output projection, ``(batch, tokens, units * unit_size)``.
+        mask: Mask of ones per sample, `(batch, units)`, with gradient.
+        features: Input of the output projection, `(batch, tokens, units * unit_size)`.
     """
 
     mask: Tensor
@@ -31,14 +31,17 @@ class MaskedUnits:
 
 @contextmanager
 def unit_masks(sublayers: Sequence[SubLayer], batch: int) -> Iterator[list[MaskedUnits]]:
-    """Multiply the units of each sub-layer by a mask of ones of its own for every sample.
+    """Multiplies the units of each sub-layer by a mask of ones, a separate one for each sample.
 
-    As samples do not meet inside a model, the gradient of a batch's sum with respect to the masks
-    holds each sample's own gradient.
+    As samples do not interact inside a model, the gradient of a sum over the batch with respect to
+    the masks holds each sample's own gradient.
 
     Args:
-        sublayers: which to mask.
-        batch: samples in the forward passes to come.
+        sublayers: The sub-layers to mask.
+        batch: Number of samples in the forward passes of the block.
+
+    Yields:
+        One mask per sub-layer, with its features after a forward pass.
     """
     masked = []
     with ExitStack() as stack:

@@ -1,1 +1,1 @@
-"""Heads, key-value groups and neurons of one model: find them, cut them, record them."""
+"""Heads, key-value groups and neurons of one model: finding, removing and recording them."""

@@ -1,4 +1,4 @@
-"""Which units a pruned model keeps: the field ``kprune`` of its config."""
+"""The units that a pruned model keeps: the field `kprune` of its config."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class KeptUnits:
-    """Which units of the original model one layer keeps, ascending."""
+    """Numbers of the units of the original model that one layer keeps, ascending."""
 
     heads: tuple[int, ...]
     neurons: tuple[int, ...]
 
 
 def encode_indices(indices: Iterable[int]) -> str:
-    """Ascending numbers as text, runs shortened: ``[0, 1, 2, 5]`` becomes ``"0-2,5"``."""
+    """Writes ascending numbers as text with runs shortened: `[0, 1, 2, 5]` becomes `"0-2,5"`."""
     runs: list[list[int]] = []
     for index in indices:
         if runs and runs[-1][1] == index - 1:
@@ -31,31 +31,31 @@ def encode_indices(indices: Iterable[int]) -> str:
 
 
 def decode_indices(text: str) -> tuple[int, ...]:
-    """The inverse of :func:`encode_indices`.
+    """Reads ascending numbers from text with shortened runs: `"0-2,5"` becomes `(0, 1, 2, 5)`.
 
     Raises:
-        ValueError: the text is malformed, or the numbers do not ascend.
+        ValueError: If the text is malformed or the numbers do not ascend.
     """
     indices: list[int] = []
     for run in text.split(",") if text else []:
         first, _, last = run.partition("-")
         low, high = int(first), int(last or first)
         if high < low or (indices and low <= indices[-1]):
-            raise ValueError(f"{run!r} does not ascend")
+            raise ValueError(f"{run!r} is not in ascending order")
         if high - low > 1_000_000:
-            raise ValueError(f"{run!r} is too long")
+            raise ValueError(f"the run {run!r} is too long")
         indices.extend(range(low, high + 1))
     return tuple(indices)
 
 
 def kept_units(config: Any) -> list[KeptUnits]:
-    """The units that each layer keeps, from a supported model's config; all, where it says nothing.
+    """Returns the units that each layer keeps: those in the field `kprune`, or all without it.
 
     Args:
-        config: Of a model, dense or pruned.
+        config: Config of a supported model, dense or pruned.
 
     Raises:
-        ValueError: the field ``kprune`` of the config is inconsistent, in itself or with the rest.
+        ValueError: If the field `kprune` is inconsistent, in itself or with the rest of the config.
     """
     heads = config.num_attention_heads
     neurons = ROWS[config.model_type].neurons(config)
@@ -68,7 +68,7 @@ def kept_units(config: Any) -> list[KeptUnits]:
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"The field 'kprune' of this model's config is damaged ({type(error).__name__}: "
-            f"{error}). Expected what kprune_ext wrote: for each of the "
+            f"{error}). Expected the field as kprune_ext wrote it: for each of the "
             f"{config.num_hidden_layers} layers, at most {heads} heads and {neurons} neurons with "
             "their counts. Restore config.json from the pruned checkpoint."
         ) from None
@@ -76,10 +76,12 @@ def kept_units(config: Any) -> list[KeptUnits]:
 
 def _parse(stored: dict[str, Any], layers: int, heads: int, neurons: int) -> list[KeptUnits]:
     if stored["format"] != FORMAT:
-        raise ValueError(f"format {stored['format']!r} is not {FORMAT}; update kprune_ext")
+        raise ValueError(
+            f"its format is {stored['format']!r}, expected {FORMAT}; update kprune_ext"
+        )
     rows = stored["layers"]
     if len(rows) != layers:
-        raise ValueError(f"{len(rows)} layers are listed")
+        raise ValueError(f"it lists {len(rows)} layers")
     kept = []
     for number, row in enumerate(rows):
         units = {}
@@ -87,17 +89,17 @@ def _parse(stored: dict[str, Any], layers: int, heads: int, neurons: int) -> lis
             indices = decode_indices(row[kind])
             if len(indices) != row[f"num_{kind}"]:
                 raise ValueError(
-                    f"layer {number} lists {len(indices)} {kind} and counts {row[f'num_{kind}']}"
+                    f"layer {number} lists {len(indices)} {kind} instead of {row[f'num_{kind}']}"
                 )
             if indices and indices[-1] >= limit:
-                raise ValueError(f"layer {number} keeps one of the {kind} numbered {indices[-1]}")
+                raise ValueError(f"layer {number} lists {kind} up to number {indices[-1]}")
             units[kind] = indices
         kept.append(KeptUnits(**units))
     return kept
 
 
 def store_kept_units(config: Any, kept: Iterable[KeptUnits]) -> None:
-    """Write the kept units into a config, so that :func:`kept_units` reads them back."""
+    """Writes the kept units into a config, from which `kept_units` reads them."""
     config.kprune = {
         "format": FORMAT,
         "layers": [

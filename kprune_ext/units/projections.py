@@ -13,8 +13,8 @@ def linear_at(module: nn.Module, path: str) -> nn.Linear:
     if type(linear) is not nn.Linear:
         raise TypeError(
             f"{path} is a {type(linear).__module__}.{type(linear).__qualname__}, but pruning "
-            "needs plain torch.nn.Linear projections. Merge or unload adapters and load the model "
-            "without quantisation first."
+            "needs plain torch.nn.Linear projections. Merge or unload adapters first, and load the "
+            "model without quantization."
         )
     return linear
 
@@ -27,13 +27,13 @@ def check_linear(layer: nn.Module, path: str, prefix: str) -> None:
 
 
 def unit_dimensions(units: Tensor, unit_size: int, stacked: int = 1, total: int = 0) -> Tensor:
-    """The dimensions that belong to units, ``(stacked * units * unit_size,)``.
+    """Returns the dimensions that belong to units, `(stacked * units * unit_size,)`.
 
     Args:
-        units: numbers of units.
-        unit_size: dimensions of a unit.
-        stacked: how many matrices stand one behind the other, each with all units.
-        total: dimensions of one of them; needed if ``stacked`` is above 1.
+        units: Numbers of the units.
+        unit_size: Dimensions per unit.
+        stacked: Number of matrices stacked along the dimension, each with all units.
+        total: Dimensions of one of these matrices; needed if `stacked` is above 1.
     """
     offsets = torch.arange(unit_size, device=units.device)
     dims = (units.unsqueeze(1) * unit_size + offsets).flatten()
@@ -41,9 +41,9 @@ def unit_dimensions(units: Tensor, unit_size: int, stacked: int = 1, total: int 
 
 
 def set_linear(layer: nn.Module, path: str, weight: Tensor, bias: Tensor | None) -> None:
-    """Put a linear module with this weight and bias in the place of another."""
+    """Replaces a linear module by one with this weight and bias."""
     old: Any = layer.get_submodule(path)
-    # Made on the meta device, as nn.Linear would draw values only for us to replace them.
+    # On the meta device, as nn.Linear would otherwise initialize values that are then replaced.
     new = nn.Linear(1, 1, bias=bias is not None, device="meta")
     new.out_features, new.in_features = weight.shape
     new.weight = nn.Parameter(weight, requires_grad=old.weight.requires_grad)

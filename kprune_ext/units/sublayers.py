@@ -23,12 +23,12 @@ class SubLayer:
     """One attention or feed-forward sub-layer of one model.
 
     Attributes:
-        layer: number of the transformer layer, from 0.
-        kind: ``"attention"`` or ``"ffn"``.
-        name: path of the output projection in the model.
-        module: the transformer layer.
-        paths: where the sub-layer's modules live in it.
-        unit_size: dimensions of a unit: the head size, or 1 for a neuron.
+        layer: Number of the transformer layer, from 0.
+        kind: Kind of the sub-layer, `"attention"` or `"ffn"`.
+        name: Path of the output projection in the model.
+        module: The transformer layer.
+        paths: Paths of the sub-layer's modules in the transformer layer.
+        unit_size: Dimensions per unit: the head size, or 1 for a neuron.
     """
 
     layer: int
@@ -50,40 +50,46 @@ class SubLayer:
 
     @property
     def device(self) -> torch.device:
-        """Where the sub-layer computes."""
+        """Device that the sub-layer computes on."""
         return execution_device(self.module)
 
     @property
     def units(self) -> int:
-        """How many heads or neurons there are."""
+        """Number of heads or neurons."""
         return self.output.in_features // self.unit_size
 
     @property
     def projections(self) -> int:
-        """How many matrices have a row or column for each of a unit's dimensions."""
+        """Number of matrices with a row or column for each of a unit's dimensions."""
         return len(self.paths.inputs) * self.paths.stacked + 1
 
     @property
     def parameters(self) -> int:
-        """Weights and biases of the projections; the output's bias stays when all units go."""
+        """Number of weights and biases of the projections.
+
+        The output projection's bias is among them, although it stays when all units are removed.
+        """
         linears = (*self.inputs, self.output)
         return sum(p.numel() for linear in linears for p in linear.parameters())
 
     @property
     def scale(self) -> Tensor | None:
-        """What multiplies the output before the residual is added, ``(hidden,)``."""
+        """Vector `(hidden,)` that multiplies the output before the residual is added, or None."""
         if self.paths.scale is None:
             return None
         return self.module.get_parameter(self.paths.scale).detach()
 
     def run(self, hidden: Tensor, context: Context) -> Tensor:
-        """The hidden state after this sub-layer, given the one before, ``(batch, tokens, hidden)``.
+        """Runs the sub-layer, with residual and norm.
 
-        What lies on another device is moved to the sub-layer's.
+        Tensors on another device are moved to the sub-layer's.
 
         Args:
-            hidden: state before the sub-layer.
-            context: the layer's other arguments, from `LayerStack.enter`.
+            hidden: Hidden states before the sub-layer, `(batch, tokens, hidden)`.
+            context: The layer's other arguments, from `LayerStack.enter`.
+
+        Returns:
+            The hidden states after the sub-layer, of the same shape.
         """
         device = self.device
         moved: Context = send_to_device(dict(context), device)
@@ -91,22 +97,22 @@ class SubLayer:
 
 
 def layers_path(model: PreTrainedModel, architecture: Architecture) -> str:
-    """Where in a model, with or without a task's head, the list of transformer layers is."""
+    """Returns the path of the list of transformer layers in a model, with or without a task head."""
     base = "" if model.base_model is model else model.base_model_prefix + "."
     return base + architecture.layers
 
 
 def head_size(model: PreTrainedModel) -> int:
-    """Dimensions of one attention head."""
+    """Returns the dimensions of one attention head."""
     return int(model.config.hidden_size // model.config.num_attention_heads)
 
 
 def sublayers(model: PreTrainedModel, architecture: Architecture) -> list[SubLayer]:
-    """The sub-layers of a model bottom-up: attention 0, ffn 0, attention 1, …
+    """Returns the sub-layers of a model from bottom to top: attention 0, ffn 0, attention 1, …
 
     Raises:
-        TypeError: a projection is not a plain ``nn.Linear``; the message names it.
-        ValueError: the layers are built otherwise than the table says.
+        TypeError: If a projection is not a plain `nn.Linear`; the message names it.
+        ValueError: If the layers lack modules that the table row names.
     """
     path = layers_path(model, architecture)
     kinds: tuple[tuple[Kind, tuple[SubLayerPaths, ...], int], ...] = (
@@ -141,7 +147,7 @@ def _variant(layer: nn.Module, variants: tuple[SubLayerPaths, ...], prefix: str)
 
 def _other_build(path: str, where: nn.Module) -> str:
     return (
-        f"There is no module {path} in this {type(where).__name__} of transformers "
+        f"No module {path} in this {type(where).__name__} of transformers "
         f"{transformers.__version__}. The row in kprune_ext/architectures/ describes another "
-        "version: update transformers, or this package."
+        "version: update transformers or this package."
     )

@@ -1,4 +1,4 @@
-"""Cutting units out of a model's sub-layers, in place."""
+"""Removing units from a model's sub-layers, in place."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 from .projections import replace_module, set_linear, unit_dimensions
 from .sublayers import SubLayer
 
-# Where attention modules note how many heads, and dimensions of all heads together, they have.
+# Attributes of attention modules that hold the number of heads, and the dimensions of all heads.
 _HEAD_COUNTS = ("num_attention_heads", "n_heads")
 _HEAD_DIMENSIONS = ("all_head_size", "dim")
 
 
 def shrink(sublayer: SubLayer, units: Sequence[int]) -> None:
-    """Leave only the given units in a sub-layer.
+    """Removes all but the given units from a sub-layer.
 
     Args:
-        sublayer: what to shrink, in place.
-        units: numbers of the units to keep among its present ones, ascending.
+        sublayer: The sub-layer to shrink, in place.
+        units: Numbers of the units to keep among its present ones, ascending.
     """
     output, paths, size = sublayer.output, sublayer.paths, sublayer.unit_size
     numbers = torch.tensor(units, dtype=torch.long, device=output.weight.device)
@@ -37,9 +37,12 @@ def shrink(sublayer: SubLayer, units: Sequence[int]) -> None:
 
 
 def set_output(sublayer: SubLayer, weight: Tensor, bias: Tensor | None) -> None:
-    """Give a sub-layer's output projection other values, ``(hidden, units)`` and ``(hidden,)``.
+    """Sets the weight and bias of a sub-layer's output projection, in place.
 
-    A bias is left out where the projection has none.
+    Args:
+        sublayer: The sub-layer.
+        weight: The weight, `(hidden, units * unit_size)`.
+        bias: The bias, `(hidden,)`; ignored if the projection has none.
     """
     with torch.no_grad():
         sublayer.output.weight.copy_(weight)
