@@ -1,1 +1,1 @@
-"""Factors in a PEFT adapter."""
+"""The CORDA adapter: PEFT layers and a PEFT model that train the factors."""

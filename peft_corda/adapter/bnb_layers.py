@@ -1,4 +1,4 @@
-"""CORDA adapters on quantised layers of bitsandbytes. Imported only where there is one."""
+"""CORDA adapters on layers quantised by bitsandbytes. Imported only if such a layer exists."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ class CordaLinear4bit(CordaLayer, Linear4bit):
     """A CORDA adapter on a `bitsandbytes.nn.Linear4bit`."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # No gradient goes through a weight that an evaluation pass has packed for the CPU.
+        # No gradient flows through a weight that an evaluation pass has packed for the CPU.
         if self.training or (torch.is_grad_enabled() and x.requires_grad):
             self._unpack()
         return super().forward(x, *args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge as LoRA does: dequantised, added to, and quantised again."""
+        """Merge as LoRA does: dequantise the weight, add the update, and quantise again."""
         self._unpack()
         super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
     def unmerge(self) -> None:
-        """Take merged adapters out again, to the precision of the quantisation."""
+        """Remove merged adapters again, up to the precision of the quantisation."""
         self._unpack()
         super().unmerge()
 
@@ -43,10 +43,11 @@ class CordaLinear8bitLt(CordaLayer, Linear8bitLt):
     """A CORDA adapter on a `bitsandbytes.nn.Linear8bitLt`."""
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge into the dequantised weight, and quantise again.
+        """Merge into the dequantised weight, and quantise the result again.
 
         Raises:
-            ValueError: with `safe_merge`, if the result is not finite; nothing is merged then.
+            ValueError: If `safe_merge` is set and the result is not finite; the adapter is then not
+                merged.
         """
         for name in self._to_merge(adapter_names):
             merged = self._dense() + self.get_delta_weight(name).float()
@@ -58,7 +59,7 @@ class CordaLinear8bitLt(CordaLayer, Linear8bitLt):
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Take merged adapters out again, to the precision of the quantisation."""
+        """Remove merged adapters again, up to the precision of the quantisation."""
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if name in self.lora_A:
@@ -70,7 +71,7 @@ class CordaLinear8bitLt(CordaLayer, Linear8bitLt):
     def _requantize(self, weight: Tensor) -> None:
         layer = cast(Any, self.get_base_layer())
         device = layer.weight.device
-        # As when a checkpoint is loaded: quantised on the way to its device, with a state of its own.
+        # As on loading a checkpoint: moving to the device quantises, and the state is a new one.
         codes: Any = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
         layer.weight = codes.to(device)
         threshold, layer.state = layer.state.threshold, bnb.MatmulLtState()

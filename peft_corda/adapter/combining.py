@@ -1,4 +1,4 @@
-"""How several adapters of one layer become one: what `add_weighted_adapter` does per layer."""
+"""Combination of several adapters of a layer into one, as `add_weighted_adapter` needs it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .layer import CordaLayer
 
 @dataclass(frozen=True)
 class Combination:
-    """Arguments of `add_weighted_adapter`, see there."""
+    """How adapters are combined: arguments of `CordaModel.add_weighted_adapter`."""
 
     kind: str
     rank: int
@@ -28,7 +28,7 @@ class Combination:
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """`A`, `B` and their starting values of an adapter whose scale is 1."""
+    """Factors `A` and `B` of an adapter with scale 1, and their starting values."""
 
     factor_a: Tensor
     factor_b: Tensor
@@ -39,18 +39,21 @@ class Factors:
 def combined(
     layer: CordaLayer, adapters: Sequence[str], weights: Sequence[float], how: Combination
 ) -> Factors:
-    """Factors with `B A − B0 A0 = Σ wᵢ ΔWᵢ`, or what the combination makes of the updates `ΔWᵢ`.
+    """Factors with `B A − B0 A0 = Σ wᵢ ΔWᵢ`, or another combination of the updates `ΔWᵢ`.
 
-    Exact with ``"cat"``, for a single adapter, and wherever the sum has no larger rank than asked for;
-    else the best approximation of that rank. What LoRA does to `A` and `B` one by one (``"linear"``,
-    ``"ties"``, …) is done to the updates here: without what they started from, `A` and `B` of a CORDA
-    adapter mean little.
+    The result is exact with `"cat"`, for a single adapter, and if the rank of the sum is at most
+    `how.rank`; otherwise it is the best approximation of that rank. The operations that LoRA applies
+    to `A` and `B` separately (`"linear"`, `"ties"`, …) are applied to the updates here, because `A`
+    and `B` of a CORDA adapter mean little without their starting values.
 
     Args:
-        layer: that has at least one of the adapters.
-        adapters: names; those that the layer does not have are passed over.
-        weights: `wᵢ`.
-        how: the combination.
+        layer: A layer that has at least one of the adapters.
+        adapters: Names of the adapters; those that the layer does not have are skipped.
+        weights: The weights `wᵢ`, one per adapter.
+        how: How the adapters are combined.
+
+    Returns:
+        The factors of the combined adapter.
     """
     own = [(name, w) for name, w in zip(adapters, weights, strict=True) if name in layer.lora_A]
     if how.kind == "cat" or len(own) == 1:
@@ -66,7 +69,7 @@ def combined(
 
 
 def _side_by_side(layer: CordaLayer, own: Sequence[tuple[str, float]], rank: int) -> Factors:
-    """All factors next to each other, started from their own starts; padded with zeros."""
+    """All factors side by side, with their own starting values, padded with zeros to `rank`."""
     trained, start = [], []
     for name, weight in own:
         factor_a, factor_b, start_a, start_b = layer.factors_of(name)
@@ -85,14 +88,14 @@ def _side_by_side(layer: CordaLayer, own: Sequence[tuple[str, float]], rank: int
 
 
 def _update(layer: CordaLayer, name: str, weight: float = 1.0) -> Product:
-    """`w s [B, −B0]` and `[A; A0]`."""
+    """The update as the product of `w s [B, −B0]` and `[A; A0]`."""
     factor_a, factor_b, start_a, start_b = layer.factors_of(name)
     scale = weight * layer.scaling[name]
     return stacked([(scale * factor_b, factor_a), (-scale * start_b, start_a)])
 
 
 def _merged(layer: CordaLayer, own: Sequence[tuple[str, float]], how: Combination) -> Tensor:
-    """The combined update `(out, in)`."""
+    """The combined update, `(out, in)`."""
     updates = []
     for name, _ in own:
         left, right = _update(layer, name)
@@ -104,8 +107,8 @@ def _merged(layer: CordaLayer, own: Sequence[tuple[str, float]], how: Combinatio
     density = how.density
     if density is None or not 0 <= density <= 1:
         raise ValueError(
-            f"combination_type={how.kind!r} needs a density between 0 and 1, the share of entries that "
-            f"are kept; got {density!r}."
+            f"combination_type={how.kind!r} needs a density between 0 and 1, the share of entries "
+            f"to keep; got {density!r}."
         )
     if plain == "ties":
         return ties(updates, weights, density, how.majority_sign_method)
@@ -117,7 +120,7 @@ def _merged(layer: CordaLayer, own: Sequence[tuple[str, float]], how: Combinatio
 
 
 def _clamped(factor_b: Tensor, factor_a: Tensor, quantile: float) -> Product:
-    """Entries held to a quantile of all of them, as LoRA does."""
+    """Both factors, with entries clamped to a quantile of all entries, as in LoRA."""
     entries = torch.cat([factor_b.flatten(), factor_a.flatten()])
     most = float(torch.quantile(entries, quantile))
     return factor_b.clamp(-most, most), factor_a.clamp(-most, most)

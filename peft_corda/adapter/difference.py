@@ -1,11 +1,11 @@
-"""`result + s · (B A − B0 A0) x`, exactly `result` where `A = A0` and `B = B0`. Tensors in and out.
+"""Computes `result + s · (B A − B0 A0) x`, exactly `result` where `A = A0` and `B = B0`.
 
-Two separate products that cancel would need four multiplications and cancel only if the same kernels
-run. Written as
+Two separate products would need four multiplications, and would cancel only if the same kernels run.
+Written as
 
     B A − B0 A0 = B (A − A0) + (B − B0) A0
 
-every term is zero at the start, whatever the kernel, so both can share one multiplication with
+every term is zero at the start, whatever the kernel. Both terms share one multiplication with
 `[A − A0; A0]` and one with `[B, B − B0]`, and the sum keeps the digits that a difference of large
 products would lose.
 """
@@ -28,27 +28,29 @@ def add_difference(
     start_b: Tensor,
     scale: float,
 ) -> Tensor:
-    """Add the adapter to what the base layer gave.
+    """Add the adapter's output to the output of the base layer.
 
-    The start needs no gradients, and nothing is kept for it: the backward pass needs `x`, which the
-    gradient of `A` needs anyway, and `A x`.
+    The starting values need no gradients, and nothing is saved for them: the backward pass needs
+    `x`, which the gradient of `A` needs anyway, and `A x`.
 
     Args:
-        result: `(…, out)`.
-        x: `(…, in)`, in the dtype of the factors.
-        factor_a, factor_b: `A (r, in)` and `B (out, r)`.
-        start_a, start_b: `A0` and `B0`, of the same shapes; without gradient.
-        scale: `s`.
+        result: Output of the base layer, `(…, out)`.
+        x: Input of the layer, `(…, in)`, in the dtype of the factors.
+        factor_a: The factor `A`, `(r, in)`.
+        factor_b: The factor `B`, `(out, r)`.
+        start_a: The starting value `A0`, of the shape of `A`; without gradient.
+        start_b: The starting value `B0`, of the shape of `B`; without gradient.
+        scale: The scale `s`.
 
     Returns:
-        `(…, out)`, in the wider dtype of `result` and the computation. Under autocast the products are
-        worked out in its dtype.
+        The sum, `(…, out)`, in the wider dtype of `result` and the computation. Under autocast the
+        products are computed in the dtype of autocast.
     """
     factors = (factor_a, factor_b, start_a, start_b)
     if not torch.is_autocast_enabled(x.device.type):
         return _apply(result, x, *factors, scale)
     dtype = torch.get_autocast_dtype(x.device.type)
-    # The differences of the factors are taken in full precision, and lose nothing to the cast.
+    # The factors are subtracted in full precision, before the cast.
     with torch.autocast(x.device.type, enabled=False):
         return _apply(result, x.to(dtype), *factors, scale)
 
@@ -68,7 +70,7 @@ def _forward(
     start_b: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The sum, and `[(A − A0) x, A0 x]`."""
+    """Returns the sum, and `[(A − A0) x, A0 x]`."""
     hidden = x.reshape(-1, x.shape[-1]) @ _down(factor_a, start_a, x.dtype).T
     up = _up(factor_b, start_b, x.dtype)
     if result.dtype != x.dtype:
@@ -119,10 +121,10 @@ class _AddDifference(torch.autograd.Function):
 
 
 def _down(factor_a: Tensor, start_a: Tensor, dtype: torch.dtype) -> Tensor:
-    """`[A − A0; A0] (2r, in)`."""
+    """The stacked factors `[A − A0; A0]`, `(2r, in)`."""
     return torch.cat([factor_a - start_a, start_a]).to(dtype)
 
 
 def _up(factor_b: Tensor, start_b: Tensor, dtype: torch.dtype) -> Tensor:
-    """`[B, B − B0] (out, 2r)`."""
+    """The stacked factors `[B, B − B0]`, `(out, 2r)`."""
     return torch.cat([factor_b, factor_b - start_b], dim=1).to(dtype)

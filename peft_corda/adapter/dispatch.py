@@ -1,4 +1,4 @@
-"""Which class of layer carries an adapter on a base layer."""
+"""Choice of the adapter layer class for a base layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .layer import CordaLayer, CordaLinear
 def new_layer(
     base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any
 ) -> CordaLayer:
-    """The adapter layer for a supported module; `kwargs` as PEFT gives them to LoRA layers."""
+    """The adapter layer for a supported base layer; `kwargs` are those that PEFT gives LoRA layers."""
     kind = quantization_of(_innermost(base_layer))
     if kind is None:
         return CordaLinear(base_layer, adapter_name, config=config, **kwargs)

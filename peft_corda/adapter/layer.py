@@ -1,8 +1,8 @@
 """The adapter layer: `base(x) + s · (B A dropout(x) − B0 A0 x)`.
 
-`A (r, in)` and `B (out, r)` are trained; `A0` and `B0` are frozen copies of where they started. The
-base weight is never changed, so disabling, deleting or unloading the adapter gives the base model
-back to the bit, and a checkpoint loads on the original base.
+`A (r, in)` and `B (out, r)` are trained; `A0` and `B0` are frozen copies of their starting values.
+The base weight is never changed, so disabling, deleting or unloading the adapter restores the base
+model bit for bit, and a checkpoint loads on the original base model.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _START_NAMES = ("lora_A0", "lora_B0")
 
 
 class CordaVariant(LoraVariant):
-    """What PEFT's LoRA layer calls in place of its own `B A x`; `module` is a `CordaLayer`."""
+    """Variant that PEFT's LoRA layer calls in place of its `B A x`; `module` is a `CordaLayer`."""
 
     @staticmethod
     def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
-        """Nothing to do: the start is set by `CordaLayer.start_adapter`."""
+        """Do nothing; `CordaLayer.start_adapter` sets the start."""
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -56,14 +56,14 @@ class CordaVariant(LoraVariant):
         start_a, start_b = module.lora_A0[active_adapter], module.lora_B0[active_adapter]
         scale, dropout = module.scaling[active_adapter], module.lora_dropout[active_adapter]
         drops = dropout.training and not isinstance(dropout, nn.Identity)
-        # Factors that are spread over processes are whole within their own modules' forward alone.
+        # Sharded factors are full tensors only within the forward of their own modules.
         apart = is_partitioned(factor_a.weight) or is_dtensor(factor_a.weight)
         if not drops and not apart:
             summed = add_difference(
                 result, x, factor_a.weight, factor_b.weight, start_a, start_b, scale
             )
         else:
-            # The same two products through the same kernels: equal factors cancel to the last bit.
+            # Both products use the same kernels, so that equal factors cancel to the last bit.
             hidden = factor_a(dropout(x))
             dtype = hidden.dtype  # FSDP2's mixed precision casts parameters, but not buffers
             start = F.linear(F.linear(x.to(dtype), start_a.to(dtype)), start_b.to(dtype))
@@ -74,7 +74,7 @@ class CordaVariant(LoraVariant):
 
 
 class CordaLayer(LoraLayer):
-    """What CORDA adapters on all kinds of layers have in common; goes before PEFT's LoRA layer."""
+    """Base class of all CORDA adapter layers; comes before PEFT's LoRA layer in their bases."""
 
     lora_A0: StartBuffers
     lora_B0: StartBuffers
@@ -86,23 +86,23 @@ class CordaLayer(LoraLayer):
     def update_layer(
         self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any
     ) -> None:
-        """Add an adapter whose start is still to be set; until then it adds nothing."""
+        """Add an adapter without a start; its output is zero until one is set."""
         if not hasattr(self, "lora_A0"):
             self.lora_A0, self.lora_B0 = StartBuffers(), StartBuffers()
-            # So that PEFT moves, casts, saves and deletes them with the adapter.
+            # PEFT then moves, casts, saves and deletes them with the adapter.
             self.other_param_names = (*self.other_param_names, *_START_NAMES)
         out_features, in_features = weight_shape(_innermost(cast(nn.Module, self)))
         self.lora_A0[adapter_name] = torch.zeros(r, in_features)
         self.lora_B0[adapter_name] = torch.zeros(out_features, r)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         if config.init_lora_weights is False:
-            # The caller wants random factors and takes that for a start.
+            # The caller wants random factors, which count as a start.
             self.lora_B0.started.add(adapter_name)
         if getattr(config, "corda_method", None) is None:
             self.lora_B0.may_train_without.add(adapter_name)
 
     def start_adapter(self, adapter_name: str, factor_a: Tensor, factor_b: Tensor) -> None:
-        """Set where an adapter starts: `A (r, in)` and `B (out, r)`, and their frozen copies."""
+        """Set the start of an adapter: `A (r, in)` and `B (out, r)`, and their frozen copies."""
         self.set_factors(adapter_name, factor_a, factor_b, factor_a, factor_b)
 
     def set_factors(
@@ -113,23 +113,23 @@ class CordaLayer(LoraLayer):
         start_a: Tensor,
         start_b: Tensor,
     ) -> None:
-        """Set `A`, `B` and what they are taken to have started from, `A0` and `B0`."""
+        """Set `A` and `B`, and `A0` and `B0` as their starting values."""
         device = self._base_device()
-        if device.type == "meta":  # the base is still to be loaded; what is frozen here is not
+        if device.type == "meta":  # the base is loaded later, the frozen factors are not
             device = factor_a.device
         for linears, starts, factor, start in (
             (self.lora_A, self.lora_A0, factor_a, start_a),
             (self.lora_B, self.lora_B0, factor_b, start_b),
         ):
             linear = _linear(linears, adapter_name)
-            # The layout that a checkpoint loads into: the same kernels run before and after.
+            # The layout that a checkpoint loads into, so that the same kernels run after loading.
             value = factor.to(device, linear.weight.dtype).contiguous()
             if linear.weight.is_meta:
                 linear.weight = nn.Parameter(
                     value.clone(), requires_grad=linear.weight.requires_grad
                 )
             else:
-                # The same parameter: an optimizer may have it already.
+                # In place, since an optimizer may already hold the parameter.
                 fill(linear.weight, value)
             starts[adapter_name] = start.to(value).contiguous().clone()
         self.lora_B0.started.add(adapter_name)
@@ -137,10 +137,10 @@ class CordaLayer(LoraLayer):
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        """Move to the base layer's device; to its dtype only as long as nothing would be lost by it.
+        """Move to the base layer's device, and to its dtype only while it has no start.
 
-        PEFT also calls this after loading weights with `low_cpu_mem_usage`, where going through the
-        bfloat16 of a base would round a float32 adapter.
+        PEFT also calls this after loading weights with `low_cpu_mem_usage`, where a cast to the
+        bfloat16 of a base layer would round a float32 adapter.
         """
         target = self._base_device() if device is None else device
         if adapter_name not in self.lora_B0.started:
@@ -159,9 +159,9 @@ class CordaLayer(LoraLayer):
     def watch_for_start(self, adapter_name: str, output: Tensor) -> None:
         """Make the backward pass of `output` an error unless the adapter was given a start.
 
-        Trained without, it would be a plain LoRA; where no method was named, that is a warning. Its
-        forward pass is no error: weights may be loaded into it, or one adapter be replaced by another,
-        with the model in training mode all the while.
+        Trained without a start, the adapter would be a plain LoRA. If its config names no method, that
+        is only a warning. The forward pass never fails, since weights may be loaded into the adapter,
+        or one adapter replaced by another, while the model is in training mode.
         """
         if adapter_name in self.lora_B0.started:
             return
@@ -172,12 +172,12 @@ class CordaLayer(LoraLayer):
             text = (
                 f"The CORDA adapter {adapter_name!r} has no start yet, so it "
                 f"{'trains' if may else 'would train'} as a plain LoRA. Call calibrate(model, config, "
-                "dataloader) before get_peft_model, or set CordaConfig(corda_factors='file'), or call "
+                "dataloader) before get_peft_model, set CordaConfig(corda_factors='file'), or call "
                 "initialize_corda(model, dataloader) now."
             )
             if not may:
                 raise RuntimeError(text)
-            # Shown once: the text is the same for all layers.
+            # Python shows it only once, since the text is the same for all layers.
             warnings.warn(
                 text + " CordaConfig(corda_method=...) makes this an error.", stacklevel=2
             )
@@ -185,7 +185,7 @@ class CordaLayer(LoraLayer):
         output.register_hook(complain)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """`s (B A − B0 A0)` in the layout of the base weight and the dtype of the adapter."""
+        """Returns `s (B A − B0 A0)` in the layout of the base weight and the dtype of the adapter."""
         trained_a = _linear(self.lora_A, adapter).weight
         trained_b = _linear(self.lora_B, adapter).weight
         # At least float32: a difference of two products loses digits.
@@ -196,7 +196,7 @@ class CordaLayer(LoraLayer):
         return delta.to(trained_a.dtype)
 
     def factors_of(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`A (r, in)`, `B (out, r)`, and their starting values `A0` and `B0`; detached."""
+        """Returns `A (r, in)`, `B (out, r)` and their starting values `A0` and `B0`, all detached."""
         return (
             _linear(self.lora_A, adapter_name).weight.detach(),
             _linear(self.lora_B, adapter_name).weight.detach(),
@@ -209,11 +209,11 @@ class CordaLayer(LoraLayer):
         return [name for name in names if name in self.lora_A]
 
     def _base_device(self) -> torch.device:
-        # Where it computes: the weight itself may be offloaded.
+        # The device of the computation, since the weight itself may be offloaded.
         return execution_device(self.get_base_layer())
 
     def __repr__(self) -> str:
-        return super().__repr__().replace("lora.Corda", "lora.", 1)  # a LoRA layer with a start
+        return super().__repr__().replace("lora.Corda", "lora.", 1)  # printed as a LoRA layer
 
 
 class CordaLinear(CordaLayer, LoraLinear):
@@ -226,7 +226,7 @@ class CordaLinear(CordaLayer, LoraLinear):
         super().__init__(
             base_layer, adapter_name, config=config, is_target_conv_1d_layer=is_conv1d, **kwargs
         )
-        # Conv1D stores its weight as (in, out); the layer knows, the user need not say so.
+        # Conv1D stores its weight as (in, out), so the user need not set this.
         self.fan_in_fan_out = is_conv1d
 
 

@@ -1,4 +1,4 @@
-"""`CordaModel`: puts CORDA adapters into a model, as `LoraModel` does LoRA's."""
+"""`CordaModel`: a base model with CORDA adapters, the counterpart of `LoraModel`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .combining import Combination, combined
 from .dispatch import new_layer
 from .layer import CordaLayer
 
-#: By module name, `A (r, in)` and `B (out, r)` that an adapter starts from.
+#: Starting values `A (r, in)` and `B (out, r)` of an adapter, by module name.
 Starts: TypeAlias = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -32,8 +32,7 @@ class CordaModel(LoraModel):
     """A base model with CORDA adapters (CorDA, arXiv 2406.05223).
 
     Made by `get_peft_model(model, CordaConfig(...))`, with the arguments of PEFT's `LoraModel`.
-    Everything that could be wrong with the config or its factors is checked before the first module
-    is replaced.
+    All errors in the config or its factors are raised before the first module is replaced.
     """
 
     def inject_adapter(
@@ -44,11 +43,11 @@ class CordaModel(LoraModel):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Add an adapter, started from `config.corda_factors` where that is set.
+        """Add an adapter, and start it from `config.corda_factors` if that is set.
 
         Raises:
-            ValueError: as `peft_corda.targets.find_targets` and `CordaFactors.check_fits`; the model
-                is then unchanged.
+            ValueError: If `find_targets` rejects a target module or `CordaFactors.check_fits` the
+                factors; the model is then unchanged.
         """
         config = self._config_of(adapter_name)
         factors = None
@@ -70,10 +69,10 @@ class CordaModel(LoraModel):
             self._pending_starts[adapter_name] = self._fill(adapter_name, factors)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Cast as LoRA does, and fill a new adapter again if that widened it.
+        """Cast as LoRA does, and set the start of a new adapter again if the cast widened it.
 
-        On injection PEFT gives the adapter the dtype of the base; the cast to float32 alone would
-        keep what the factors lost to it.
+        On injection PEFT gives the adapter the dtype of the base layer. A cast to float32 alone would
+        not restore the digits that the factors lost to that dtype.
         """
         layers = self.adapter_layers(adapter_name)
         before = {name: layer.adapter_dtype(adapter_name) for name, layer in layers.items()}
@@ -84,17 +83,17 @@ class CordaModel(LoraModel):
                 layers[name].start_adapter(adapter_name, *start)
 
     def start_adapter(self, adapter_name: str, factors: CordaFactors) -> None:
-        """Set where an adapter that is in place starts from; it then computes what the base does.
+        """Set the start of an existing adapter, which then computes the same as the base model.
 
         Raises:
-            ValueError: as `CordaFactors.check_fits`; the adapter is then unchanged.
+            ValueError: If `CordaFactors.check_fits` rejects the factors; the adapter is then unchanged.
         """
         config = self._config_of(adapter_name)
         _check_fits(factors, find_targets(self.model, config), config)
         self._fill(adapter_name, factors)
 
     def adapter_layers(self, adapter_name: str) -> dict[str, CordaLayer]:
-        """The layers that have an adapter of this name, by the name of the base module."""
+        """Layers that have an adapter of this name, by the name of the base module."""
         return {
             name: module
             for name, module in self.model.named_modules()
@@ -103,10 +102,10 @@ class CordaModel(LoraModel):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """What `DistributedDataParallel` need not send anew in each step: `A0` and `B0`.
+        """Names of the buffers `A0` and `B0`, which `DistributedDataParallel` need not broadcast.
 
-        They never change, and are the same on all processes from the start. Names are those of the
-        `PeftModel`, which hands on the question.
+        They never change, and are the same on all processes from the start. The names are those
+        within the `PeftModel`, which forwards this attribute.
         """
         return [
             f"base_model.{name}"
@@ -115,7 +114,7 @@ class CordaModel(LoraModel):
         ]
 
     def _fill(self, adapter_name: str, factors: CordaFactors) -> Starts:
-        """Start the adapter of each layer; gives back the starts that its dtype has rounded."""
+        """Start the adapter of each layer; returns the starts that its dtype has rounded."""
         rounded: Starts = {}
         layers = self.adapter_layers(adapter_name)
         for name, start in self._starts(adapter_name, factors):
@@ -128,11 +127,11 @@ class CordaModel(LoraModel):
     def _starts(
         self, adapter_name: str, factors: CordaFactors
     ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-        """By module name, what its adapter starts from, in float32."""
+        """Yields the name of each module and the start of its adapter, in float32."""
         config = self._config_of(adapter_name)
         config.corda_method = method = config.method_for(factors)
         processes = Processes()
-        # Then the others have no weights to start from.
+        # Under FSDP the other processes have no weights to compute the start from.
         from_main = processes.count > 1 and is_fsdp_enabled()
         for name, layer in self.adapter_layers(adapter_name).items():
             base, rank = layer.get_base_layer(), layer.r[adapter_name]
@@ -160,7 +159,7 @@ class CordaModel(LoraModel):
     def _create_new_module(
         lora_config: CordaConfig, adapter_name: str, target: nn.Module, **kwargs: Any
     ) -> CordaLayer:
-        # `find_targets` has made sure that the target is of a supported type.
+        # `find_targets` has checked that the target is of a supported type.
         kwargs.pop("device_map", None)
         return new_layer(target, adapter_name, lora_config, **kwargs)
 
@@ -178,14 +177,14 @@ class CordaModel(LoraModel):
         density: float | None = None,
         majority_sign_method: Literal["total", "frequency"] = "total",
     ) -> None:
-        """Add an adapter that does what a weighted sum of others does.
+        """Add an adapter whose update is a weighted combination of those of other adapters.
 
-        Arguments and errors are those of `LoraModel.add_weighted_adapter`, where nothing happens
-        either if there is an adapter of that name. ``"cat"`` is exact, at the sum of the ranks, and
-        so is a single adapter; the others give the best adapter of their rank, which is `svd_rank`
-        or else the largest of the adapters'. ``"linear"``, ``"ties"``, ``"dare_linear"``,
-        ``"dare_ties"`` and ``"magnitude_prune"`` combine the weight updates, as their ``"_svd"``
-        forms do, not `A` and `B` one by one. `svd_full_matrices` and `svd_driver` have no effect.
+        Arguments and errors are those of `LoraModel.add_weighted_adapter`; as there, nothing happens
+        if an adapter of that name exists. `"cat"` is exact, at the sum of the ranks, and so is a
+        single adapter. The other types give the best adapter of rank `svd_rank`, by default the
+        largest rank of the adapters. `"linear"`, `"ties"`, `"dare_linear"`, `"dare_ties"` and
+        `"magnitude_prune"` combine the weight updates, as their `"_svd"` forms do, not `A` and `B`
+        separately. `svd_full_matrices` and `svd_driver` have no effect.
         """
         if adapter_name in self.peft_config:
             return
@@ -196,7 +195,7 @@ class CordaModel(LoraModel):
         layers = {
             key: layer for name in adapters for key, layer in self.adapter_layers(name).items()
         }
-        # All of them first: an argument may turn out to be wrong.
+        # Combined before anything is changed, since an argument may turn out to be invalid.
         found = {key: combined(layer, adapters, weights, how) for key, layer in layers.items()}
         self.peft_config[adapter_name] = replace(
             self._config_of(adapters[0]),
@@ -223,17 +222,17 @@ class CordaModel(LoraModel):
         output_state_dict: dict[str, Tensor],
         kwargs: dict[str, Any],
     ) -> dict[str, Tensor]:
-        """What `save_pretrained(path_initial_model_for_weight_conversion=...)` writes: a plain LoRA.
+        """A plain LoRA, for `save_pretrained(path_initial_model_for_weight_conversion=...)`.
 
-        The path is not needed, for the adapter has its start in it.
+        The path is not needed, since the adapter contains its start.
         """
         return convert_for_saving(output_state_dict, peft_config)
 
     def subtract_mutated_init(
         self, output_state_dict: dict[str, Tensor], adapter_name: str, kwargs: Any = None
     ) -> dict[str, Tensor]:
-        """As `_convert_state_dict_for_initial_model`, which PEFT 0.20 does not have."""
-        # PEFT has just written its own copy of the config to the folder that the adapter is named by.
+        """Does the same as `_convert_state_dict_for_initial_model`, which PEFT 0.20 lacks."""
+        # PEFT has just saved its copy of the config in the folder that has the name `adapter_name`.
         copied = saved_last(adapter_name)
         is_live = any(copied is config for config in self.peft_config.values())
         return convert_for_saving(output_state_dict, None if is_live else copied)

@@ -1,4 +1,4 @@
-"""Makes PEFT know the type ``CORDA``, through PEFT's own registries."""
+"""Registration of the type `CORDA` in PEFT's own registries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CORDA = "CORDA"
 
 
 def _add_peft_type(name: str) -> PeftType:
-    """Add a member to the `PeftType` enumeration, or return the one that is there."""
+    """Add a member to the `PeftType` enumeration, or return the existing one."""
     if name in PeftType.__members__:
         return PeftType[name]
     member = str.__new__(PeftType, name)
@@ -31,7 +31,7 @@ def register_corda() -> None:
     """Register `CordaConfig` and `CordaModel` with PEFT. Safe to call more than once.
 
     Raises:
-        ImportError: if the installed PEFT already has a method of its own under the name ``CORDA``.
+        ImportError: If the installed PEFT already has its own method named `CORDA`.
     """
     peft_type = _add_peft_type(CORDA)
     registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
@@ -45,6 +45,6 @@ def register_corda() -> None:
     ):
         raise ImportError(
             f"PEFT already has a method named {CORDA} ({registered.__module__}."
-            f"{registered.__qualname__}), which peft_corda would clash with. Install a PEFT version "
-            "from the range that peft-corda declares (pip install 'peft>=0.20,<0.22')."
+            f"{registered.__qualname__}), which clashes with that of peft_corda. Install a PEFT version "
+            "that peft-corda supports (pip install 'peft>=0.20,<0.22')."
         )

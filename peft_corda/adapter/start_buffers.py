@@ -1,4 +1,4 @@
-"""Where adapters started from: buffers that are saved with them, and that FSDP2 can live with."""
+"""Starting values of adapters: buffers that are saved with them and are compatible with FSDP2."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 class StartBuffers(BufferDict):
     """Frozen starting factors by adapter name, saved with the adapter.
 
-    Remembers which adapters were given a start, by calibration or from a checkpoint, and which may be
-    trained without.
+    Records which adapters were given a start, by calibration or from a checkpoint, and which may be
+    trained without one.
     """
 
     def __init__(self) -> None:
@@ -24,17 +24,17 @@ class StartBuffers(BufferDict):
 
     @property
     def _non_persistent_buffers_set(self) -> set[str]:
-        """None of them; under accelerate's FSDP all, as far as others than the state dict ask.
+        """Names of no buffers; under accelerate's FSDP of all, except in state dict calls.
 
-        With `cpu_ram_efficient_loading` accelerate takes everything persistent for a sharded
-        parameter, and keeps what is not persistent as it is.
+        With `cpu_ram_efficient_loading` accelerate treats everything persistent as a sharded
+        parameter, and leaves non-persistent buffers as they are.
         """
         hidden = not self._in_state_dict and _loaded_by_fsdp()
         return set(self._buffers) if hidden else set()
 
     @_non_persistent_buffers_set.setter
     def _non_persistent_buffers_set(self, _: set[str]) -> None:
-        """Set by `torch.nn.Module`, whose own account of them is not needed."""
+        """Ignore the set that `torch.nn.Module` assigns."""
 
     def __delitem__(self, key: str) -> None:
         super().__delitem__(key)
@@ -42,7 +42,7 @@ class StartBuffers(BufferDict):
         self.may_train_without.discard(key)
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], *args: Any) -> None:
-        # On the meta device while accelerate shards the model.
+        # The buffers are on the meta device while accelerate shards the model.
         away = _loaded_by_fsdp() and any(buffer.is_meta for buffer in self.values())
         self._in_state_dict = not away
         try:

@@ -1,4 +1,4 @@
-"""CORDA adapters on layers quantised by torchao. Imported only where there is one."""
+"""CORDA adapters on layers quantised by torchao. Imported only if such a layer exists."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from .layer import CordaLayer
 class CordaTorchaoLinear(CordaLayer, TorchaoLoraLinear):
     """A CORDA adapter on a `torch.nn.Linear` whose weight is a quantised tensor of torchao.
 
-    Merging needs a model that was loaded with transformers' `TorchAoConfig`, as with LoRA: only that
-    says how to quantise again.
+    As with LoRA, merging needs a model that was loaded with transformers' `TorchAoConfig`, since only
+    that says how to quantise again.
     """

@@ -1,1 +1,1 @@
-"""Factors, looked at: spectra, ranks and a report."""
+"""Analysis of factors: spectra, ranks and a report."""

@@ -1,4 +1,4 @@
-"""Ranks per module from a budget of parameters and the spectra that a calibration found."""
+"""Ranks per module, from a budget of parameters and the spectra of a calibration."""
 
 from __future__ import annotations
 
@@ -24,31 +24,33 @@ def allocate_ranks(
     min_rank: int = 1,
     mean_rank: float | None = None,
 ) -> dict[str, int]:
-    """Spend a budget of trainable parameters where the spectra say that it is best spent.
+    """Allocate a budget of trainable parameters to the modules by their spectra.
 
-    Ranks are given out one at a time. For ``ipm`` the next one goes to the module whose
-    next direction has the largest share of its module's energy per parameter: among all ways to spend
-    as many parameters, the sum of captured shares is then the largest, but for what is left over
-    where the next rank no longer fits. For ``kpm`` it goes to the module whose next direction has the
-    smallest share of its module's energy: no direction is trained that the data uses more than one
-    that was left alone and would have fitted. The rule is this package's own; it needs nothing but
-    what the factors hold.
+    Ranks are assigned one at a time. For `ipm` the next one goes to the module whose next direction
+    has the largest share of its module's energy per parameter. Among all allocations of as many
+    parameters, the sum of captured shares is then the largest, apart from the remainder of the
+    budget into which the next rank no longer fits. For `kpm` it goes to the module whose next
+    direction has the smallest share of its module's energy. No direction is then trained that the
+    data uses more than an untrained one that would have fitted. The rule is this package's own; it
+    needs only the factors.
 
     Args:
-        factors: of a calibration with a larger `r` than the mean rank that the budget allows (two or
-            four times, say): no module can be given more than `factors.rank(name, method)`.
-        budget: at most so many adapter parameters, `Σ r (out + in)` over the modules.
-        method: ``"kpm"`` or ``"ipm"``; needed only if the factors hold both.
-        min_rank: least rank of every module.
-        mean_rank: in place of `budget`, what a uniform rank of this size takes.
+        factors: Factors of a calibration with a larger `r` than the mean rank that the budget allows
+            (for example two or four times), since no module can get a rank above
+            `factors.rank(name, method)`.
+        budget: Maximum number of adapter parameters, `Σ r (out + in)` over the modules.
+        method: `"kpm"` or `"ipm"`; needed only if the factors hold both.
+        min_rank: Minimum rank of every module.
+        mean_rank: Uniform rank whose number of parameters is the budget, in place of `budget`.
 
     Returns:
-        Rank by module name, in the order of the factors; for `apply_ranks`. Never over budget.
+        Rank by module name, in the order of the factors, for `apply_ranks`. The ranks never exceed
+        the budget.
 
     Raises:
-        ValueError: if not exactly one of `budget` and `mean_rank` is given, the method is
-            unknown, the factors do not hold the method or are of a smaller rank than `min_rank`, or
-            the budget is not enough for `min_rank` everywhere.
+        ValueError: If not exactly one of `budget` and `mean_rank` is given, the method is unknown,
+            the factors do not hold the method or have a smaller rank than `min_rank`, or the budget
+            is too small for `min_rank` in every module.
     """
     method = pick_method(factors, method)
     names = list(factors.modules)
@@ -64,7 +66,7 @@ def allocate_ranks(
     ranks = [min_rank] * len(names)
     shares = [energy_shares(factors.modules[name], method) for name in names]
     for module in _order(shares, costs, method, min_rank):
-        # Where one rank of a module does not fit, none of its later ones does.
+        # If one rank of a module does not fit, none of its later ones does.
         if costs[module] <= left:
             ranks[module] += 1
             left -= costs[module]
@@ -72,25 +74,27 @@ def allocate_ranks(
 
 
 def apply_ranks(config: CordaConfig, ranks: Mapping[str, int]) -> CordaConfig:
-    """A copy of a config whose adapters have these ranks, and scale as they did before.
+    """Returns a copy of a config with these ranks and the same scaling of the adapters.
 
-    `rank_pattern` is replaced; modules that are not named have the config's `r`. `alpha_pattern` is
-    set such that the factor that `B A` is multiplied by in each module (`lora_alpha / r`, with rsLoRA
-    `lora_alpha / √r`) stays what it was: a larger rank is no larger learning rate.
+    `rank_pattern` is replaced; modules that are not named get the config's `r`. `alpha_pattern` is
+    set such that the factor by which `B A` is multiplied in each module (`lora_alpha / r`, with rsLoRA
+    `lora_alpha / √r`) stays the same, so that a larger rank does not act as a larger learning rate.
 
     Args:
-        config: left as it is; its factors are shared with the copy.
-        ranks: rank by module name, from `allocate_ranks`.
+        config: Config to copy. It is left unchanged and shares its factors with the copy.
+        ranks: Rank by module name, from `allocate_ranks`.
 
     Raises:
-        TypeError: if `config` is not a `CordaConfig`.
-        ValueError: if a rank is not a whole number of at least 1.
+        TypeError: If `config` is not a `CordaConfig`.
+        ValueError: If a rank is not a whole number of at least 1.
     """
     if not isinstance(config, CordaConfig):
         raise TypeError(f"config must be a peft_corda.CordaConfig, got {type(config).__name__}.")
     for name, rank in ranks.items():
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-            raise ValueError(f"The rank of {name} must be a whole number from 1 on, got {rank!r}.")
+            raise ValueError(
+                f"The rank of {name} must be a whole number of at least 1, got {rank!r}."
+            )
     keys = _exact_keys(list(ranks))
     applied = copy.deepcopy(config)
     applied.rank_pattern = {keys[name]: ranks[name] for name in keys}
@@ -101,7 +105,8 @@ def apply_ranks(config: CordaConfig, ranks: Mapping[str, int]) -> CordaConfig:
 def _checked_budget(budget: int | None, mean_rank: float | None, cost: int) -> int:
     if (budget is None) == (mean_rank is None):
         raise ValueError(
-            f"Give either budget or mean_rank, got budget={budget!r} and mean_rank={mean_rank!r}."
+            f"Give exactly one of budget and mean_rank, got budget={budget!r} and "
+            f"mean_rank={mean_rank!r}."
         )
     name, given = ("budget", budget) if mean_rank is None else ("mean_rank", mean_rank)
     if given is None or not (math.isfinite(given) and given > 0):
@@ -121,20 +126,20 @@ def _check_min_rank(factors: CordaFactors, method: str, min_rank: int) -> None:
 
 
 def _order(shares: Sequence[Tensor], costs: Sequence[int], method: str, min_rank: int) -> list[int]:
-    """Modules in the order in which they are given a rank more, from `min_rank` on.
+    """Modules in the order in which each of them gets its next rank, from `min_rank` on.
 
-    Greedy choice is one sort: within a module the shares already fall (or rise), so a later direction
-    never comes before an earlier one. Of equal directions the one with the lower rank goes first,
-    then the one of the earlier module.
+    The greedy choice is a single sort: within a module the shares already fall (or rise), so a later
+    direction never comes before an earlier one. Of equal directions the one with the lower rank comes
+    first, then the one of the earlier module.
     """
     keys, modules, positions = [], [], []
     for module, (share, cost) in enumerate(zip(shares, costs, strict=True)):
-        # Values found by iteration may be out of order in their last digits.
+        # Iterative solvers may return values that are out of order in their last digits.
         ordered = -(share / cost).cummin(0).values if method == "ipm" else share.cummax(0).values
         keys.append(ordered[min_rank:])
         modules.append(torch.full((len(share) - min_rank,), module))
         positions.append(torch.arange(min_rank, len(share)))
-    # Modules come one after the other, so two stable sorts are a sort by key, position and module.
+    # The modules are concatenated, so two stable sorts sort by key, position and module.
     by_position = torch.cat(positions).argsort(stable=True)
     by_key = torch.cat(keys)[by_position].argsort(stable=True)
     return torch.cat(modules)[by_position[by_key]].tolist()
@@ -149,13 +154,13 @@ def _alpha(config: CordaConfig, name: str, rank: int) -> float:
 
 
 def _exact_keys(names: list[str]) -> dict[str, str]:
-    """Pattern keys by module name that PEFT matches with this module and no other.
+    """Pattern keys by module name, each of which PEFT matches with this module only.
 
-    PEFT takes the first key, as a regular expression, that the name or its end matches.
+    PEFT treats the keys as regular expressions and takes the first that the name or its end matches.
     """
     # Longest first: `decoder.layers.0.fc` also ends in `layers.0.fc`.
     ordered = sorted(names, key=len, reverse=True)
     if all(get_pattern_key(ordered, name) == name for name in ordered):
         return {name: name for name in ordered}
-    # A dot in one name stands for another character of another name.
+    # As a regular expression, the dot in one name matches a character of another.
     return {name: re.escape(name) for name in ordered}

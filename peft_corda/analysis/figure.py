@@ -1,4 +1,4 @@
-"""Pictures of a report, by matplotlib (which the extra `plots` installs)."""
+"""Figures of a report, drawn by matplotlib (which the extra `plots` installs)."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def save_spectra(
     spectra: Mapping[str, Tensor],
     path: str | os.PathLike[str],
 ) -> None:
-    """Write a picture of the spectra: a panel for each type of module, a line for each layer.
+    """Save a figure of the spectra, with a panel per type of module and a line per layer.
 
     Args:
         method: `"kpm"` or `"ipm"`.
-        modules: The rows of a report.
-        spectra: By module name, the share of the layer's energy of each direction, `(rank,)`.
-        path: The format follows from its ending, PNG without one.
+        modules: Rows of the report.
+        spectra: Share of the layer's energy in each direction, `(rank,)`, by module name.
+        path: File to write. Its ending determines the format, which is PNG without one.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -64,7 +64,7 @@ def _draw(
         depth = layer_number(module.name) or 0
         shares = spectra[module.name].tolist()
         color = colormaps["viridis"](depth / max(deepest, 1))
-        # The first and the last layer say how to read the colours.
+        # Labels of the first and the last layer are enough to read the colours.
         label = f"layer {depth}" if place in (0, len(members) - 1) else None
         panel.plot(range(1, len(shares) + 1), shares, color=color, linewidth=1, label=label)
         panel.plot(module.rank, shares[module.rank - 1], "o", color=color, markersize=3)

@@ -1,4 +1,4 @@
-"""`report`: what a calibration found and where adapters will start, per module, as a table or JSON."""
+"""`report`: factors of a calibration and the start of its adapters, as a table or JSON."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CordaReport:
-    """Result of `report`; ``str()`` is a summary, and rich prints it with a table of all modules.
+    """Result of `report`; `str()` is a summary, and rich prints it with a table of all modules.
 
     Attributes:
-        method: ``"kpm"`` or ``"ipm"``.
-        scaling: ``"balanced"`` or ``"paper"``, which `norm_ratio` depends on.
-        weighting: of the calibration.
-        damping: of the calibration.
-        modules: in the order of the factors.
-        spectra: by module name, `S_i² / ‖W F‖²` of all directions that the factors hold, `(rank,)`.
+        method: The method, `"kpm"` or `"ipm"`.
+        scaling: The scaling, `"balanced"` or `"paper"`, on which `norm_ratio` depends.
+        weighting: Weighting of the calibration.
+        damping: Damping of the calibration.
+        modules: Rows of the report, in the order of the factors.
+        spectra: Shares `S_i² / ‖W F‖²` of all directions that the factors hold, `(rank,)`, by module
+            name.
     """
 
     method: str
@@ -47,17 +48,17 @@ class CordaReport:
 
     @property
     def parameters(self) -> int:
-        """Trainable parameters of all adapters."""
+        """Number of trainable parameters of all adapters."""
         return sum(module.parameters for module in self.modules)
 
     @property
     def tokens(self) -> int:
-        """Calibration tokens: the fewest over the modules."""
+        """Number of calibration tokens, the smallest over the modules."""
         return min(module.tokens for module in self.modules)
 
     @property
     def types(self) -> tuple[TypeSummary, ...]:
-        """Summaries by type of module, in the order in which the types first come."""
+        """Summaries by type of module, in the order in which the types first occur."""
         worst = min if self.method == "ipm" else max
         found: dict[str, list[ModuleReport]] = {}
         for module in self.modules:
@@ -74,7 +75,7 @@ class CordaReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers, but for the spectra, as JSON-ready values."""
+        """Returns all numbers except the spectra, as JSON-ready values."""
         return {
             "method": self.method,
             "scaling": self.scaling,
@@ -94,19 +95,19 @@ class CordaReport:
         write_json(path, self.to_dict())
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Write a picture of the spectra: a panel for each type of module, a line for each layer.
+        """Save a figure of the spectra, with a panel per type of module and a line per layer.
 
         Args:
-            path: the format follows from its ending, PNG without one.
+            path: File to write. Its ending determines the format, which is PNG without one.
 
         Raises:
-            ImportError: if matplotlib is not installed.
-            ValueError: if matplotlib does not know the format.
+            ImportError: If matplotlib is not installed.
+            ValueError: If matplotlib does not know the format.
         """
         save_spectra(self.method, self.modules, self.spectra, path)
 
     def table(self) -> Table:
-        """A row per module, for `rich.print`."""
+        """Returns a table with a row per module, for `rich.print`."""
         from rich.table import Table
 
         table = Table(title=f"CorDA {self.method}: {_meaning(self.method)}")
@@ -151,18 +152,22 @@ def report(
     *,
     scaling: str | None = None,
 ) -> CordaReport:
-    """Describe what a calibration found. Needs neither the model nor the data.
+    """Describe the result of a calibration. Needs neither the model nor the data.
 
     Args:
-        factors: result of `calibrate`, or `CordaFactors.load(path)`.
-        config: its ranks (`r`, `rank_pattern`), method and scaling are used; without one the ranks
-            are all that the factors hold and the scaling is ``"balanced"``.
-        method: ``"kpm"`` or ``"ipm"`` in place of the config's; needed only if there is no config and
-            the factors hold both.
-        scaling: ``"balanced"`` or ``"paper"`` in place of the config's.
+        factors: Result of `calibrate` or of `CordaFactors.load(path)`.
+        config: Config whose ranks (`r`, `rank_pattern`), method and scaling are used. Without one the
+            ranks are those of the factors and the scaling is `"balanced"`.
+        method: `"kpm"` or `"ipm"`, in place of the config's method; needed only without a config and
+            if the factors hold both.
+        scaling: `"balanced"` or `"paper"`, in place of the config's scaling.
+
+    Returns:
+        The report.
 
     Raises:
-        ValueError: if the factors do not hold the method or weighting, or are of too small a rank.
+        ValueError: If the scaling is unknown, or if the factors do not hold the method or weighting
+            or have too small a rank.
     """
     method = pick_method(factors, method, config)
     scaling = scaling or (config.corda_scaling if config is not None else SCALINGS[0])

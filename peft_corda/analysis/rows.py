@@ -14,18 +14,18 @@ class ModuleReport:
     """One module, at the rank of its adapter.
 
     Attributes:
-        name: of the module.
-        type: what it has in common with modules of other layers: ``q_proj``.
-        shape: `(out, in)` of its weight.
-        rank: of the adapter.
-        parameters: trainable ones, `rank · (out + in)`.
-        energy_share: `Σ S_r² / ‖W F‖²`, between 0 and 1: what part of the layer's response to the
-            calibration data lies in the adapter's directions. For ``ipm`` it is captured, and should
-            be large; for ``kpm`` it is exposed to training (leaks), and should be small.
-        effective_rank: over how many directions the layer's inputs are spread; None where the
-            calibration did not collect what tells it.
-        tokens: calibration tokens that the layer saw.
-        norm_ratio: `‖A‖ / ‖B‖` (Frobenius) of the start: 1 if the scaling is ``"balanced"``.
+        name: Name of the module.
+        type: Part of the name that modules of other layers share, such as `q_proj`.
+        shape: Shape `(out, in)` of its weight.
+        rank: Rank of the adapter.
+        parameters: Number of trainable parameters, `rank · (out + in)`.
+        energy_share: Share `Σ S_r² / ‖W F‖²` of the layer's response to the calibration data that
+            lies in the adapter's directions, between 0 and 1. For `ipm` it is captured and should be
+            large; for `kpm` it is exposed to training (leaks) and should be small.
+        effective_rank: Effective number of directions of the layer's inputs; None if the calibration
+            did not collect the statistics for it.
+        tokens: Number of calibration tokens that the layer saw.
+        norm_ratio: Ratio `‖A‖ / ‖B‖` (Frobenius) of the start; 1 if the scaling is `"balanced"`.
     """
 
     name: str
@@ -41,7 +41,10 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class TypeSummary:
-    """Modules of one type. `worst_energy_share` is the smallest for ``ipm``, the largest for ``kpm``."""
+    """Summary of the modules of one type.
+
+    `worst_energy_share` is the smallest share for `ipm` and the largest for `kpm`.
+    """
 
     type: str
     modules: int

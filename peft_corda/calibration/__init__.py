@@ -1,1 +1,1 @@
-"""A model and batches give factors."""
+"""Calibration: from a model and batches to factors."""

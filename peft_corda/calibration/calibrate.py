@@ -1,4 +1,4 @@
-"""`calibrate` and `initialize_corda`: from a model and data to factors, and into an adapter."""
+"""`calibrate`: from a model and calibration data to factors."""
 
 from __future__ import annotations
 
@@ -46,51 +46,53 @@ def calibrate(
     progress: bool = True,
     verbose: bool | None = None,
 ) -> CordaFactors:
-    """Find the directions that the adapters of `config` are cut along (CorDA, Section 3).
+    """Find the directions that the adapters of `config` start from (CorDA, Section 3).
 
     Args:
-        model: the base model, or a `PeftModel` around it (which is run with its adapters as they
-            are), also wrapped by `DistributedDataParallel`, sharded by `fully_shard` or DeepSpeed
-            ZeRO-3, or offloaded by accelerate. Left as it was: weights, mode, hooks and gradients.
-        config: its target modules, ranks, method, weighting and damping are used. The result is also
-            put into `config.corda_factors`, so that `get_peft_model(model, config)` comes next.
-        dataloader: batches that stand for the knowledge to keep (``kpm``) or for the task (``ipm``),
-            as a `DataLoader` or collator yields them: mappings of tensors, padded, packed or not.
-            Tokens where `attention_mask` is 0 do not count, labels are ignored. A few hundred
-            sequences are usual. Under several processes each gives its own share.
-        max_memory: what the statistics may take at a time, in bytes or as ``"500MB"``, ``"4GiB"``; by
-            default an eighth of what the model's weights take (a quarter where every pass has to run the
-            whole model again). Where they need more, the layers are
-            done in several passes over the data; the result is the same. A pass starts at the block
-            where the last one ended, if the model's blocks form a plain chain and the hidden states
-            fit in as well; else from the start. The data must come in the same way every time (an
-            iterator is kept in memory for it).
-        methods: what to find directions for: ``"kpm"``, ``"ipm"`` or both; the config's own method by
-            default.
-        checkpoint_dir: folder to keep finished passes and, every `checkpoint_seconds`, partial sums
-            in. Called again with the same arguments, an interrupted calibration goes on from there,
-            to the same result. Several processes need the same folder.
-        checkpoint_seconds: least time between two snapshots of partial sums; 0 for one after each
-            batch.
-        dtype: that sums are worked out in: `torch.float32` or, for twice the memory and time,
+        model: Base model, or a `PeftModel` around it (which is run with its adapters as they are). It
+            may also be wrapped by `DistributedDataParallel`, sharded by `fully_shard` or DeepSpeed
+            ZeRO-3, or offloaded by accelerate. Its weights, mode, hooks and gradients are left as
+            they were.
+        config: Config whose target modules, ranks, method, weighting and damping are used. The result
+            is also assigned to `config.corda_factors`, so that `get_peft_model(model, config)` can
+            follow.
+        dataloader: Batches that represent the knowledge to keep (`kpm`) or the task (`ipm`), as a
+            `DataLoader` or collator yields them: mappings of tensors, padded, packed or neither.
+            Tokens where `attention_mask` is 0 do not count, and labels are ignored. A few hundred
+            sequences are usual. Under several processes, each passes its own share.
+        max_memory: Memory limit of the statistics at a time, in bytes or as `"500MB"`, `"4GiB"`. The
+            default is an eighth of the size of the model's weights (a quarter where every pass has to
+            run the full model again). If the statistics need more, the layers are calibrated in
+            several passes over the data, with the same result. A pass starts at the block where the
+            last one ended, if the model's blocks form a plain chain and the hidden states also fit;
+            otherwise it starts at the first block. The data must be the same in every pass (an
+            iterator is kept in memory for this).
+        methods: Methods to find directions for: `"kpm"`, `"ipm"` or both. The default is the method
+            of the config.
+        checkpoint_dir: Folder for finished passes and, every `checkpoint_seconds`, partial sums. If
+            called again with the same arguments, an interrupted calibration is resumed from there,
+            with the same result. Several processes need the same folder.
+        checkpoint_seconds: Minimum time in seconds between two snapshots of partial sums; 0 for one
+            after each batch.
+        dtype: Dtype in which sums are computed: `torch.float32` or, for twice the memory and time,
             `torch.float64`.
-        progress: whether to print the plan and show progress bars.
-        verbose: earlier name of `progress`.
+        progress: Whether to print the plan and show progress bars.
+        verbose: Earlier name of `progress`.
 
     Returns:
-        The factors, on the CPU; the same on all processes.
+        The factors on the CPU, the same on all processes.
 
     Raises:
-        TypeError: if `config` is not a `CordaConfig`, or a batch is not a mapping.
-        ValueError: if an argument is out of range, no module matches, one is not supported or too
-            small for its rank, the data is empty, masked out, or gives NaN or infinite activations,
-            `max_memory` is too small for a single layer, or `checkpoint_dir` belongs to another
-            calibration, or if the model is tensor-parallel or wrapped by FSDP1.
-        RuntimeError: if another process failed, ended or did not come in time.
+        TypeError: If `config` is not a `CordaConfig`, or a batch is not a mapping.
+        ValueError: If an argument is out of range; if no module matches, or one is unsupported or too
+            small for its rank; if the data is empty, masked out, or gives NaN or infinite
+            activations; if `max_memory` is too small for a single layer; if `checkpoint_dir` belongs
+            to another calibration; or if the model is tensor-parallel or wrapped by FSDP1.
+        RuntimeError: If another process failed, ended or did not respond in time.
     """
     chosen = _check_arguments(config, methods, dtype)
     given = bytes_of_limit(max_memory)
-    sharding_of(model)  # before wrappers are taken off: one of them cannot be calibrated under
+    sharding_of(model)  # before unwrapping, since it raises an error for FSDP1
     model = extract_model_from_parallel(model)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     processes = Processes(collective_forward=sharding_of(base) is not None)
@@ -98,7 +100,7 @@ def calibrate(
     runs = model if processes.collective_forward else base
     targets = find_targets(base, config)
     with processes.error_barrier():
-        # An iterator can be run through once, passes may need more.
+        # An iterator yields its batches once, but several passes may need them.
         batches = list(dataloader) if isinstance(dataloader, Iterator) else dataloader
         own = next(iter(batches), None)
     first = _first(own, processes)
@@ -156,7 +158,7 @@ def _run_pass(
     config: CordaConfig,
     methods: Sequence[str],
 ) -> CordaFactors:
-    """The factors of the modules of one pass."""
+    """Factors of the modules of one pass."""
     groups = plan.passes[number]
     covariances = collect_covariances(runner, batches, groups, options, plan.carried(number))
     trim_memory()
@@ -170,12 +172,12 @@ def _run_pass(
 def _check_arguments(
     config: Any, methods: Sequence[str] | None, dtype: torch.dtype
 ) -> tuple[str, ...]:
-    """The methods to find directions for."""
+    """Methods to find directions for, in the order of `METHODS`."""
     if not isinstance(config, CordaConfig):
         raise TypeError(f"config must be a peft_corda.CordaConfig, got {type(config).__name__}.")
     chosen = (config.method_for(),) if methods is None else tuple(methods)
     if not chosen or isinstance(methods, str) or any(name not in METHODS for name in chosen):
-        raise ValueError(f"methods must be some of {METHODS}, got {methods!r}.")
+        raise ValueError(f"methods must be one or more of {METHODS}, got {methods!r}.")
     if config.corda_method not in (None, *chosen):
         raise ValueError(
             f"methods={methods!r} leaves out the config's own corda_method={config.corda_method!r}. "
@@ -192,7 +194,7 @@ def _spare(runner: Runner, first: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _first(batch: Mapping[str, Any] | None, processes: Processes) -> Mapping[str, Any]:
-    """A batch that is the same on all processes, also on those that have no data themselves."""
+    """A batch that is the same on all processes, including those that have no data."""
     found = processes.first(None if batch is None else send_to_device(batch, "cpu"))
     if found is None:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""What an interrupted calibration leaves on disk, and takes up again.
+"""Checkpoint on disk, from which an interrupted calibration is resumed.
 
-A folder with the plan (`plan.json`), the factors of every finished pass (`pass-0000.safetensors`) and,
-per process, the sums of the pass that was running (`sums-0.safetensors`). Each file is written under
-a temporary name and then renamed, so that it is whole or not there.
+The folder holds the plan (`plan.json`), the factors of every finished pass (`pass-0000.safetensors`)
+and, per process, the sums of the pass that was running (`sums-0.safetensors`). Each file is written
+under a temporary name and then renamed, so that it is either complete or missing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..config import CordaConfig, rank_of
 from ..decomposition.covariance import CovarianceAccumulator
 from ..factors import CordaFactors, sample_of
 
-# A snapshot is put off until it has taken no more than this share of the time.
+# Snapshots are delayed so that writing them takes at most this share of the time.
 _SHARE = 0.1
 
 
@@ -37,13 +37,14 @@ class Checkpoint:
     """The folder of one calibration.
 
     Args:
-        directory: made if it is not there.
-        plan: all that the result depends on, from `identity`; JSON-ready.
-        seconds: least time between two snapshots of a running pass.
-        processes: taking part; the main process writes what they share.
+        directory: Folder of the checkpoint, which is created if it does not exist.
+        plan: Everything that the result depends on, from `identity`, as JSON-ready values.
+        seconds: Minimum time in seconds between two snapshots of a running pass.
+        processes: Processes that take part; the main process writes the files that they share.
 
     Raises:
-        ValueError: if the folder holds the checkpoint of another calibration, naming what differs.
+        ValueError: If the folder holds the checkpoint of another calibration. The message names the
+            differences.
     """
 
     def __init__(
@@ -68,19 +69,19 @@ class Checkpoint:
         self._remove_unfinished()
 
     def finished(self, number: int) -> CordaFactors | None:
-        """The factors of a finished pass; None if it is still to be done."""
+        """Returns the factors of a finished pass; None if the pass is not finished."""
         path = self._pass_file(number)
         return CordaFactors.load(path) if path.exists() else None
 
     def finish(self, number: int, factors: CordaFactors) -> None:
-        """Keep the factors of a pass; its sums are no longer needed."""
+        """Save the factors of a pass, and delete its sums, which are no longer needed."""
         with self._processes.error_barrier():
             if self._processes.is_main:
                 factors.save(self._pass_file(number))
         self._sums_file().unlink(missing_ok=True)
 
     def snapshots(self, number: int) -> Snapshots:
-        """The partial sums of a pass."""
+        """Returns the snapshots of the partial sums of a pass."""
         return Snapshots(self._sums_file(), number, self._seconds)
 
     def _pass_file(self, number: int) -> Path:
@@ -90,7 +91,7 @@ class Checkpoint:
         return self._directory / f"sums-{self._processes.rank}.safetensors"
 
     def _remove_unfinished(self) -> None:
-        """Files that an end in the middle of writing left behind."""
+        """Delete temporary files that were left over when writing was interrupted."""
         shared = ["plan.json", "pass-*"] if self._processes.is_main else []
         for name in (self._sums_file().name, *shared):
             for path in self._directory.glob(f".{name}.*.tmp"):
@@ -105,7 +106,7 @@ class Checkpoint:
         if differing:
             raise ValueError(
                 f"checkpoint_dir={str(self._directory)!r} holds the checkpoint of another calibration: "
-                f"{', '.join(differing)} differ. Use the same model and settings as then to go on with "
+                f"{', '.join(differing)} differ. Use the same model and settings as before to resume "
                 "it, or another folder to start anew."
             )
 
@@ -120,10 +121,13 @@ def identity(
     data: Mapping[str, Any],
     processes: Processes,
 ) -> dict[str, Any]:
-    """What a checkpoint is recognised by: all that the factors depend on, in samples.
+    """Identity of a calibration: everything that its factors depend on, with weights as samples.
 
     Args:
-        data: what the calibration data is recognised by.
+        data: Properties that identify the calibration data.
+
+    Returns:
+        JSON-ready values by name; the names appear in the message if a checkpoint differs.
     """
     weights = hashlib.sha256()
     for parameter in full_parameters(model):
@@ -145,9 +149,9 @@ class Snapshots:
     """Partial sums of a running pass, written from time to time.
 
     Args:
-        path: the file.
-        number: of the pass.
-        seconds: least time between two snapshots.
+        path: File of the snapshot.
+        number: Number of the pass.
+        seconds: Minimum time in seconds between two snapshots.
     """
 
     def __init__(self, path: Path, number: int, seconds: float) -> None:
@@ -161,7 +165,7 @@ class Snapshots:
         self._expected: tuple[int, str] = (0, "")
 
     def read(self) -> tuple[int, dict[str, tuple[Tensor, int]]]:
-        """How many batches were counted, and sums and tokens by module; 0 and none at the start."""
+        """Returns the number of counted batches, and sums and tokens by module; 0 and {} at first."""
         if not self._path.exists():
             return 0, {}
         try:
@@ -177,10 +181,10 @@ class Snapshots:
         return state["batches"], sums
 
     def saw(self, batch: Mapping[str, Any]) -> None:
-        """Take note of a batch, counted or passed over.
+        """Record a batch, counted or skipped.
 
         Raises:
-            ValueError: if the batches passed over are not those that the sums are of.
+            ValueError: If the skipped batches are not those from which the sums were computed.
         """
         self._digest = hashlib.sha256((self._digest + digest_of(batch)).encode()).hexdigest()
         self._seen += 1
@@ -188,10 +192,10 @@ class Snapshots:
             self._refuse()
 
     def saw_all(self) -> None:
-        """To be called behind the last batch.
+        """Check the number of batches; to be called after the last one.
 
         Raises:
-            ValueError: if there were fewer batches than the sums are of.
+            ValueError: If the data has fewer batches than the sums were computed from.
         """
         if self._seen < self._expected[0]:
             self._refuse()
@@ -199,12 +203,12 @@ class Snapshots:
     def _refuse(self) -> None:
         raise ValueError(
             f"The calibration data differs from that of the interrupted run in its first "
-            f"{self._expected[0]} batches, so it cannot be gone on with. Give the same data in the same "
-            "order (no shuffling, or a seeded one), or another checkpoint_dir to start anew."
+            f"{self._expected[0]} batches, so the run cannot be resumed. Give the same data in the same "
+            "order (unshuffled or with a fixed seed), or another checkpoint_dir to start anew."
         )
 
     def maybe_write(self, batches: int, sums: Mapping[str, CovarianceAccumulator]) -> None:
-        """Write the sums of that many batches, unless the last time was a moment ago."""
+        """Write the sums of that many batches, unless the last snapshot is too recent."""
         now = time.monotonic()
         if now - self._last < max(self._seconds, self._cost / _SHARE if self._seconds else 0):
             return

@@ -1,4 +1,4 @@
-"""Model and batches in, covariances out."""
+"""Collection of covariances: from a model and batches."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from .checkpoint import Snapshots
 
 @dataclass(frozen=True)
 class PassOptions:
-    """How one pass over the data is run.
+    """Options of one pass over the data.
 
     Attributes:
-        description: of the progress bar.
-        progress: whether to show it.
-        dtype: that products and sums are worked out in.
-        snapshots: where to keep and find partial sums, if anywhere.
-        processes: that feed their own share of the data each.
-        spare: what a process runs that has no data left, where the model is run in step; it does not
-            count.
+        description: Description of the progress bar.
+        progress: Whether to show the progress bar.
+        dtype: Dtype in which products and sums are computed.
+        snapshots: Snapshots that partial sums are read from and written to; None for neither.
+        processes: Processes, each of which feeds its own share of the data.
+        spare: Batch that a process without any data left runs if the forward pass is collective. It
+            does not count.
     """
 
     description: str = "Calibrating"
@@ -60,26 +60,27 @@ def collect_covariances(
 ) -> dict[str, Covariance | CrossCovariance]:
     """Mean outer product of the inputs of each group, over the tokens that count.
 
-    The model is run in evaluation mode without gradients, as far as the last of the groups, and left
-    as it was, also after an error.
+    The model is run in evaluation mode without gradients, up to the last of the groups. It is left
+    as it was, even after an error.
 
     Args:
-        runner: of the model and its target modules.
-        batches: mappings of tensors, as a collator yields them. Tokens where `attention_mask`
+        runner: Runner of the model and its target modules.
+        batches: Mappings of tensors, as a collator yields them. Tokens where `attention_mask`
             (`(batch, tokens)`) is 0 are left out.
-        groups: from `input_groups.discover`; the covariance of a group is collected once.
-        options: see `PassOptions`.
-        cache: carries hidden states over from and to other passes.
+        groups: Groups from `input_groups.discover`; the covariance of a group is collected once.
+        options: Options of the pass; None for the defaults.
+        cache: Hidden-state cache and the blocks of this pass, if hidden states are carried from pass
+            to pass.
 
     Returns:
         Covariances by the name of the group's first module (cross-covariances of outputs and inputs
-        for groups that have `outputs`); the same on all processes.
+        for groups that have `outputs`), the same on all processes.
 
     Raises:
-        TypeError: if a batch is not a mapping.
-        ValueError: if there is no batch, no token that counts, an input that is not finite (the first
-            module that saw one is named), an input shape that the mask cannot be laid over, or a
-            group whose modules are given different inputs after all.
+        TypeError: If a batch is not a mapping.
+        ValueError: If the data has no batch or no token that counts, if an input is not finite (the
+            first such module is named), if the mask cannot be broadcast to the shape of an input, or
+            if the modules of a group get different inputs after all.
     """
     options = options or PassOptions()
     runner.stop_after = _stopping_point(runner.model, groups)
@@ -94,7 +95,7 @@ def collect_covariances(
         with evaluating(runner.model), carried, visiting(watched, sums.visit, with_output):
             done = sums.restore(options.snapshots)
             if done and cache is not None:
-                # Batches passed over leave no hidden states behind.
+                # Skipped batches leave no hidden states in the cache.
                 cache[0].give_up()
             parts = _parts(batches, done, runner, sums, options, cache)
             for part in options.processes.items(parts):
@@ -111,9 +112,9 @@ def _parts(
     options: PassOptions,
     cache: tuple[HiddenStateCache, Span] | None,
 ) -> Iterator[dict[str, Any]]:
-    """What is to be run, from batch number `done` on; sums are looked after between batches."""
+    """Yields the parts to run from batch number `done` on; checks and saves sums between batches."""
     snapshots = options.snapshots
-    # An iterator, as tqdm would make two, each with the workers of a DataLoader.
+    # An iterator, since tqdm would create two, each with the DataLoader's workers.
     bar = tqdm(
         iter(batches),
         total=count_of(batches),
@@ -137,7 +138,7 @@ def _parts(
 
 
 class _Sums:
-    """The accumulators of a pass, fed by the modules' hooks."""
+    """Accumulators of a pass, updated by the modules' hooks."""
 
     def __init__(
         self,
@@ -166,14 +167,14 @@ class _Sums:
         elif self._seen.get(leader) != number:
             raise ValueError(
                 f"{name} had the same input as {leader} in one batch but not in another, so their "
-                "statistics cannot be shared. Calibrate them separately: one calibrate() call with "
-                "target_modules for each."
+                "statistics cannot be shared. Calibrate them separately, with one calibrate() call "
+                "and its own target_modules for each."
             )
         if name == leader:
             accumulator = self._accumulator(name, inputs.device)
             rows = kept_rows(name, inputs, self._runner.mask)
             if isinstance(accumulator, CrossAccumulator):
-                assert output is not None  # modules of cross-covariances are visited after
+                assert output is not None  # visited after their forward
                 given = kept_rows(name, output, self._runner.mask).float()
                 bias = full_bias(self._modules[name])
                 accumulator.update_pair(rows, given if bias is None else given - bias.float())
@@ -182,16 +183,16 @@ class _Sums:
         self._runner.visited(name)
 
     def begin(self, counts: bool) -> None:
-        """Before each run of the model.
+        """Prepare for one run of the model.
 
         Args:
-            counts: whether its inputs are to be added.
+            counts: Whether the inputs of the run are added to the sums.
         """
         self._sharing.forget()
         self._counts = counts
 
     def restore(self, snapshots: Snapshots | None) -> int:
-        """Take up partial sums, if there are any; returns how many batches they are of."""
+        """Restore partial sums, if any; returns the number of batches that they cover."""
         if snapshots is None:
             return 0
         batches, sums = snapshots.read()
@@ -203,7 +204,7 @@ class _Sums:
         return batches
 
     def check_finite(self) -> None:
-        # In the order of the forward pass: the first one is where the trouble starts.
+        # In the order of the forward pass, so that the first faulty module is named.
         for name, accumulator in self.accumulators.items():
             if not torch.isfinite(accumulator.energy()):
                 raise ValueError(
@@ -239,7 +240,7 @@ class _Sums:
 
 
 def _stopping_point(model: nn.Module, groups: Sequence[Group]) -> str | None:
-    """The module behind which nothing is left to see, if that is certain."""
+    """Name of the module after which nothing is left to collect, if that is certain."""
     if not all(group.called_once for group in groups) or is_offloaded(model):
         return None
     return groups[-1].members[-1]

@@ -1,4 +1,4 @@
-"""From the covariances of a pass to the factors of its modules."""
+"""Decomposition: from the covariances of a pass to the factors of its modules."""
 
 from __future__ import annotations
 
@@ -36,16 +36,17 @@ def factorise(
     processes: Processes,
     progress: bool = True,
 ) -> dict[str, ModuleFactors]:
-    """Decompose every module of these groups; the work is shared out over the processes.
+    """Decompose every module of these groups, with the work divided among the processes.
 
     Args:
-        groups: of the pass.
-        covariances: by the group's leader; emptied, so that each is freed once it has been used.
-        targets: modules by name.
-        config: ranks, damping and weighting are used.
-        methods: what to find directions for.
-        processes: taking part; all have the same covariances, and get the same factors.
-        progress: whether to show a progress bar.
+        groups: Groups of the pass.
+        covariances: Covariances by the group's leader. The dictionary is emptied, so that each
+            covariance is freed after use.
+        targets: Target modules by name.
+        config: Config whose ranks, damping and weighting are used.
+        methods: Methods to find directions for.
+        processes: Processes that take part; all have the same covariances and get the same factors.
+        progress: Whether to show a progress bar.
 
     Returns:
         Factors by module name, on the CPU.
@@ -53,7 +54,7 @@ def factorise(
     owners = owners_of(
         [_cost(group, targets, config, methods) for group in groups], processes.count
     )
-    # Weights that are spread over processes are gathered for one piece of work each at a time.
+    # Sharded weights are gathered in rounds, with one piece of work per process in each.
     rounds = processes.rounds(owners) if processes.collective_forward else [range(len(groups))]
     found: dict[str, ModuleFactors] = {}
     bar = tqdm(total=len(groups), desc="Decomposing", disable=not progress)
@@ -91,12 +92,12 @@ def _decomposed(
     methods: Sequence[str],
     gathered: dict[str, Tensor],
 ) -> dict[str, ModuleFactors]:
-    """Of one piece of work; weights that have not been gathered are read."""
+    """Factors of the modules of one group; weights that were not gathered are read."""
     covariance = covariances.pop(group.leader)
     factor, spread, tokens = None, None, covariance.tokens
     if isinstance(covariance, Covariance):
         spread = effective_rank(covariance.matrix)
-        # In its own precision, which it was worked out in: the copy may be most of the memory in use.
+        # In its own dtype, since the copy may take most of the memory in use.
         matrix = damped(covariance.matrix, config.corda_damping, covariance.matrix.dtype)
         del covariance
         factor = right_factor(matrix, config.corda_weighting)
@@ -111,10 +112,10 @@ def _decomposed(
                 product = damped_cross(covariance, weight, config.corda_damping)
                 own, energy = decompose_product(product, decomposable(weight), rank)
             else:
-                # Where the weight is, so that everything runs on its device.
+                # Moved to the device of the weight, so that everything runs there.
                 factor = factor.to(weight.device)
                 own, total = decompose(decomposable(weight), factor, rank, method)
-                # Exact for kpm, for ipm sometimes an estimate; kpm comes first.
+                # The energy is exact for kpm and sometimes estimated for ipm; kpm comes first.
                 energy = energy or total
             directions[method] = _on_cpu(own)
         found[name] = ModuleFactors(
@@ -135,7 +136,7 @@ def _placeholders(
     config: CordaConfig,
     methods: Sequence[str],
 ) -> dict[str, ModuleFactors]:
-    """Of the right shapes, for what another process works out."""
+    """Factors of the right shapes, for a group that another process decomposes."""
     tokens = covariances.pop(group.leader).tokens
     found = {}
     for name in group.members:

@@ -1,18 +1,19 @@
-"""What a calibration will take, from a model's config alone: bytes, passes and arithmetic.
+"""Cost of a calibration, from a model's config alone: bytes, passes and FLOPs.
 
-Sums over target modules `W (out, in)`, with `n = min(out, in)`, `T` calibration tokens and rank `r`.
-A multiplication and an addition are 2 FLOPs.
+All sums run over target modules `W (out, in)`, with `n = min(out, in)`, `T` calibration tokens and
+rank `r`. A multiplication and an addition are 2 FLOPs.
 
-- statistics: `in²` numbers of 4 bytes a group (modules that share an input), the largest pass counts;
+- statistics: `in²` numbers of 4 bytes per group (modules that share an input); the largest pass counts;
 - hidden states carried between passes: `T · hidden` numbers of the model's dtype;
-- activations of one batch: `tokens · 3 · (hidden + widest)` numbers of the model's dtype, and the
-  attention scores of no layer, which kernels do not keep;
+- activations of one batch: `tokens · 3 · (hidden + widest)` numbers of the model's dtype, without
+  attention scores, which kernels do not keep;
 - workspace and arithmetic of one decomposition: see `decomposition.cost`;
 - peak: hidden states, factors so far, statistics not yet used in the pass, and the larger of the
   activations (with all of the pass's statistics) and the workspace of the decomposition;
-- factors: `r (out + 2) + 32` numbers of 4 bytes a module and method, on the CPU;
-- a forward pass: `2 out · in · T` a module, times the share of the model that is run again in later
-  passes; statistics: `in² · T` a group (half of a full product).
+- factors: `r (out + 2) + 32` numbers of 4 bytes per module and method, on the CPU;
+- arithmetic of a forward pass: `2 out · in · T` per module, times the share of the model that is run
+  again in later passes;
+- arithmetic of the statistics: `in² · T` per group (half of a full product).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from ..factors import SAMPLE_SIZE
 from .passes import owners_of, passes_within
 from .plan import default_memory
 
-# Tokens of the example that shows which modules share an input.
+# Number of tokens of the example that shows which modules share an input.
 _EXAMPLE = 8
 
 
@@ -56,22 +57,25 @@ def estimate(
     gpus: int = 1,
     methods: Sequence[str] | None = None,
 ) -> Estimate:
-    """What `calibrate` would take.
+    """Estimate the cost of `calibrate`.
 
     Args:
-        model: on the meta device, or with weights; a text model, called with `input_ids`.
-        config: target modules, ranks and method.
-        sequences: of the calibration data, all processes together.
-        length: tokens of each.
-        batch_size: sequences a batch.
-        max_memory: bytes, as for `calibrate`.
-        gpus: processes.
-        methods: as for `calibrate`.
+        model: Text model that is called with `input_ids`, on the meta device or with weights.
+        config: Config whose target modules, ranks and method are used.
+        sequences: Number of sequences of the calibration data, over all processes.
+        length: Tokens per sequence.
+        batch_size: Sequences per batch.
+        max_memory: Memory limit of the statistics in bytes, as for `calibrate`.
+        gpus: Number of processes, with one device each.
+        methods: Methods to find directions for, as for `calibrate`.
+
+    Returns:
+        The estimate.
 
     Raises:
-        ValueError: if transformers is older than 5, a number is less than 1, the model cannot be run
-            on the meta device (as where its data decide on the way), `max_memory` is too small, or as
-            `find_targets`.
+        ValueError: If transformers is older than 5, a number is less than 1, a method is unknown, the
+            model cannot be run on the meta device (as when its path depends on its data),
+            `max_memory` is too small, or `find_targets` rejects a target module.
     """
     chosen = tuple(methods or (config.method_for(),))
     _check_arguments(chosen, sequences=sequences, length=length, batch_size=batch_size, gpus=gpus)
@@ -131,7 +135,8 @@ def _check_arguments(methods: Sequence[str], **numbers: int) -> None:
     if compare_versions("transformers", "<", "5.0"):
         raise ValueError(
             "Planning without weights needs transformers 5 or newer, whose models run on the meta "
-            f"device; {transformers.__version__} is installed. Update it, or see what calibrate prints."
+            f"device; {transformers.__version__} is installed. Update it, or run calibrate, "
+            "which prints its plan."
         )
     for name, value in numbers.items():
         if value < 1:
@@ -143,11 +148,11 @@ def _check_arguments(methods: Sequence[str], **numbers: int) -> None:
 def _looked_at(
     model: nn.Module, targets: Mapping[str, nn.Module], tokens: int
 ) -> tuple[list[Group], int | None]:
-    """Groups, and bytes of the hidden states of so many tokens if the blocks form a chain."""
+    """Groups, and bytes of the hidden states of all tokens if the blocks form a chain."""
     device = next(model.parameters()).device
     example = {
         "input_ids": torch.zeros(1, _EXAMPLE, dtype=torch.long, device=device),
-        # Without one, models look into position ids for packed sequences.
+        # Without a mask, models search the position ids for packed sequences.
         "attention_mask": torch.zeros(1, 1, _EXAMPLE, _EXAMPLE, device=device),
     }
     try:
@@ -156,9 +161,9 @@ def _looked_at(
         found = find_chain(runner, example)
     except (RuntimeError, NotImplementedError, TypeError) as error:
         raise ValueError(
-            f"{type(model).__name__} cannot be planned for without weights: {error}. Models that "
-            "choose their way by their data, or read other than input_ids, have to be calibrated to "
-            "see what they take."
+            f"The cost of {type(model).__name__} cannot be estimated without weights: {error}. For "
+            "models whose path depends on the data, or that need inputs other than input_ids, run "
+            "calibrate, which prints its plan."
         ) from error
     return groups, None if found is None else found.chain.bytes_per_token * tokens
 
@@ -169,12 +174,12 @@ def _peak(
     sizes: Mapping[str, int],
     activations: int,
 ) -> int:
-    """Bytes of statistics, factors so far, and what running or decomposing takes, at their most."""
+    """Peak bytes of statistics, factors so far, and the running model or a decomposition."""
     most = done = 0
     for groups in passes:
         held = sum(group.bytes() for group in groups)
         most = max(most, done + held + activations)
-        for group in groups:  # each one's statistics are freed before its work begins
+        for group in groups:  # its statistics are freed before its work begins
             held -= group.bytes()
             work = max(workspaces[name] for name in group.members)
             done += sum(sizes[name] for name in group.members)
@@ -185,12 +190,12 @@ def _peak(
 def _run_flops(
     passes: Sequence[Sequence[Group]], shapes: Mapping[str, tuple[int, int]], carried: bool
 ) -> float:
-    """Of all passes, per token."""
+    """FLOPs of running the model in all passes, per token."""
     own = [
         sum(2.0 * shapes[name][0] * shapes[name][1] for group in groups for name in group.members)
         for groups in passes
     ]
-    # Without hidden states each pass runs all that is in front of it once more.
+    # Without carried hidden states, each pass runs all the modules before it again.
     return sum(own) if carried else sum(sum(own[: number + 1]) for number in range(len(own)))
 
 
@@ -212,25 +217,29 @@ def _largest_unit(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one calibration takes on each of `gpus` devices.
+    """Cost of a calibration on each of `gpus` devices.
 
-    Bytes are of one device, FLOPs of all together.
+    Bytes are per device, FLOPs are totals over all devices.
 
     Attributes:
-        gpus: data-parallel processes, one device each.
-        modules: target modules.
-        passes: over the data.
-        carried: whether passes go on from where the last one ended.
-        weights: bytes of the whole model.
-        weights_spread: of its share under FSDP2, with the largest block gathered.
-        statistics: of the largest pass.
-        hidden_states: carried from pass to pass, of this process's share of the data.
-        activations: of one batch.
-        workspace: of the largest decomposition.
-        factors: of all modules.
-        peak: above the weights: the larger of running the model and decomposing.
-        forward_flops, statistics_flops, decomposition_flops: of all devices together.
-        decomposition_share: of the decompositions that the busiest device does.
+        gpus: Number of data-parallel processes, with one device each.
+        modules: Number of target modules.
+        passes: Number of passes over the data.
+        carried: Whether each pass continues from where the last one ended.
+        weights: Bytes of the full model.
+        weights_spread: Bytes of the device's share of weights sharded by FSDP2, with the largest block
+            gathered.
+        statistics: Bytes of the statistics of the largest pass.
+        hidden_states: Bytes of the hidden states carried from pass to pass, for this process's share
+            of the data.
+        activations: Bytes of the activations of one batch.
+        workspace: Bytes of the workspace of the largest decomposition.
+        factors: Bytes of the factors of all modules.
+        peak: Peak bytes in addition to the weights, the larger of running the model and decomposing.
+        forward_flops: FLOPs of running the model.
+        statistics_flops: FLOPs of the statistics.
+        decomposition_flops: FLOPs of the decompositions.
+        decomposition_share: Share of the decompositions that the busiest device computes.
     """
 
     gpus: int
@@ -251,7 +260,7 @@ class Estimate:
     decomposition_share: float
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-ready values."""
+        """Returns all numbers as JSON-ready values."""
         return asdict(self)
 
     def save_json(self, path: str | os.PathLike[str]) -> None:
@@ -262,8 +271,8 @@ class Estimate:
         again = "from where the last one ended" if self.carried else "from the start of the model"
         how = f", each {again}" if self.passes > 1 else ""
         rows = [
-            ("weights, whole", self.weights),
-            (f"weights, spread over {self.gpus} (FSDP2)", self.weights_spread),
+            ("weights, full model", self.weights),
+            (f"weights, sharded over {self.gpus} (FSDP2)", self.weights_spread),
             ("statistics", self.statistics),
             ("hidden states", self.hidden_states),
             ("activations", self.activations),
@@ -279,7 +288,7 @@ class Estimate:
         lines = [f"{self.modules} modules, {self.passes} pass{'es' * (self.passes > 1)}{how}"]
         lines += [f"Bytes per device ({self.gpus} in all)"]
         lines += [f"  {name:<34}{size / 1e9:>12,.3f} GB" for name, size in rows]
-        lines += ["FLOPs, all devices together"]
+        lines += ["FLOPs, total over all devices"]
         lines += [f"  {name:<34}{count / 1e12:>12,.3f} TFLOPs" for name, count in flops]
         return "\n".join(
             [

@@ -1,4 +1,4 @@
-"""`initialize_corda`: calibrate and start an adapter that is in place."""
+"""`initialize_corda`: calibration and start of an existing adapter."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ def initialize_corda(
     adapter_name: str | None = None,
     **options: Any,
 ) -> CordaFactors:
-    """Calibrate and start a CORDA adapter that is already in place.
+    """Calibrate and start a CORDA adapter that the model already has.
 
-    For frameworks that call `get_peft_model` themselves, before any data is at hand.
+    This is for frameworks that call `get_peft_model` themselves, before any data is available.
 
     Args:
-        model: a `PeftModel` with a CORDA adapter.
-        dataloader: as for `calibrate`.
-        adapter_name: which adapter; the active one if None.
-        **options: further arguments of `calibrate`, such as `max_memory` and `checkpoint_dir`.
+        model: A `PeftModel` with a CORDA adapter.
+        dataloader: Batches of calibration data, as for `calibrate`.
+        adapter_name: Name of the adapter; the active one if None.
+        **options: Further arguments of `calibrate`, such as `max_memory` and `checkpoint_dir`.
 
     Returns:
         The factors that the adapter now starts from.
 
     Raises:
-        TypeError: if `model` is not a `PeftModel` with a CORDA adapter of that name.
-        ValueError, RuntimeError: as `calibrate`.
+        TypeError: If `model` is not a `PeftModel` with a CORDA adapter of that name.
+        ValueError, RuntimeError: If `calibrate` raises them.
     """
     name = adapter_name or getattr(model, "active_adapter", None)
     config = getattr(model, "peft_config", {}).get(name)

@@ -1,4 +1,4 @@
-"""How calibration is cut into passes so that its statistics fit into memory. Pure."""
+"""Division of a calibration into passes whose statistics fit into memory. Pure functions."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from ..base_model.input_groups import _FLOAT32, Group
 def plan_passes(
     groups: Sequence[Group], max_memory: int, itemsize: int = _FLOAT32
 ) -> list[list[Group]]:
-    """Cut groups, in order, into the fewest runs whose covariances fit into `max_memory` bytes.
+    """Cut groups, in order, into the fewest passes whose covariances fit into `max_memory` bytes.
 
     Args:
-        groups: in the order of the forward pass.
-        max_memory: bytes.
-        itemsize: bytes of one number of a covariance.
+        groups: Groups in the order of the forward pass.
+        max_memory: Memory limit in bytes.
+        itemsize: Bytes per number of a covariance.
+
+    Returns:
+        Groups of each pass.
 
     Raises:
-        ValueError: if one group alone does not fit.
+        ValueError: If a single group does not fit.
     """
     passes: list[list[Group]] = []
     left = 0
@@ -41,16 +44,17 @@ def plan_passes(
 def passes_within(
     groups: Sequence[Group], limits: Sequence[int], itemsize: int, hidden: int | None
 ) -> tuple[list[list[Group]], bool]:
-    """Passes, and whether hidden states are carried from one to the next.
+    """Returns the passes, and whether hidden states are carried from one to the next.
 
     Args:
-        groups: in the order of the forward pass.
-        limits: bytes, rising: the first is kept to if that is possible with hidden states carried.
-        itemsize: bytes of one number of a covariance.
-        hidden: bytes of the hidden states; None if they cannot be carried.
+        groups: Groups in the order of the forward pass.
+        limits: Memory limits in bytes, in ascending order. The first that allows hidden states to be
+            carried is kept to; without carrying, the last.
+        itemsize: Bytes per number of a covariance.
+        hidden: Bytes of the hidden states; None if they cannot be carried.
 
     Raises:
-        ValueError: if one group alone does not fit.
+        ValueError: If a single group does not fit.
     """
     plain = plan_passes(groups, limits[-1], itemsize)
     if len(plan_passes(groups, limits[0], itemsize)) == 1:
@@ -63,7 +67,10 @@ def passes_within(
 
 
 def owners_of(costs: Sequence[float], count: int) -> list[int]:
-    """Who of `count` does each piece of work: the dearest first, to whoever has least to do."""
+    """Process among `count` that owns each piece of work.
+
+    The most expensive piece is assigned first, each to the process with the least work so far.
+    """
     load = [0.0] * count
     owners = [0] * len(costs)
     for piece in sorted(range(len(costs)), key=lambda piece: -costs[piece]):

@@ -1,4 +1,4 @@
-"""How a calibration is run: its passes over the data and what each keeps in memory."""
+"""Plan of a calibration: its passes over the data and the memory that each needs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ..base_model.hidden_state_cache import HiddenStateCache, Span
 from ..base_model.input_groups import Group
 from .passes import passes_within, plan_passes
 
-# A model of which an eighth is less than this is small enough not to save.
+# Smallest default limit, since saving memory is not worth it for smaller models.
 _LEAST_DEFAULT = 64 * 2**20
-# Batches are rarely all as long as the first one; more than this is not reckoned with.
+# Allowance for batches that are longer than the first one.
 _MARGIN = 1.25
 
 
@@ -27,12 +27,12 @@ class Plan:
     """Passes over the data.
 
     Attributes:
-        passes: groups of modules whose covariances are collected together, in the order of the
+        passes: Groups of modules whose covariances are collected in each pass, in the order of the
             forward pass.
-        spans: blocks of each pass, where hidden states are carried from pass to pass; else None.
-        relay: what carries them.
-        itemsize: bytes of one number of a covariance.
-        hidden_bytes: what the hidden states take at most.
+        spans: Blocks of each pass; None if hidden states are not carried from pass to pass.
+        cache: Hidden-state cache that carries them; None if they are not carried.
+        itemsize: Bytes per number of a covariance.
+        hidden_bytes: Maximum bytes of the hidden states.
     """
 
     passes: list[list[Group]]
@@ -42,7 +42,7 @@ class Plan:
     hidden_bytes: int
 
     def carried(self, number: int) -> tuple[HiddenStateCache, Span] | None:
-        """What carries hidden states into and out of a pass, if anything."""
+        """Returns the hidden-state cache and the blocks of a pass; None if nothing is carried."""
         if self.cache is None or self.spans is None:
             return None
         return self.cache, self.spans[number]
@@ -74,19 +74,19 @@ def make_plan(
     itemsize: int,
     processes: Processes,
 ) -> Plan:
-    """The fewest passes whose covariances, and hidden states carried over, fit into `limit` bytes.
+    """Returns the fewest passes whose covariances and hidden states fit into `limit` bytes.
 
     Args:
-        runner: of the model and its target modules.
-        batches: the calibration data.
-        first: the first of them.
-        groups: in the order of the forward pass.
-        limit: bytes; None for `default_memory`.
-        itemsize: bytes of one number of a covariance.
-        processes: taking part; all get the same plan.
+        runner: Runner of the model and its target modules.
+        batches: Batches of calibration data.
+        first: First of the batches.
+        groups: Groups in the order of the forward pass.
+        limit: Memory limit in bytes; None for `default_memory`.
+        itemsize: Bytes per number of a covariance.
+        processes: Processes that take part; all get the same plan.
 
     Raises:
-        ValueError: if the covariance of one group alone does not fit.
+        ValueError: If the covariance of a single group does not fit.
     """
     limits = default_memory(runner.model, groups, itemsize) if limit is None else (limit,)
     plain = Plan(plan_passes(groups, limits[-1], itemsize), None, None, itemsize, 0)
@@ -95,7 +95,7 @@ def make_plan(
     example = first_example(runner.parts(first)[0])
     found = None if example is None else find_chain(runner, example)
     hidden = None if found is None else _hidden_bytes(found.chain, batches, first)
-    # All processes must come to the same plan, whatever share of the data each has.
+    # All processes must arrive at the same plan, whatever their shares of the data.
     needed = processes.largest(limits[-1] if hidden is None else hidden)
     passes, carried = passes_within(groups, limits, itemsize, needed)
     if found is None or not carried:
@@ -107,10 +107,10 @@ def make_plan(
 
 
 def default_memory(model: nn.Module, groups: Sequence[Group], itemsize: int) -> tuple[int, int]:
-    """An eighth of what the model's weights take, or else a quarter; enough for any group of modules.
+    """Default memory limits: an eighth and a quarter of the size of the model's weights.
 
-    A quarter is for where hidden states cannot be carried over from pass to pass within an eighth:
-    each pass more would run the model again.
+    Both are enough for any group of modules. The quarter is for models whose hidden states cannot be
+    carried from pass to pass within an eighth, since each further pass would run the model again.
     """
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     largest = max(group.bytes(itemsize) for group in groups)
@@ -126,14 +126,14 @@ def _spans(chain: Chain, groups: Sequence[Group], passes: Sequence[Sequence[Grou
 
 
 def _hidden_bytes(chain: Chain, batches: Iterable[Batch], first: Batch) -> int | None:
-    """What the hidden states of all batches take; None if that cannot be told beforehand."""
+    """Bytes of the hidden states of all batches; None if they are not known in advance."""
     if isinstance(batches, Sequence):
         shapes = [token_shape(batch) for batch in batches]
         if any(shape is None for shape in shapes):
             return None
         return chain.bytes_per_token * sum(shape[0] * shape[1] for shape in shapes if shape)
     shape, count = token_shape(first), count_of(batches)
-    # A loader that shuffles gives other batches in every pass.
+    # A loader that shuffles yields other batches in every pass.
     if shape is None or count is None or not _comes_again(batches):
         return None
     return int(_MARGIN * chain.bytes_per_token * shape[0] * shape[1] * count)

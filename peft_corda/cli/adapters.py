@@ -1,4 +1,4 @@
-"""What `peft-corda init` and `peft-corda export` do."""
+"""The subcommands `peft-corda init` and `peft-corda export`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 def run_export(options: ExportOptions) -> str:
-    """`peft-corda export`: write the plain LoRA adapter.
+    """Run `peft-corda export`, which writes a plain LoRA adapter.
 
     Raises:
-        ValueError, OSError: as `export_lora`; nothing is written then.
+        ValueError, OSError: If `export_lora` raises them; nothing is written then.
     """
     export_lora(options.src, options.dst, options.rank, options.dtype)
     print(f"Wrote {options.dst}. Load it with PeftModel.from_pretrained(model, {options.dst!r}).")
@@ -30,13 +30,15 @@ def run_export(options: ExportOptions) -> str:
 
 
 def run_init(options: InitOptions) -> str:
-    """`peft-corda init`: write an adapter that has its start in it and is not trained yet.
+    """Run `peft-corda init`, which writes an untrained adapter that contains its start.
 
     Raises:
-        ValueError, OSError: if an option or file is of no use; nothing is written then.
+        ValueError, OSError: If an option or file is invalid; nothing is written then.
     """
     if (options.factors is None) == (options.data is None):
-        raise ValueError("Give either factors, a file written by peft-corda calibrate, or data.")
+        raise ValueError(
+            "Give exactly one of factors (a file written by peft-corda calibrate) and data."
+        )
     check_output_folder(options.output, "output")
     inputs = ("model", "factors", "data", "checkpoint_dir")
     check_distinct({"output": options.output}, {name: getattr(options, name) for name in inputs})
@@ -45,7 +47,7 @@ def run_init(options: InitOptions) -> str:
     if options.data is not None:
         model, _ = calibrated(options, options.data, config, (config.method_for(),))
     else:
-        assert options.factors is not None  # one of the two is
+        assert options.factors is not None  # one of the two is given
         factors = CordaFactors.load(options.factors)
         config.corda_factors, config.corda_damping = factors, factors.damping
         model = load_model(options)

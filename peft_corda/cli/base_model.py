@@ -1,4 +1,4 @@
-"""The base model that the options name."""
+"""Loading of the base model that the options name."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ PEFT_TYPES = {name: peft_type for peft_type, name in PEFT_TASKS.items()}
 
 
 def load_model(options: ModelOptions) -> nn.Module:
-    """The base model, in evaluation mode, where the options want it."""
+    """Load the base model, in evaluation mode, on the device that the options name."""
     auto_class = getattr(transformers, TASKS[options.task])
     placed: dict[str, Any] = {"device_map": options.device_map} if options.device_map else {}
     model = auto_class.from_pretrained(
         options.model, dtype=dtype_of(options.dtype), **model_source(options), **placed
     )
     if options.gguf_file is not None and hasattr(model, "hf_quantizer"):
-        # The weights were expanded on loading, but the model is still marked as quantised.
+        # Loading has dequantised the weights, but the model is still marked as quantised.
         model.hf_quantizer.remove_quantization_config(model)
     if options.device_map is None:
         model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -45,11 +45,17 @@ def dtype_of(name: str) -> str | torch.dtype:
 
 
 def check_options(options: ModelOptions) -> None:
-    """Raise ValueError where options of the model or the data are out of range or exclude each other."""
+    """Check the options of the model and the data.
+
+    Raises:
+        ValueError: If an option is out of range, or if two options exclude each other.
+    """
     for name in ("num_samples", "max_length", "batch_size"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(options, name)}.")
     if options.device is not None and options.device_map is not None:
         raise ValueError("Give either device or device_map, not both.")
     if options.pack and options.target_field is not None:
-        raise ValueError("pack is for models that read one text; leave out pack or target_field.")
+        raise ValueError(
+            "pack is only for models that read one text. Leave out pack or target_field."
+        )

@@ -1,4 +1,4 @@
-"""What `peft-corda calibrate` and `peft-corda report` do."""
+"""The subcommand `peft-corda calibrate`."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 
 def run_calibrate(options: CalibrateOptions) -> CordaFactors:
-    """`peft-corda calibrate`: write the factors and print a summary.
+    """Run `peft-corda calibrate`, which writes the factors and prints a summary.
 
     Raises:
-        ValueError, OSError: if an option or file is of no use; nothing is written then.
+        ValueError, OSError: If an option or file is invalid; nothing is written then.
     """
     methods = METHODS if options.corda_method == "both" else (options.corda_method,)
     config = CordaConfig(
@@ -60,8 +60,8 @@ def run_calibrate(options: CalibrateOptions) -> CordaFactors:
 def calibrated(
     options: ModelOptions, data: str, config: CordaConfig, methods: Sequence[str]
 ) -> tuple[nn.Module, CordaFactors]:
-    """The base model, and what a calibration on `data` found."""
-    # What costs nothing first, so that a mistake is found before the model is loaded.
+    """Returns the base model, and the factors of a calibration on `data`."""
+    # Cheap steps come first, so that a mistake is found before the model is loaded.
     source = model_source(options)
     about = AutoConfig.from_pretrained(options.model, **source)
     tokenizer = AutoTokenizer.from_pretrained(options.model, **source)
@@ -98,17 +98,17 @@ def _check_length(max_length: int, about: PretrainedConfig) -> None:
     most = getattr(about.get_text_config(), "max_position_embeddings", None)
     if most is not None and 0 < most < max_length:
         raise ValueError(
-            f"max_length={max_length} is more than the {most} positions that the model has. Lower it."
+            f"max_length={max_length} is more than the {most} positions of the model. Lower it."
         )
 
 
 def _decoder_start(options: ModelOptions, about: PretrainedConfig) -> int | None:
-    """The token that a decoder's text starts with; None for models that read one text."""
+    """First token of the decoder's text; None for models that read one text."""
     if not about.is_encoder_decoder:
         if options.target_field is not None:
             raise ValueError(
-                "target_field is for encoder-decoder models, and this one reads one text. Give several "
-                "fields as text_field in its place."
+                "target_field is for encoder-decoder models, but this model reads one text. Leave it "
+                "out; several fields of one text are given as text_field."
             )
         return None
     if options.target_field is None or options.pack:
@@ -130,7 +130,7 @@ def _listed(fields: list[str] | str) -> list[str]:
 def _write(
     factors: CordaFactors, output: str, reports: list[CordaReport], report_path: str | None
 ) -> None:
-    """Both files or none."""
+    """Write both files, or neither."""
     if report_path is None:
         factors.save(output)
         return

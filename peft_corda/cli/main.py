@@ -1,4 +1,4 @@
-"""The command `peft-corda`: calibrate a model, look at what was found, start and export adapters.
+"""The command `peft-corda`: calibrate a model, report on the factors, start and export adapters.
 
     peft-corda calibrate --model org/name --data texts.jsonl --output factors.safetensors
     peft-corda report factors.safetensors --mean_rank 16
@@ -7,7 +7,7 @@
     peft-corda export trained-adapter plain-lora --dtype bfloat16
     peft-corda calibrate --config calibrate.yaml   # made by: peft-corda calibrate ... --print_config
 
-This module imports nothing that the options do not need.
+This module imports only what the options need.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ COMMANDS = {
 
 
 def build_parser() -> ArgumentParser:
-    """The parser of the command line and of YAML files."""
+    """Returns the parser of the command line and of YAML files."""
     return command_line.build_parser(
         "peft-corda",
-        "CorDA: adapters cut out of a model's weights along its data.",
+        "CorDA: LoRA adapters that start from parts of a model's weights, chosen by calibration data.",
         COMMANDS,
         flags=FLAGS,
         positional=("report", "export"),
@@ -52,11 +52,11 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line.
 
     Args:
-        args: Arguments; those of the process if None.
+        args: Arguments of the command line; if None, those of the process.
 
     Raises:
-        SystemExit: With a message, if the arguments or the files they name are invalid. Nothing is
-            written then.
+        SystemExit: If the arguments or the files they name are invalid. It carries a message, and
+            nothing is written.
     """
     name, options = command_line.parsed_options(build_parser(), COMMANDS, args, ALIASES)
     with command_line.errors_in_one_line(f"peft-corda {name}"):
@@ -64,7 +64,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _run(options: object) -> None:
-    # PyTorch and transformers take their time: not for --help or a mistyped option.
+    # Imported late: PyTorch and transformers load slowly, and --help and typos need neither.
     from .adapters import run_export, run_init
     from .calibrate import run_calibrate
     from .plan import run_plan

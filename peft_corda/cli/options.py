@@ -18,44 +18,46 @@ Task = Literal[
 ALIASES = Aliases()
 # Options that take no value on the command line.
 FLAGS = {
-    "trust_remote_code": "Run code that comes with the model. Only for a source that you trust.",
-    "pack": "Put the texts one after the other and cut them into sequences of max_length tokens.",
-    "use_rslora": "Scale by the square root of the rank.",
+    "trust_remote_code": "Run code that comes with the model. Use it only if you trust the source.",
+    "pack": "Concatenate the texts and cut them into sequences of max_length tokens.",
+    "use_rslora": "Divide lora_alpha by the square root of the rank (rsLoRA), not by the rank.",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """What calibrate and init have in common: a model, data, and which layers are adapted.
+    """Options that calibrate and init share: the model, the data and the layers to adapt.
 
     Args:
         model: Hub id or local path of the base model.
-        task: What the model is for, which decides the Auto class that loads it. PEFT's names, such as
-            CAUSAL_LM, are understood, too.
-        revision: Branch, tag or commit of the model on the hub.
-        gguf_file: Name of the GGUF file in the model's folder, to load that.
-        dtype: To load the weights in; "auto" is how they are stored.
-        device: Where to put the model, such as cpu or cuda:1; by default a GPU if there is one.
-        device_map: How transformers spreads the model over devices, such as auto; not with device.
-        trust_remote_code: Run code that comes with the model. Only for a source that you trust.
-        data_name: Configuration of the data set on the hub.
-        split: Of the data set on the hub.
+        task: Task of the model, which determines the Auto class that loads it. PEFT's names, such as
+            CAUSAL_LM, are also accepted.
+        revision: Branch, tag or commit of the model on the Hub.
+        gguf_file: Name of the GGUF file to load from the model's folder.
+        dtype: Data type to load the weights in; "auto" is the one they are stored in.
+        device: Device to put the model on, such as cpu or cuda:1; by default a GPU if one is present.
+        device_map: Device map by which transformers places the model on several devices, such as auto.
+            It cannot be combined with device.
+        trust_remote_code: Run code that comes with the model. Use it only if you trust the source.
+        data_name: Configuration of the dataset on the Hub.
+        split: Split of the dataset on the Hub.
         text_field: Field with the text; several fields are joined by line breaks.
         target_field: Field with the decoder's text, for encoder-decoder models only.
-        num_samples: Sequences to calibrate on.
-        max_length: Tokens per sequence at most.
-        batch_size: Sequences per batch.
-        pack: Put the texts one behind the other and cut them into sequences of max_length tokens. By
-            default each row is a sequence, cut off or padded.
-        seed: Of the choice of rows; null takes the first ones.
-        r: Rank of the adapters; for calibrate the largest that the factors are enough for.
-        target_modules: Names of linear layers, as in a LoraConfig.
+        num_samples: Number of sequences to calibrate on.
+        max_length: Maximum number of tokens per sequence.
+        batch_size: Number of sequences per batch.
+        pack: Concatenate the texts and cut them into sequences of max_length tokens. By default each
+            row is a sequence, truncated or padded.
+        seed: Seed of the order in which rows are taken; with null, the first rows are taken in order.
+        r: Rank of the adapters; for calibrate, the largest rank that the factors support.
+        target_modules: Names of the linear layers to adapt, as in a LoraConfig.
         exclude_modules: Names of modules to leave out.
-        rank_pattern: Ranks for some modules in place of r, by name.
+        rank_pattern: Ranks of some modules, by name, in place of r.
         corda_damping: Multiple of the mean input energy that is added to the covariance's diagonal.
-        corda_weighting: What the weight is multiplied by before it is decomposed.
-        max_memory: What the statistics may take at a time, such as 4GiB; more passes if need be.
-        checkpoint_dir: Folder that an interrupted calibration goes on from.
+        corda_weighting: Matrix that the weight is multiplied by before it is decomposed.
+        max_memory: Memory limit of the statistics at a time, such as 4GiB. If they need more, the
+            calibration takes more passes over the data.
+        checkpoint_dir: Folder with checkpoints, from which an interrupted calibration is resumed.
     """
 
     model: str
@@ -91,9 +93,11 @@ class CalibrateOptions(ModelOptions):
 
     Args:
         data: Text to calibrate on: a .txt, .md, .json, .jsonl, .csv, .tsv or .parquet file, or the id
-            of a data set on the hub. For kpm, what the model should keep; for ipm, the task.
+            of a dataset on the Hub. Give text with the knowledge to keep for kpm, and text of the
+            task for ipm.
         output: Factors file to write, such as factors.safetensors.
-        corda_method: "kpm" for directions that the data uses least, "ipm" for those that it uses most.
+        corda_method: Directions to find: "kpm" for those that the data uses least, "ipm" for those
+            that it uses most, or "both".
         report: JSON file to write the report to.
     """
 
@@ -105,21 +109,23 @@ class CalibrateOptions(ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class InitOptions(ModelOptions):
-    """Write an untrained adapter, for any trainer that loads adapters to go on from.
+    """Write an untrained adapter, from which any trainer that loads adapters can continue.
 
     Args:
-        output: Folder to write; load it with PeftModel.from_pretrained(model, folder,
+        output: Folder to write the adapter to; load it with PeftModel.from_pretrained(model, folder,
             is_trainable=True).
-        factors: File written by calibrate. The options of the calibration are then without effect.
-        data: Text to calibrate on, as for calibrate; in place of factors.
-        lora_alpha: Scaling times r; by default r, the paper's setting.
-        alpha_pattern: Values for some modules in place of lora_alpha, by name.
-        use_rslora: Scale by the square root of the rank.
-        lora_dropout: On the inputs of the trained factors.
-        bias: Which biases are trained.
-        modules_to_save: Names of modules that are trained whole.
-        corda_method: "kpm" for directions that the data uses least, "ipm" for those that it uses most.
-        corda_scaling: How the start is spread over A and B.
+        factors: Factors file written by calibrate. The calibration options then have no effect.
+        data: Text to calibrate on, as for calibrate, in place of factors.
+        lora_alpha: Numerator of the scaling lora_alpha / r; by default r, the paper's setting.
+        alpha_pattern: Values of lora_alpha for some modules, by name.
+        use_rslora: Divide lora_alpha by the square root of the rank (rsLoRA), not by the rank.
+        lora_dropout: Dropout probability of the inputs of the trained factors.
+        bias: Biases to train.
+        modules_to_save: Names of modules that are trained in full, without an adapter.
+        corda_method: Directions to start from: "kpm" for those that the data uses least, "ipm" for
+            those that it uses most.
+        corda_scaling: Division of the start between A and B: "balanced" gives both the same singular
+            values, "paper" is the paper's division.
     """
 
     output: str
@@ -141,10 +147,10 @@ class ExportOptions:
 
     Args:
         src: Folder with the saved adapter.
-        dst: Folder to write.
-        rank: Of the LoRA adapter; by default twice that of the adapter, which is exact. With a smaller
-            one its update is the best approximation.
-        dtype: Of the LoRA adapter; by default that of the adapter.
+        dst: Folder to write the LoRA adapter to.
+        rank: Rank of the LoRA adapter; by default twice that of the CorDA adapter, which is exact. At a
+            smaller rank, its update is the best approximation.
+        dtype: Data type of the LoRA adapter; by default that of the CorDA adapter.
     """
 
     src: str
@@ -155,18 +161,19 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Print what a factors file holds, and how a budget of parameters is best spent.
+    """Print a report on a factors file, and the best ranks within a budget of parameters.
 
     Args:
-        factors: File written by calibrate.
-        method: "kpm" or "ipm"; needed if the file holds both.
-        r: Rank of the adapters; by default the largest that the file is enough for.
-        corda_scaling: How the start is spread over A and B.
-        json: File to write the report to.
-        plot: Picture of the spectra to write; needs matplotlib.
-        budget: Print a rank_pattern of at most so many trainable parameters.
-        mean_rank: Print a rank_pattern of at most what this uniform rank takes.
-        min_rank: Least rank in the rank_pattern.
+        factors: Factors file written by calibrate.
+        method: Method to report on, "kpm" or "ipm"; needed if the file holds both.
+        r: Rank of the adapters; by default the largest rank that the file supports.
+        corda_scaling: Division of the start between A and B: "balanced" gives both the same singular
+            values, "paper" is the paper's division.
+        json: JSON file to write the report to.
+        plot: Image file to plot the spectra to; needs matplotlib.
+        budget: Maximum number of trainable parameters, within which a rank_pattern is printed.
+        mean_rank: Uniform rank whose number of trainable parameters is the budget, in place of budget.
+        min_rank: Minimum rank in the rank_pattern.
     """
 
     factors: str
@@ -182,22 +189,22 @@ class ReportOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """Print what a calibration takes: bytes per device, passes, FLOPs. Needs no weights.
+    """Print the cost of a calibration: bytes per device, passes, FLOPs. Needs no weights.
 
     Args:
         model: Hub id of the model, or folder or file with its config.
-        task: What the model is for.
-        dtype: Of the weights; "auto" is what the config says.
+        task: Task of the model, which determines its Auto class.
+        dtype: Data type of the weights; "auto" is the one in the config.
         r: Rank of the adapters.
-        target_modules: Names of linear layers, as in a LoraConfig.
+        target_modules: Names of the linear layers to adapt, as in a LoraConfig.
         exclude_modules: Names of modules to leave out.
-        corda_method: What to find directions for.
-        num_samples: Sequences to calibrate on, all devices together.
-        max_length: Tokens per sequence.
-        batch_size: Sequences per batch.
-        max_memory: What the statistics may take at a time, such as 4GiB.
-        gpus: Devices, each with a process and its share of the data.
-        json: File to write the figures to.
+        corda_method: Directions to find: "kpm", "ipm" or "both".
+        num_samples: Number of sequences to calibrate on, over all devices.
+        max_length: Number of tokens per sequence.
+        batch_size: Number of sequences per batch.
+        max_memory: Memory limit of the statistics at a time, such as 4GiB.
+        gpus: Number of devices, each with a process and its share of the data.
+        json: JSON file to write the figures to.
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""What `peft-corda plan` does."""
+"""The subcommand `peft-corda plan`."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 
 
 def run_plan(options: PlanOptions) -> Estimate:
-    """`peft-corda plan`: print the estimate, and write it as JSON if that was asked for.
+    """Run `peft-corda plan`, which prints the estimate and optionally writes it as JSON.
 
     Raises:
-        ValueError, OSError: as `planner.estimate`, or if there is no such config; nothing is written.
+        ValueError, OSError: If `estimate` raises them, or if no such config exists; nothing is
+            written then.
     """
     check_output_files({"json": options.json}, {"model": options.model})
     methods = METHODS if options.corda_method == "both" else (options.corda_method,)

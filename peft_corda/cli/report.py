@@ -1,4 +1,4 @@
-"""What `peft-corda report` does."""
+"""The subcommand `peft-corda report`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
 
 def run_report(options: ReportOptions) -> CordaReport:
-    """`peft-corda report`: print the table, and write what was asked for.
+    """Run `peft-corda report`, which prints the table and writes the files that are named.
 
     Raises:
-        ValueError, OSError, ImportError: if an option or file is of no use.
+        ValueError, OSError: If an option or file is invalid.
+        ImportError: If matplotlib is needed and not installed.
     """
     outputs = {"json": options.json, "plot": options.plot}
     check_output_files(outputs, {"factors": options.factors})
@@ -47,7 +48,7 @@ def run_report(options: ReportOptions) -> CordaReport:
         own.plot(options.plot)
     if options.json is not None:
         own.save_json(options.json)
-    # In a file or pipe there is no width to fit into: names are not to be cut off there.
+    # A file or pipe has no width to fit into, so names are not truncated there.
     Console(width=None if sys.stdout.isatty() else 200).print(own)
     if ranks is not None:
         print(json.dumps({"rank_pattern": ranks}, indent=1))

@@ -124,7 +124,7 @@ class TestUnreadable:
 
     def test_old_format(self, path):
         rewritten(path, lambda metadata: metadata.update(format_version="1"))
-        message = "format version 1, this version of peft_corda reads version 2. .* calibrate again"
+        message = "version 1, but this version of peft_corda reads version 2. .* calibrate again"
         self.refused(path, message)
 
 

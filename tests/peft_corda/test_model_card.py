@@ -22,7 +22,7 @@ def test_says_what_to_do_without_the_plugin_and_what_the_adapter_is(tmp_path):
     adapted(corda_method="ipm", r=4, rank_pattern={"layers.1.*": 6}).save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text()
     section = text[text.index(HEADING) :]
-    assert "KeyError: 'CORDA'" in section and "`ipm`: trained are the directions" in section
+    assert "KeyError: 'CORDA'" in section and "`ipm`, which trains the directions" in section
     assert re.findall(r"```\w+\n(.*?)\n```", section, flags=re.DOTALL) == [
         "pip install peft-corda",
         "import peft_corda  # before the adapter is loaded",
@@ -64,7 +64,7 @@ def test_card_of_an_export(tmp_path):
     export_lora(tmp_path / "corda", tmp_path / "lora", rank=2)
     text = (tmp_path / "lora" / "README.md").read_text()
     assert HEADING not in text and "KeyError" not in text and "My own words." in text
-    assert "LoRA adapter of rank\n2, the best approximation of that rank" in text
+    assert "LoRA adapter of rank 2, the best approximation of that rank" in text
     card.unlink()
     export_lora(tmp_path / "corda", tmp_path / "bare")
     data = ModelCard.load(tmp_path / "bare" / "README.md").data

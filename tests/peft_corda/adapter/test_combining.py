@@ -1,4 +1,4 @@
-"""`add_weighted_adapter`: one adapter that does what a weighted sum of others does."""
+"""`add_weighted_adapter`: one adapter equal to a weighted sum of others."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What a script that uses a LoRA does with its model, with a CORDA adapter in its place."""
+"""Usual operations of scripts that use a LoRA, with a CORDA adapter in its place."""
 
 import copy
 import pickle

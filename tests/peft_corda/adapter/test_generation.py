@@ -12,7 +12,7 @@ SETTINGS = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 
 
 def trained(kind):
-    """Two adapters that were trained so much that what they generate differs."""
+    """Two adapters, trained so much that their generated texts differ."""
     model = make_model(kind)
     config = make_config(kind)
     calibrate(model, config, make_batches())

@@ -141,8 +141,8 @@ def test_names_that_look_like_others_get_their_own_rank(names):
         ({"mean_rank": 2, "min_rank": 3}, "is too small: min_rank=3"),
         ({"budget": 9000, "method": "best"}, "method must be one of"),
         ({"budget": 9000, "method": None}, "factors hold 'kpm' and 'ipm'. Say which one"),
-        ({}, "either budget or mean_rank, got budget=None and mean_rank=None"),
-        ({"budget": 9000, "mean_rank": 4}, "either budget or mean_rank, got budget=9000"),
+        ({}, "exactly one of budget and mean_rank, got budget=None and mean_rank=None"),
+        ({"budget": 9000, "mean_rank": 4}, "exactly one of budget and mean_rank, got budget=9000"),
         ({"budget": 0}, "budget must be a number greater than 0, got 0"),
         ({"mean_rank": float("nan")}, "mean_rank must be a number greater than 0, got nan"),
         ({"budget": 10**6, "min_rank": 21}, "min_rank=21 is more than the factors hold for model"),
@@ -158,5 +158,5 @@ def test_apply_ranks_needs_a_corda_config_and_whole_ranks():
     with pytest.raises(TypeError, match="must be a peft_corda.CordaConfig, got LoraConfig"):
         apply_ranks(LoraConfig(), {"a": 1})
     for rank in (0, 1.5, True):
-        with pytest.raises(ValueError, match="rank of a must be a whole number from 1 on, got"):
+        with pytest.raises(ValueError, match="rank of a must be a whole number of at least 1, got"):
             apply_ranks(make_config(), {"a": rank})

@@ -147,7 +147,7 @@ def test_plot_without_matplotlib_says_what_to_install(factors, tmp_path, monkeyp
         ({}, "factors hold 'kpm' and 'ipm'. Say which one"),
         ({"method": "best"}, r"method must be one of .*, got 'best'"),
         ({"method": "kpm", "scaling": "big"}, r"scaling must be one of .*, got 'big'"),
-        ({"config": make_config(r=9)}, "rank 9 wanted, 8 in the factors"),
+        ({"config": make_config(r=9)}, "rank 9 requested, 8 in the factors"),
         ({"config": make_config(corda_weighting="sqrt_covariance")}, "made with corda_weighting"),
     ],
 )
@@ -163,7 +163,7 @@ def test_method_that_the_factors_lack(factors):
     }
     kpm_only = CordaFactors(modules, factors.damping)
     assert report(kpm_only).method == "kpm"
-    with pytest.raises(ValueError, match="factors hold 'kpm', but method='ipm' was asked for"):
+    with pytest.raises(ValueError, match="factors hold 'kpm', but method='ipm' was given"):
         report(kpm_only, method="ipm")
 
 

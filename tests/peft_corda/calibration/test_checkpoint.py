@@ -1,4 +1,4 @@
-"""A calibration that was cut off goes on where it was, to the same bytes."""
+"""An interrupted calibration is resumed where it stopped, with the same bytes."""
 
 import re
 
@@ -34,7 +34,7 @@ def run(folder, batches=BATCHES, max_memory=ONE_PASS, model=None, **options):
 def cut_off(folder, in_pass, at, max_memory):
     """Run until the batch `at` of a pass, where the model fails."""
     model = deep_model("llama", 3)
-    # A run of a batch in a pass is told from those that find out the layout by the batch's size.
+    # The batch's size distinguishes runs in a pass from those that discover the layout.
     seen = []
 
     def fail(module, args, kwargs):
@@ -140,7 +140,7 @@ def failing_at_last(model):
 def other_model():
     model = deep_model("llama", 3)
     with torch.no_grad():
-        model.model.norm.weight.mul_(2)  # no target, but it may be what a target is given
+        model.model.norm.weight.mul_(2)  # no target, but it may be the input of one
     return model
 
 

@@ -172,7 +172,7 @@ class TestFactors:
 
     def test_other_rank(self):
         config = make_config(corda_factors=self.prepared(r=4), r=8)
-        self.refuse(make_model("llama"), config, "rank 8 wanted, 4 in the factors")
+        self.refuse(make_model("llama"), config, "rank 8 requested, 4 in the factors")
 
     def test_other_method(self):
         config = make_config(corda_factors=self.prepared(), corda_method="ipm")
@@ -198,7 +198,7 @@ class TestFactors:
             metadata={"format": "peft_corda.factors", "format_version": "99"},
         )
         with pytest.raises(
-            ValueError, match="format version 99, this version of peft_corda reads version"
+            ValueError, match="format version 99, but this version of peft_corda reads version"
         ):
             CordaFactors.load(tmp_path / "new.safetensors")
 
@@ -241,7 +241,7 @@ def test_training_without_a_start_is_a_warning_where_no_method_was_named(tmp_pat
     assert sum("plain LoRA" in str(warning.message) for warning in shown) == 1
     assert torch.allclose(logits_of(adapted, batch), logits_of(lora, batch), atol=1e-5)
     adapted.save_pretrained(tmp_path)
-    assert "no method was named" in (tmp_path / "README.md").read_text()
+    assert "without a method or calibration data" in (tmp_path / "README.md").read_text()
     again = PeftModel.from_pretrained(make_model("llama"), tmp_path)
     assert torch.equal(logits_of(again, batch), logits_of(adapted, batch))
 

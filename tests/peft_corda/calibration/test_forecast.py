@@ -1,4 +1,4 @@
-"""`peft-corda plan`: what a calibration takes, from a config."""
+"""`peft-corda plan`: cost of a calibration, from a config."""
 
 import json
 

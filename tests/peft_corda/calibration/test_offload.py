@@ -1,4 +1,4 @@
-"""Models whose weights wait in CPU memory or on disk, and are brought in module by module."""
+"""Models whose weights are offloaded to CPU memory or disk, and are gathered module by module."""
 
 import pytest
 import torch

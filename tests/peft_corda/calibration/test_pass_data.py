@@ -63,7 +63,7 @@ def test_shuffled_data_is_run_from_the_start(capsys):
 )
 def test_data_that_differs_behind_the_first_batch_is_refused(order):
     model, batches = deep_model("llama"), make_batches()
-    with pytest.raises(ValueError, match="data came in another order, or otherwise, than in the p"):
+    with pytest.raises(ValueError, match="or its order, differs from that of the previous pass"):
         calibrate(model, make_config(), Loader(batches, order), max_memory=ENOUGH)
 
 

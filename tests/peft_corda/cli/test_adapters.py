@@ -102,8 +102,11 @@ class TestInit:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({}, "Give either factors, .* or data"),
-            ({"factors": "{folder}/factors.safetensors", "data": "{folder}/data.txt"}, "either"),
+            ({}, "Give exactly one of factors .* and data"),
+            (
+                {"factors": "{folder}/factors.safetensors", "data": "{folder}/data.txt"},
+                "exactly one",
+            ),
             ({"factors": "{folder}/none.safetensors"}, "No factors file at"),
             ({"factors": "{folder}/factors.safetensors", "r": 9}, "too small a rank"),
             (

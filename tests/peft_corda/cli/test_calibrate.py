@@ -159,10 +159,13 @@ class TestReport:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ([], "factors hold 'kpm' and 'ipm'. Say which one is meant"),
-            (["--method=kpm", "--r=7"], "rank 7 wanted, 6 in the factors"),
+            ([], "factors hold 'kpm' and 'ipm'. Say which one to use"),
+            (["--method=kpm", "--r=7"], "rank 7 requested, 6 in the factors"),
             (["--method=kpm", "--budget=5"], "budget of 5 parameters is too small"),
-            (["--method=kpm", "--budget=5000", "--mean_rank=2"], "Give either budget or mean_rank"),
+            (
+                ["--method=kpm", "--budget=5000", "--mean_rank=2"],
+                "Give exactly one of budget and mean_rank",
+            ),
         ],
     )
     def test_wrong_input_writes_nothing(self, file, tmp_path, arguments, message):
@@ -180,11 +183,11 @@ class TestReport:
     ("changes", "message"),
     [
         ({"data": "{folder}/none.jsonl"}, "No data file at .*none.jsonl'. Give the path of a .txt"),
-        ({"data": "{folder}/llama/model.safetensors"}, "data file .* is of an unknown kind"),
+        ({"data": "{folder}/llama/model.safetensors"}, "data file .* is of an unknown type"),
         ({"text_field": "question"}, "no field 'question'; its fields are text, title, n"),
-        ({"text_field": "n"}, "field 'n' holds a int, expected text"),
+        ({"text_field": "n"}, "field 'n' holds values of type int, not text"),
         ({"num_samples": 30}, "data has 24 rows with text, fewer than num_samples=30"),
-        ({"num_samples": 30, "pack": None}, "enough for 22 windows of 8 tokens and not for"),
+        ({"num_samples": 30, "pack": None}, "enough for 22 windows of 8 tokens but not for"),
         ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
         ({"max_length": 99999}, "max_length=99999 is more than the 2048 positions"),
         ({"model": "{folder}/nothing"}, "nothing"),
@@ -251,7 +254,7 @@ def test_help_as_a_program():
 
 @pytest.mark.parametrize("program", ["peft_corda", "kprune_ext"])
 def test_the_parser_itself_needs_no_heavy_library(program):
-    """What is imported before the arguments are known to be right."""
+    """Modules that are imported before the arguments are checked."""
     light = {"argparse", "jsonargparse", "safetensors", "yaml", *sys.stdlib_module_names}
     seen, waiting = set(), [f"{program}.cli.main"]
     while waiting:
