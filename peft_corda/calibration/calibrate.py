@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import (
-    extract_model_from_parallel,
-    send_to_device,
-)
-from peft import PeftModel
 from torch import nn
 
-from kprune_ext.common.memory import bytes_of_limit, trim_memory
-from kprune_ext.common.placement import sharding_of
-from kprune_ext.common.processes import Processes
+from kprune_ext.common.memory import trim_memory
 
-from ..base_model.batches import count_of, digest_of, first_example
-from ..base_model.forward import Runner
-from ..base_model.input_groups import discover, with_cross
-from ..base_model.targets import find_targets
 from ..config import CordaConfig
-from ..decomposition.directions import METHODS
 from ..factors import CordaFactors, ModuleFactors
-from .checkpoint import Checkpoint, identity
-from .collect import PassOptions, collect_covariances
+from .collect import collect_covariances
 from .decompose import factorise
-from .plan import Plan, make_plan
+from .preparation import Calibration, prepare
 
 
 def calibrate(
@@ -90,58 +75,26 @@ def calibrate(
             to another calibration; or if the model is tensor-parallel or wrapped by FSDP1.
         RuntimeError: If another process failed, ended or did not respond in time.
     """
-    chosen = _check_arguments(config, methods, dtype)
-    given = bytes_of_limit(max_memory)
-    sharding_of(model)  # before unwrapping, since it raises an error for FSDP1
-    model = extract_model_from_parallel(model)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    processes = Processes(collective_forward=sharding_of(base) is not None)
-    # Weights are gathered by the outermost module that was sharded.
-    runs = model if processes.collective_forward else base
-    targets = find_targets(base, config)
-    with processes.error_barrier():
-        # An iterator yields its batches once, but several passes may need them.
-        batches = list(dataloader) if isinstance(dataloader, Iterator) else dataloader
-        own = next(iter(batches), None)
-    first = _first(own, processes)
-    runner = Runner(runs, targets)
-    with processes.error_barrier(running_model=True):
-        layout = discover(runner, first)
-    passing = runner if layout.masked else runner.cutting_padding()
-    groups = layout.groups
-    if chosen == ("ipm",) and config.corda_weighting == "covariance":
-        groups = with_cross(groups, targets)
-    with processes.error_barrier():
-        plan = make_plan(runner, batches, first, groups, given, dtype.itemsize, processes)
-    checkpoint = None
-    if checkpoint_dir is not None:
-        data = {
-            "first batch of the data": digest_of(first),
-            "number of batches": int(processes.add(torch.tensor(count_of(batches) or 0))),
-        }
-        about = identity(config, chosen, base, targets, plan.passes, dtype, data, processes)
-        checkpoint = Checkpoint(checkpoint_dir, about, checkpoint_seconds, processes)
-    options = PassOptions(
-        progress=(progress if verbose is None else verbose) and processes.is_main,
+    run = prepare(
+        model,
+        config,
+        dataloader,
+        max_memory,
+        methods=methods,
+        checkpoint_dir=checkpoint_dir,
+        checkpoint_seconds=checkpoint_seconds,
         dtype=dtype,
-        processes=processes,
-        spare=_spare(runner, first) if processes.collective_forward else None,
+        progress=progress if verbose is None else verbose,
     )
-    if options.progress:
-        print(plan, file=sys.stderr)
     found: dict[str, ModuleFactors] = {}
-    for number in range(len(plan.passes)):
-        part = checkpoint.finished(number) if checkpoint is not None else None
+    for number in range(len(run.plan.passes)):
+        part = run.finished(number)
         if part is None:
-            snapshots = checkpoint.snapshots(number) if checkpoint is not None else None
-            label = f"Calibrating ({number + 1} of {len(plan.passes)})"
-            now = replace(options, description=label, snapshots=snapshots)
-            part = _run_pass(passing, batches, plan, number, now, config, chosen)
-            if checkpoint is not None:
-                checkpoint.finish(number, part)
+            part = _run_pass(run, number, config)
+            run.finish(number, part)
         found.update(part.modules)
     factors = CordaFactors(
-        modules={name: found[name] for name in targets},
+        modules={name: found[name] for name in run.targets},
         damping=config.corda_damping,
         weighting=config.corda_weighting,
     )
@@ -149,56 +102,15 @@ def calibrate(
     return factors
 
 
-def _run_pass(
-    runner: Runner,
-    batches: Iterable[Mapping[str, Any]],
-    plan: Plan,
-    number: int,
-    options: PassOptions,
-    config: CordaConfig,
-    methods: Sequence[str],
-) -> CordaFactors:
-    """Factors of the modules of one pass."""
-    groups = plan.passes[number]
-    covariances = collect_covariances(runner, batches, groups, options, plan.carried(number))
+def _run_pass(run: Calibration, number: int, config: CordaConfig) -> CordaFactors:
+    """Collect the covariances of one pass, and decompose them."""
+    groups, options = run.plan.passes[number], run.pass_options(number)
+    covariances = collect_covariances(
+        run.runner, run.batches, groups, options, run.plan.carried(number)
+    )
     trim_memory()
     modules = factorise(
-        groups, covariances, runner.targets, config, methods, options.processes, options.progress
+        groups, covariances, run.targets, config, run.methods, run.processes, options.progress
     )
     trim_memory()
     return CordaFactors(modules, config.corda_damping, config.corda_weighting)
-
-
-def _check_arguments(
-    config: Any, methods: Sequence[str] | None, dtype: torch.dtype
-) -> tuple[str, ...]:
-    """Methods to find directions for, in the order of `METHODS`."""
-    if not isinstance(config, CordaConfig):
-        raise TypeError(f"config must be a peft_corda.CordaConfig, got {type(config).__name__}.")
-    chosen = (config.method_for(),) if methods is None else tuple(methods)
-    if not chosen or isinstance(methods, str) or any(name not in METHODS for name in chosen):
-        raise ValueError(f"methods must be one or more of {METHODS}, got {methods!r}.")
-    if config.corda_method not in (None, *chosen):
-        raise ValueError(
-            f"methods={methods!r} leaves out the config's own corda_method={config.corda_method!r}. "
-            "Add it, or change the config."
-        )
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}.")
-    return tuple(method for method in METHODS if method in chosen)
-
-
-def _spare(runner: Runner, first: Mapping[str, Any]) -> Mapping[str, Any]:
-    part = runner.parts(first)[0]
-    return first_example(part) or part
-
-
-def _first(batch: Mapping[str, Any] | None, processes: Processes) -> Mapping[str, Any]:
-    """A batch that is the same on all processes, including those that have no data."""
-    found = processes.first(None if batch is None else send_to_device(batch, "cpu"))
-    if found is None:
-        raise ValueError(
-            "The calibration data is empty: the dataloader yielded no batch. Pass an iterable of "
-            "batches; an iterator or generator can be used only once."
-        )
-    return found
