@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import statistics
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import docstring_sentences
 import torch
+from cpu_latency import latencies
 from datasets import DatasetDict, load_dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from precision import bf16_is_faster
@@ -113,33 +110,6 @@ def load_data(args: argparse.Namespace) -> DatasetDict:
     return data
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@torch.no_grad()
-def latencies(models: list[PreTrainedModel], batch: int, tokens: int) -> list[float]:
-    """Milliseconds per forward pass, one CPU thread: medians over runs that take turns."""
-    models = [model.cpu().eval() for model in models]
-    ids = torch.randint(models[0].config.vocab_size, (batch, tokens))
-    mask = torch.ones_like(ids)
-    times: list[list[float]] = [[] for _ in models]
-    with one_thread():
-        for round_number in range(13):
-            for model, measured in zip(models, times, strict=True):
-                start = time.perf_counter()
-                model(input_ids=ids, attention_mask=mask)
-                if round_number > 1:  # the first rounds warm up
-                    measured.append(1000 * (time.perf_counter() - start))
-    return [statistics.median(measured) for measured in times]
-
-
 class Classification:
     """The data, ready for Trainer: trains, evaluates and feeds calibration."""
 
@@ -202,6 +172,20 @@ class Classification:
         return dict(self.collate([rows[number] for number in range(len(rows))]))
 
 
+def fine_tuned(source: str, task: Classification, args: argparse.Namespace) -> PreTrainedModel:
+    """The model with a new head, trained on the task."""
+    model = AutoModelForSequenceClassification.from_pretrained(
+        source, num_labels=len(task.names), id2label=dict(enumerate(task.names))
+    )
+    length = {"num_train_epochs": args.epochs} if args.epochs else {}
+    steps = -1 if args.epochs else args.steps
+    trainer = task.trainer(model, steps, args.learning_rate, bf16=task.bf16, **length)
+    trainer.train()
+    # Loaded anew, as Trainer leaves a model that it trained in bf16 wrapped to compute in it.
+    trainer.save_model(str(args.output / "dense"))
+    return AutoModelForSequenceClassification.from_pretrained(args.output / "dense").eval()
+
+
 @torch.no_grad()
 def same_after_reload(model: PreTrainedModel, task: Classification, folder: Path) -> bool:
     """Save the model, load it with AutoModel, and compare logits bit by bit."""
@@ -256,16 +240,7 @@ def main() -> None:
     )
 
     print(f"\nFine-tuning {source}", flush=True)
-    dense = AutoModelForSequenceClassification.from_pretrained(
-        source, num_labels=len(task.names), id2label=dict(enumerate(task.names))
-    )
-    length = {"num_train_epochs": args.epochs} if args.epochs else {}
-    steps = -1 if args.epochs else args.steps
-    trainer = task.trainer(dense, steps, args.learning_rate, bf16=task.bf16, **length)
-    trainer.train()
-    # Loaded anew, as Trainer leaves a model that it trained in bf16 wrapped to compute in it.
-    trainer.save_model(str(args.output / "dense"))
-    dense = AutoModelForSequenceClassification.from_pretrained(args.output / "dense").eval()
+    dense = fine_tuned(source, task, args)
 
     models, failures = [("dense", dense)], []
     for reduction in args.reductions:

@@ -137,7 +137,7 @@ def test_option_is_accepted(program: str, command: str, option: dict[str, Any], 
     before = parsed(program, arguments)
     if option["name"] == "print_config":
         assert option["options"] == ["--print_config"] and isinstance(before, dict)
-    elif option["name"] == "config":  # with files in test_v0_1_files.py
+    elif option["name"] == "config":  # with files in test_v0_1_console.py
         assert option["options"] == ["--config"]
         with pytest.raises(SystemExit) as stopped:
             main_of(program)([command, "--config", "no such file"])

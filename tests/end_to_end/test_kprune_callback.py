@@ -95,7 +95,7 @@ def test_runs_that_are_refused_leave_the_model_alone(tmp_path) -> None:
         callback(-1)
     model = tiny_bert()
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}
-    with pytest.raises(ValueError, match="may load a checkpoint of before step 2"):
+    with pytest.raises(ValueError, match="may load a checkpoint from before step 2"):
         trainer(model, tmp_path, [callback(2)], **best).train()
     with pytest.raises(ValueError, match="cannot prune inside a distributed or compiled run"):
         run = trainer(model, tmp_path, [callback(2)])

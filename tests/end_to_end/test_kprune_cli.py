@@ -148,7 +148,7 @@ def test_a_folder_with_something_in_it_is_left_alone(source: Path) -> None:
 
 
 def test_reports_of_another_kind(source: Path) -> None:
-    with pytest.raises(SystemExit, match="is no report of kprune"):
+    with pytest.raises(SystemExit, match="is not a report of kprune"):
         main(["report", str(source / "config.json")])
     with pytest.raises(SystemExit, match=r"kprune report: error: .*kprune_report.json"):
         main(["report", str(source)])

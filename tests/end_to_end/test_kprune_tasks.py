@@ -125,9 +125,9 @@ def test_a_predict_function_of_ones_own() -> None:
 @pytest.mark.parametrize(
     ("predict", "error", "message"),
     [
-        (lambda model, batch: model(**batch), TypeError, "predict gave a BaseModelOutput"),
+        (lambda model, batch: model(**batch), TypeError, "predict returned a BaseModelOutput"),
         (lambda model, batch: model(**batch).last_hidden_state[0], ValueError, "for 1 samples"),
-        (lambda model, batch: model(**batch).last_hidden_state.sum(), ValueError, "must give"),
+        (lambda model, batch: model(**batch).last_hidden_state.sum(), ValueError, "must return"),
     ],
 )
 def test_predictions_of_another_form(predict: Any, error: type[Exception], message: str) -> None:

@@ -16,7 +16,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from peft_corda import CordaConfig, CordaFactors
+from peft_corda import CordaConfig, CordaFactors, calibrate
 from peft_corda.base_model.forward import Runner
 from peft_corda.base_model.input_groups import discover
 from peft_corda.calibration.collect import collect_covariances
@@ -61,6 +61,7 @@ def tiny_bert() -> nn.Module:
 
 
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "bert": tiny_bert}
+KINDS = list(MODELS)
 
 
 def make_model(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -140,3 +141,12 @@ def bytes_of(factors: CordaFactors) -> bytes:
         path = Path(folder) / "factors.safetensors"
         factors.save(path)
         return path.read_bytes()
+
+
+def calibrated(
+    kind: str, dtype: torch.dtype = torch.float32, **options
+) -> tuple[nn.Module, CordaConfig]:
+    """A model, and a config that holds its factors."""
+    model, config = make_model(kind, dtype), make_config(kind, **options)
+    calibrate(model, config, make_batches())
+    return model, config

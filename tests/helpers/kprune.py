@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-from kprune_ext import KPruneConfig
+from kprune_ext import KPruneConfig, kprune
 from kprune_ext.calibration.sharing import shared_data
 
 VOCABULARY = 60
@@ -120,3 +120,8 @@ def data_of(model, batches, config=None):
     return shared_data(
         model, batches, max_tokens=config.max_tokens, seed=config.seed, scored=scored
     )
+
+
+def run(model: Any, batches: Any, **options: Any) -> Any:
+    """`kprune` with options of its config."""
+    return kprune(model, batches, KPruneConfig(**options), progress=False)

@@ -180,7 +180,7 @@ def test_a_layer_on_two_devices_is_refused() -> None:
     model = tiny_bert()
     layers = "bert.encoder.layer"
     split = {"": CPU, f"{layers}.1.output": OTHER}
-    with pytest.raises(ValueError, match=r"bert\.encoder\.layer\.1 lies on several.*cpu, cuda:1"):
+    with pytest.raises(ValueError, match=r"bert\.encoder\.layer\.1 is on several.*cpu, cuda:1"):
         require_whole_layers(model, layers, split)
     require_whole_layers(model, layers, {"": CPU, f"{layers}.1": OTHER})
 

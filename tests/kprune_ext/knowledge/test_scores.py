@@ -68,7 +68,7 @@ def test_prior_samples_count_as_samples_of_representational_shape(scale: str) ->
 
 
 def test_prior_samples_cannot_be_negative() -> None:
-    with pytest.raises(ValueError, match=r"prior_samples=-1 is negative. Pass 0 to take"):
+    with pytest.raises(ValueError, match=r"prior_samples=-1 is negative. Pass 0 to use"):
         KPruneConfig(prior_samples=-1)
 
 
@@ -107,7 +107,7 @@ def test_tables_charge_the_first_unit_first() -> None:
 
 @pytest.mark.parametrize("table", [[0.0, 2.0, 1.0], [0.0, 1.0], [-1.0, 0.0, 1.0]])
 def test_tables_that_make_no_sense(table: list[float]) -> None:
-    with pytest.raises(ValueError, match="must hold 3 numbers from 0 up that do not fall"):
+    with pytest.raises(ValueError, match="must hold 3 numbers of at least 0 that do not decrease"):
         search_masks([torch.ones(2)], [torch.tensor(table)], 1)
 
 
