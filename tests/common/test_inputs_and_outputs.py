@@ -138,5 +138,7 @@ def test_a_full_disk_is_said_in_a_line(made, tmp_path):
 
 @pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
 def test_a_pattern_that_is_no_expression(made, tmp_path, option):
-    with pytest.raises(SystemExit, match=rf"`{option}` has the key '\[', which is not a valid regular"):
+    with pytest.raises(
+        SystemExit, match=rf"`{option}` has the key '\[', which is not a valid regular"
+    ):
         cli.main(init(made, tmp_path / "adapter", **{option: '{"[": 4}'}))
