@@ -8,9 +8,12 @@ from collections.abc import Iterable, Mapping, Sized
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .batch_values import TEXT_KEYS, rows_belong
+from .decoder_inputs import counted_targets
 from .masks import token_mask
 
 _FEW_TOKENS = 16
@@ -18,16 +21,24 @@ _FEW_TOKENS = 16
 Batch = Mapping[str, Any]
 
 
-def first_example(batch: Batch) -> dict[str, Any] | None:
+def first_example(batch: Batch, image_token: int | None = None) -> dict[str, Any] | None:
     """Returns the first row of a batch, and only its first few tokens if the batch is plain text.
 
-    The result is None if the batch's tensors differ in their number of rows.
+    The result is None if it is not certain which values belong to the first row.
+
+    Args:
+        batch: Keyword arguments of the model.
+        image_token: Token in the place of an image in `input_ids`, if the model has one.
     """
     tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
     rows = {value.shape[0] if value.ndim else 0 for value in tensors.values()}
     if len(tensors) != len(batch) or len(rows) != 1 or rows == {0}:
         return None
-    if len({value.shape for value in tensors.values()}) > 1 or set(tensors) - TEXT_KEYS:
+    shapes = {value.shape for value in tensors.values()}
+    if len(shapes) > 1 or set(tensors) - TEXT_KEYS or len(next(iter(shapes))) != 2:
+        choices = len(next(iter(shapes))) == 3 and len(shapes) == 1  # of multiple choice
+        if not choices and not rows_belong(batch, image_token):
+            return None
         return {key: value[:1] for key, value in tensors.items()}
     mask = tensors.get("attention_mask", tensors["input_ids"].new_ones(tensors["input_ids"].shape))
     kept = mask[0].nonzero().flatten()[:_FEW_TOKENS]
@@ -47,33 +58,22 @@ def digest_of(batch: Any) -> str:
     digest = hashlib.sha256()
     for key in sorted(batch) if isinstance(batch, Mapping) else ():
         value = batch[key]
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+            value = torch.from_numpy(np.array(value))
         if isinstance(value, Tensor):
             flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
             digest.update(f"{key} {tuple(value.shape)}".encode() + flat.numpy().tobytes())
     return digest.hexdigest()
 
 
-def token_shape(inputs: Any) -> tuple[int, int] | None:
-    """Returns the shape `(batch, tokens)` of a batch, or None if no entry has it."""
-    if not isinstance(inputs, Mapping):
-        return None
-    for key in ("input_ids", "inputs_embeds", "attention_mask"):
-        value = inputs.get(key)
-        if isinstance(value, Tensor) and value.ndim >= 2 and value.ndim < 4:
-            return value.shape[0], value.shape[1]
-    return None
-
-
-# Entries of a text batch with one number per token.
-TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
-
-
 def unpadded(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Splits a batch into parts without padding, each of sequences of equal length.
 
     Args:
-        batch: A batch with `attention_mask` and, for encoder-decoder models, `decoder_attention_mask`,
-            each `(batch, tokens)`. Tensors `(batch, tokens, …)` are cut like the mask of their side.
+        batch: A batch with `attention_mask` and, for encoder-decoder models, `decoder_attention_mask`
+            or `labels`, each `(batch, tokens)`. Tensors `(batch, tokens, …)` are cut like the mask of
+            their side. Of labels, -100 is cut off at the end only, as the tokens before the last one
+            have influence on it.
 
     Returns:
         Batches without masks, in the order of their first sequences; the batch itself if it has no
@@ -86,7 +86,9 @@ def unpadded(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
     sides = {
         prefix: token_mask(batch.get(prefix + "attention_mask")) for prefix in ("", "decoder_")
     }
-    if all(mask is None for mask in sides.values()):
+    targets = counted_targets(batch.get("labels"))
+    counted = [mask for mask in (*sides.values(), targets) if mask is not None]
+    if not counted:
         return [dict(batch)]
     # Without the packed mask, sequences would attend to each other.
     if any(
@@ -98,18 +100,21 @@ def unpadded(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
             "model padding is cut off, which takes a mask of shape (batch, tokens). Give sequences "
             "padded on one side with such a mask, or packed sequences without padding."
         )
-    count = next(len(mask) for mask in sides.values() if mask is not None)
+    count = len(counted[0])
     together: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for row in range(count):
-        spans = tuple(_span(mask, row) for mask in sides.values())
+        decoder = _until_last(_span(sides["decoder_"], row), targets, row)
+        spans = (_span(sides[""], row), decoder)
         if all(span is None or span[0] < span[1] for span in spans):
             together[spans].append(row)
     lengths = {prefix: None if mask is None else mask.shape[1] for prefix, mask in sides.items()}
+    if targets is not None:
+        lengths["decoder_"] = targets.shape[1]
     return [
         {
             key: _cut(key, value, rows, dict(zip(sides, spans, strict=True)), lengths, count)
             for key, value in batch.items()
-            if key not in ("attention_mask", "decoder_attention_mask")
+            if key not in ("attention_mask", "decoder_attention_mask") or _is_packed(value)
         }
         for spans, rows in together.items()
     ]
@@ -179,6 +184,21 @@ def _span(mask: Tensor | None, row: int) -> tuple[int, int] | None:
     return kept[0], kept[-1] + 1
 
 
+def _until_last(
+    span: tuple[int, int] | None, targets: Tensor | None, row: int
+) -> tuple[int, int] | None:
+    """Returns the span, no further than to the last target of a sequence that counts."""
+    if targets is None:
+        return span
+    kept = targets[row].nonzero().flatten().tolist()
+    start, end = span or (0, targets.shape[1])
+    return start, min(end, kept[-1] + 1 if kept else 0)
+
+
+def _is_packed(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.ndim == 4
+
+
 def _cut(
     key: str,
     value: Any,
@@ -191,7 +211,7 @@ def _cut(
         return value
     if value.shape[0] == count:  # else one row for all sequences, such as position ids
         value = value[rows]
-    side = "decoder_" if key.startswith("decoder_") else ""
+    side = "decoder_" if key.startswith("decoder_") or key == "labels" else ""
     span = spans[side]
     if span is None or value.ndim < 2 or value.shape[1] != lengths[side]:
         return value

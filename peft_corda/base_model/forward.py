@@ -6,7 +6,6 @@ during calibration.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
@@ -14,14 +13,16 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from peft import PeftModel
 from torch import Tensor, nn
 
 from kprune_ext.common.placement import execution_device, is_offloaded, reshard, sharding_of
 from kprune_ext.common.text_data import LABEL_KEYS
 
-from .batches import Batch, of_like_length, token_shape, unpadded
-from .masks import token_mask
+from .batch_values import checked, is_empty, rows_belong, token_shape
+from .batches import Batch, first_example, of_like_length, unpadded
+from .decoder_inputs import counted_targets, kept_apart, takes_targets, with_targets
+from .masks import Side, mask_of_side, token_mask
+from .model_parts import arguments_of, holds_images, text_model_of, unwrapped, without_head
 from .quantized import quantization_of
 
 # Fixed cost of a forward pass, in tokens: reading weights from memory; or, the higher one,
@@ -43,7 +44,6 @@ class Runner:
     Attributes:
         model: The model, which takes a batch as keyword arguments.
         targets: Modules of interest by name.
-        mask: Mask of the current batch, bool `(batch, tokens)`, or None if all tokens count.
         tokens: Shape `(batch, tokens)` of the current batch, if known.
         stop_after: Name of the module after which the run of a batch ends, if any.
         device: Device that batches are moved to.
@@ -62,17 +62,24 @@ class Runner:
         """
         self.model, self.targets = model, targets
         # Gathering of sharded weights is set up by the first call of the full model.
-        self._module = model if sharding_of(model) else _shortest(model, targets)
-        inner = model.get_base_model() if isinstance(model, PeftModel) else self._module
-        self._takes_cache = "use_cache" in inspect.signature(inner.forward).parameters
+        self._shorter = model if sharding_of(model) else without_head(model, targets)
+        self._named = arguments_of(model)
+        self._takes_targets = takes_targets(unwrapped(model))
         self.device = execution_device(model)
         near = self.device.type == "cpu" and not is_offloaded(model) and not sharding_of(model)
         self._run_cost = _RUN_COST if near else _HIGH_RUN_COST
-        two_sequences = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        self._without_padding = without_padding or two_sequences
+        config = getattr(model, "config", None)
+        self._two_sequences = bool(getattr(config, "is_encoder_decoder", False))
+        self._without_padding = without_padding or self._two_sequences
+        self._image_token = getattr(
+            config, "image_token_id", getattr(config, "image_token_index", None)
+        )
         self.stop_after: str | None = None
-        self.mask: Tensor | None = None
         self.tokens: tuple[int, int] | None = None
+        self._mask: Tensor | None = None
+        self._sides: tuple[Side, ...] = ()
+        self._before_text = False
+        self._may_stop = True
 
     def cutting_padding(self) -> Runner:
         """Returns a copy of the runner that cuts padding off (see `without_padding`)."""
@@ -81,36 +88,131 @@ class Runner:
         return cutting
 
     def parts(self, batch: Batch, number: int = 0) -> list[dict[str, Any]]:
-        """Returns the parts that a batch is run as, without labels and with less or no padding.
+        """Returns the parts that a batch is run as, with less or no padding.
+
+        Labels are left out, unless they are what a decoder is given. A batch is taken apart only if it
+        is certain which values belong to which row.
 
         Args:
-            batch: The batch, which may be the only part.
+            batch: The batch, which may be the only part; an empty one has no part.
             number: Number of the batch, for the error message.
 
         Raises:
             TypeError: If the batch is not a mapping.
             ValueError: If its mask has an unsupported shape, or holes that cannot be cut out.
         """
-        if not isinstance(batch, Mapping):
-            raise TypeError(
-                f"Calibration batch {number} is a {type(batch).__name__}; expected a mapping from "
-                "argument names to tensors, such as {'input_ids': …, 'attention_mask': …}, as "
-                "returned by tokenizers and data collators."
-            )
-        inputs = {key: value for key, value in batch.items() if key not in LABEL_KEYS}
-        if self._without_padding:
-            return unpadded(inputs)
-        return of_like_length(inputs, self._run_cost)
+        values = checked(batch, number)
+        if is_empty(values):
+            return []
+        inputs = {
+            key: value
+            for key, value in values.items()
+            if key not in LABEL_KEYS or self._named.get(key, False)
+        }
+        if self._takes_targets:
+            inputs.pop("labels", None)
+            inputs = with_targets(unwrapped(self.model), inputs, values.get("labels"))
+        if not self._without_padding:
+            return of_like_length(inputs, self._run_cost)
+        parts = [inputs]
+        if rows_belong(inputs, self._image_token):
+            parts = unpadded(inputs)
+        return [kept_apart(part) for part in parts] if self._takes_targets else parts
+
+    def check(self, batch: Batch, number: int) -> None:
+        """Raises the errors of `parts` that the types and shapes in a batch show."""
+        checked(batch, number)
+
+    def example(self, part: Batch) -> dict[str, Any] | None:
+        """Returns the first row of a part, or None (see `batches.first_example`)."""
+        return first_example(part, self._image_token)
 
     def run(self, part: dict[str, Any]) -> None:
-        """Runs the model on one of the `parts` of a batch."""
+        """Runs the model on one of the `parts` of a batch.
+
+        Raises:
+            ValueError: If the model cannot be run on tokens of this shape.
+        """
         inputs = dict(send_to_device(part, self.device))
-        self.mask = token_mask(inputs.get("attention_mask"))
-        self.tokens = token_shape(inputs)
-        if self._takes_cache:
+        self._look_at(inputs)
+        if self._takes_targets and any(key.startswith("decoder_input") for key in inputs):
+            inputs.pop("labels", None)
+        module = self._module_for(inputs)
+        if "use_cache" in arguments_of(unwrapped(module)):
             inputs["use_cache"] = False
-        with suppress(_Done):
-            self._module(**inputs)
+        ids = inputs.get("input_ids")
+        try:
+            with suppress(_Done), self._noticing_text(inputs):
+                module(**inputs)
+        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+            if not isinstance(ids, Tensor) or ids.ndim == 2:
+                raise
+            raise ValueError(
+                f"{type(self.model).__name__} cannot be run on input_ids of shape {tuple(ids.shape)}: "
+                f"{error}. Give batches of shape (batch, tokens)."
+            ) from error
+
+    def mask_for(self, inputs: Tensor) -> Tensor | None:
+        """Returns the mask for the input of a module in the current run; None if all of it counts."""
+        if self._before_text:
+            return None
+        if self._two_sequences:
+            return mask_of_side(tuple(inputs.shape[:-1]), self._sides)
+        return self._mask
+
+    def _look_at(self, inputs: Mapping[str, Any]) -> None:
+        """Notes which of the tokens of a part count."""
+        mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
+        if isinstance(ids, Tensor) and ids.ndim == 3 and isinstance(mask, Tensor):
+            mask = mask.flatten(0, 1) if mask.shape == ids.shape else mask
+        self._mask = token_mask(mask)
+        self.tokens = token_shape(inputs)
+        # With images, the number of calls may differ from batch to batch.
+        self._may_stop = not holds_images(inputs)
+        if self._two_sequences:
+            labels, ids = inputs.get("labels"), inputs.get("decoder_input_ids")
+            own = token_mask(inputs.get("decoder_attention_mask"))
+            targets = counted_targets(labels)
+            both = own if targets is None else targets if own is None else own & targets
+            tokens = next((v for v in (both, ids, labels) if isinstance(v, Tensor)), None)
+            shape = None if tokens is None else (tokens.shape[0], tokens.shape[1])
+            known = isinstance(inputs.get("input_ids", inputs.get("inputs_embeds")), Tensor)
+            self._sides = (Side(self.tokens if known else None, self._mask), Side(shape, both))
+
+    def _module_for(self, inputs: Mapping[str, Any]) -> nn.Module:
+        """Returns the model without its head, unless the model itself does more with the inputs."""
+        if self._shorter is self.model:
+            return self.model
+        ids, own = inputs.get("input_ids"), arguments_of(self._shorter)
+        given = any(key.startswith("decoder_input") for key in inputs)
+        if (
+            (self._two_sequences and not given)
+            or (isinstance(ids, Tensor) and ids.ndim != 2)
+            or any(key not in own for key in inputs if key in self._named)
+        ):
+            return self.model
+        return self._shorter
+
+    @contextmanager
+    def _noticing_text(self, inputs: Mapping[str, Any]) -> Iterator[None]:
+        """Notices when the text model begins; before it, the mask of the tokens is of no concern."""
+        text = (
+            text_model_of(self.model) if self._mask is not None and holds_images(inputs) else None
+        )
+        if text is None or self._two_sequences:
+            yield
+            return
+
+        def begin(*_: Any) -> None:
+            self._before_text = False
+
+        self._before_text = True
+        handle = text.register_forward_pre_hook(begin)
+        try:
+            yield
+        finally:
+            handle.remove()
+            self._before_text = False
 
     def visited(self, name: str) -> None:
         """Ends the run after the module `stop_after`; must be called for each visited module."""
@@ -118,8 +220,9 @@ class Runner:
             self.finish()
 
     def finish(self) -> None:
-        """Ends the run of this batch; must be called in a hook."""
-        raise _Done
+        """Ends the run of this batch, if that is certain to be right; must be called in a hook."""
+        if self._may_stop:
+            raise _Done
 
 
 @contextmanager
@@ -162,12 +265,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         for module, mode in modes.items():
             module.training = mode
         reshard(model)
-
-
-def _shortest(model: nn.Module, targets: Mapping[str, nn.Module]) -> nn.Module:
-    """Returns the model without its head if no target is in the head, as logits are not needed."""
-    prefix = getattr(model, "base_model_prefix", "")
-    backbone = getattr(model, prefix, None) if prefix else None
-    if isinstance(backbone, nn.Module) and all(name.startswith(prefix + ".") for name in targets):
-        return backbone
-    return model

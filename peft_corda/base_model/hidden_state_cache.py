@@ -26,13 +26,17 @@ class HiddenStateCache:
         chain: The model's blocks.
         limit: Maximum size of the hidden states in bytes. If they need more, they are discarded, and
             later passes run from the first block.
+        example: The batch that the chain was found with. Other entries, such as images that the first
+            batch does not have, may make blocks depend on more than the previous one; then hidden
+            states are discarded, too.
     """
 
-    def __init__(self, chain: Chain, limit: int) -> None:
+    def __init__(self, chain: Chain, limit: int, example: Mapping[str, Any]) -> None:
         self._chain = chain
         self._limit = limit
+        self._entries = _entries(example)
         self._start = 0
-        self._states: list[Tensor] = []
+        self._states: dict[int, Tensor] = {}  # by number of the part
         self._digests: list[str] = []
         self._part = -1
         self._size = 0
@@ -59,7 +63,7 @@ class HiddenStateCache:
             self._digests = []
         self._part = -1
         self._size = 0
-        kept: list[Tensor] = []
+        kept: dict[int, Tensor] = {}
         self._keeps = following is not None and following > self._start
         # If later blocks may still reach the groups of this pass, the model runs to its end.
         stops = following is not None and last < following and runner.stop_after is not None
@@ -89,13 +93,13 @@ class HiddenStateCache:
         """Caches nothing in this pass, so that the next one starts from the first block."""
         self._keeps = False
 
-    def _keep(self, kept: list[Tensor], hidden: Tensor) -> None:
+    def _keep(self, kept: dict[int, Tensor], hidden: Tensor) -> None:
         self._size += hidden.numel() * hidden.element_size()
-        if self._size > self._limit:
+        if self._size > self._limit or self._part in kept:  # or called again in the same run
             self._keeps = False
             kept.clear()
         if self._keeps:
-            kept.append(hidden.detach().clone())
+            kept[self._part] = hidden.detach().clone()
 
     def _state(self) -> Tensor:
         state = self._states[self._part]
@@ -111,6 +115,8 @@ class HiddenStateCache:
             ValueError: If the cached hidden states belong to other data.
         """
         self._part += 1
+        if _entries(part) != self._entries:
+            self._keeps = False
         digest = digest_of(part)
         if self._start == 0:
             self._digests.append(digest)
@@ -125,7 +131,11 @@ class HiddenStateCache:
         )
 
     def _forget(self) -> None:
-        self._start, self._states = 0, []
+        self._start, self._states = 0, {}
+
+
+def _entries(part: Mapping[str, Any]) -> set[str]:
+    return set(part) - {"attention_mask", "decoder_attention_mask", "labels"}
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from .batches import Batch, first_example
+from .batches import Batch
 from .forward import Runner, evaluating, visiting
 from .masks import is_broadcastable
 from .weights import weight_shape
@@ -15,15 +15,18 @@ from .weights import weight_shape
 
 @dataclass(frozen=True)
 class Layout:
-    """Layout of the target modules, as observed in one run of the model.
+    """Layout of the target modules, as observed in runs of the model.
 
     Attributes:
         groups: Groups in the order of the forward pass. Every target is in one of them.
         masked: Whether an attention mask tells, for each of them, which input rows are padding.
+        at_once: Whether one batch reaches every target. If not, the order of the groups may be
+            another one than that of a forward pass.
     """
 
     groups: list[Group]
     masked: bool
+    at_once: bool = True
 
 
 def with_cross(groups: Sequence[Group], targets: Mapping[str, nn.Module]) -> list[Group]:
@@ -62,7 +65,7 @@ class InputSharing:
         self._last = None
 
 
-def discover(runner: Runner, batch: Batch) -> Layout:
+def discover(runner: Runner, batch: Batch, more: Iterable[Batch] = ()) -> Layout:
     """Runs one example to find out which target modules are given the very same tensor.
 
     Args:
@@ -70,6 +73,7 @@ def discover(runner: Runner, batch: Batch) -> Layout:
         batch: Any batch of the calibration data. It is run in full only if its first example does not
             reach every target (as with experts routed by token), or if a target is given rows that
             are not in sequences, whose number in a single example may be a coincidence.
+        more: Further batches, of which no more are taken than it takes to reach every target.
 
     Raises:
         TypeError: If the batch is not a mapping.
@@ -82,23 +86,30 @@ def discover(runner: Runner, batch: Batch) -> Layout:
             "The first calibration batch has no token that counts: attention_mask is 0 everywhere. "
             "Check the tokenizer's padding and the attention_mask."
         )
-    example = first_example(parts[0])
-    calls = _Calls(targets, runner)
+    example = runner.example(parts[0])
+    calls, looked_at, runs = _Calls(targets, runner), 1, 1
     with evaluating(runner.model), visiting(targets, lambda *seen: calls.visit(*seen)):
         if example is not None:
             runner.run(example)
         if calls.missing() or calls.in_rows:
-            before, calls = calls, _Calls(targets, runner)
+            before, calls, runs = calls, _Calls(targets, runner), len(parts)
             for part in parts:
                 runner.run(part)
             calls.masked &= before.masked
+        others = iter(more)
+        while calls.missing() and (other := next(others, None)) is not None:
+            looked_at += 1
+            for part in runner.parts(other, looked_at - 1):
+                runner.run(part)
     missing = calls.missing()
     if missing:
         raise ValueError(
-            f"{missing[0]} ({len(missing)} in all) was never called during calibration. Leave it out "
-            "of target_modules, or give batches that use it."
+            f"{missing[0]} ({len(missing)} in all) was never called during calibration: none of "
+            f"the {looked_at} batches reaches it. Leave it out of target_modules, or give batches that "
+            "use it."
         )
-    return calls.layout()
+    # What is called in one run and not in another may be called several times in a third.
+    return calls.layout(at_once=looked_at == 1, one_run=looked_at == runs == 1)
 
 
 def layout_of(runner: Runner, part: Batch) -> Layout:
@@ -106,7 +117,7 @@ def layout_of(runner: Runner, part: Batch) -> Layout:
     calls = _Calls(runner.targets, runner)
     with evaluating(runner.model), visiting(runner.targets, calls.visit):
         runner.run(dict(part))
-    return calls.layout()
+    return calls.layout(at_once=True, one_run=True)
 
 
 class _Calls:
@@ -136,16 +147,16 @@ class _Calls:
     def missing(self) -> list[str]:
         return [name for name in self._targets if name not in self._inputs]
 
-    def layout(self) -> Layout:
+    def layout(self, at_once: bool, one_run: bool) -> Layout:
         # Modules that are called several times share a covariance only if they share every input.
         members: dict[tuple[int, ...], list[str]] = {}
         for name, inputs in self._inputs.items():
             members.setdefault(tuple(inputs), []).append(name)
         groups = [
-            Group(tuple(names), self._features[names[0]], len(inputs) == 1)
+            Group(tuple(names), self._features[names[0]], one_run and len(inputs) == 1)
             for inputs, names in members.items()
         ]
-        return Layout(groups, self.masked)
+        return Layout(groups, self.masked, at_once)
 
 
 _FLOAT32 = 4
@@ -158,7 +169,7 @@ class Group:
     Attributes:
         members: Names of the modules, in the order of the forward pass.
         features: Input dimensions.
-        called_once: Whether each module was called exactly once in a forward pass.
+        called_once: Whether each module was called exactly once in a forward pass, for certain.
         outputs: Output dimensions if the cross-covariance of outputs and inputs is collected instead
             of the covariance of the inputs, else None.
     """

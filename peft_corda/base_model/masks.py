@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +11,49 @@ from torch import Tensor
 
 # The value added to the attention scores of masked tokens is far below this.
 _HIDDEN = -1e3
+
+
+@dataclass(frozen=True)
+class Side:
+    """The tokens of the encoder or of the decoder in a batch.
+
+    Attributes:
+        tokens: Shape `(batch, tokens)`, if known.
+        mask: Which of the tokens count, bool `(batch, tokens)`; None if all of them do.
+    """
+
+    tokens: tuple[int, int] | None
+    mask: Tensor | None
+
+
+def mask_of_side(leading: tuple[int, ...], sides: Sequence[Side]) -> Tensor | None:
+    """Returns the mask for an input with these leading dimensions, of an encoder-decoder model.
+
+    Args:
+        leading: All dimensions of the input but the last.
+        sides: The model's encoder and decoder.
+
+    Raises:
+        ValueError: If the input may belong to either side, and it makes a difference.
+    """
+    known = [side for side in sides if side.tokens is not None]
+    masks = [side.mask for side in sides if side.mask is not None]
+    if not masks or (len(leading) == 1 and leading[0] in {len(mask) for mask in masks}):
+        return masks[0] if masks else None  # one vector per sequence
+    fitting = [side for side in known if side.tokens and is_broadcastable(leading, side.tokens)]
+    if len(fitting) == 2:
+        first, second = (side.mask for side in fitting)
+        if first is None or second is None or not torch.equal(first, second):
+            raise ValueError(
+                f"An encoder's input of shape (batch, tokens) = {fitting[0].tokens} cannot be told from "
+                "a decoder's, and they differ in padding. Give batches padded on the right, or to "
+                "another length on one side."
+            )
+        return first
+    if fitting:
+        return fitting[0].mask
+    # A mask of a shape that does not fit is an error, unless all tokens of this side count.
+    return masks[0] if len(known) == len(sides) else None
 
 
 def token_mask(attention_mask: Any) -> Tensor | None:

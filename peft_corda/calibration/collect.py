@@ -172,10 +172,11 @@ class _Sums:
             )
         if name == leader:
             accumulator = self._accumulator(name, inputs.device)
-            rows = kept_rows(name, inputs, self._runner.mask)
+            mask = self._runner.mask_for(inputs)
+            rows = kept_rows(name, inputs, mask)
             if isinstance(accumulator, CrossAccumulator):
                 assert output is not None  # visited after their forward
-                given = kept_rows(name, output, self._runner.mask).float()
+                given = kept_rows(name, output, mask).float()
                 bias = full_bias(self._modules[name])
                 accumulator.update_pair(rows, given if bias is None else given - bias.float())
             else:

@@ -9,7 +9,8 @@ from torch import nn
 
 from kprune_ext.common.processes import Processes
 
-from ..base_model.batches import Batch, count_of, digest_of, first_example, token_shape
+from ..base_model.batch_values import token_shape
+from ..base_model.batches import Batch, count_of, digest_of
 from ..base_model.block_chain import Chain, find_chain
 from ..base_model.forward import Runner
 from ..base_model.hidden_state_cache import HiddenStateCache, Span
@@ -73,6 +74,7 @@ def make_plan(
     limit: int | None,
     itemsize: int,
     processes: Processes,
+    carries: bool = True,
 ) -> Plan:
     """Returns the fewest passes whose covariances and hidden states fit into `limit` bytes.
 
@@ -84,6 +86,7 @@ def make_plan(
         limit: Memory limit in bytes; None for `default_memory`.
         itemsize: Bytes per number of a covariance.
         processes: Processes that take part; all get the same plan.
+        carries: Whether hidden states may be carried from pass to pass.
 
     Raises:
         ValueError: If the covariance of a single group does not fit.
@@ -92,7 +95,7 @@ def make_plan(
     plain = Plan(plan_passes(groups, limits[-1], itemsize), None, None, itemsize, 0)
     if len(plan_passes(groups, limits[0], itemsize)) == 1:
         return plain
-    example = first_example(runner.parts(first)[0])
+    example = runner.example(runner.parts(first)[0]) if carries else None
     found = None if example is None else find_chain(runner, example)
     hidden = None if found is None else _hidden_bytes(found.chain, batches, first)
     # All processes must arrive at the same plan, whatever their shares of the data.
@@ -103,7 +106,8 @@ def make_plan(
     spans = _spans(found.chain, groups, passes)
     if not all(found.holds_from(span.first) for span in spans if span.first > 0):
         return plain
-    return Plan(passes, spans, HiddenStateCache(found.chain, needed), itemsize, needed)
+    cache = HiddenStateCache(found.chain, needed, example or {})
+    return Plan(passes, spans, cache, itemsize, needed)
 
 
 def default_memory(model: nn.Module, groups: Sequence[Group], itemsize: int) -> tuple[int, int]:

@@ -1,0 +1,60 @@
+"""What a model's forward takes, and the modules in it that matter for running batches."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from kprune_ext.common.text_data import LABEL_KEYS
+
+from .batch_values import DECODER_KEYS, TEXT_KEYS
+
+_EMBEDDINGS = {"inputs_embeds", "decoder_inputs_embeds"}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Returns the model inside a `PeftModel`, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def arguments_of(module: nn.Module) -> dict[str, bool]:
+    """Returns the names of a module's arguments, and whether each of them is required."""
+    found = inspect.signature(unwrapped(module).forward).parameters.values()
+    return {
+        p.name: p.default is p.empty
+        for p in found
+        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    }
+
+
+def holds_images(inputs: Mapping[str, Any]) -> bool:
+    """Whether a part holds text and anything else, such as images or sound."""
+    text = {"input_ids", "inputs_embeds"} & set(inputs)
+    return bool(text) and any(
+        not isinstance(value, bool | int | str | None)
+        for key, value in inputs.items()
+        if key not in TEXT_KEYS | DECODER_KEYS | LABEL_KEYS | _EMBEDDINGS
+    )
+
+
+def text_model_of(model: nn.Module) -> nn.Module | None:
+    """Returns the text model of a model of several modalities, if it is known."""
+    get = getattr(unwrapped(model), "get_decoder", None)
+    try:
+        found = get() if get is not None else None
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(found, nn.Module) and found is not unwrapped(model) else None
+
+
+def without_head(model: nn.Module, targets: Mapping[str, nn.Module]) -> nn.Module:
+    """Returns the model without its head if no target is in the head, as logits are not needed."""
+    prefix = getattr(model, "base_model_prefix", "")
+    backbone = getattr(model, prefix, None) if prefix else None
+    if isinstance(backbone, nn.Module) and all(name.startswith(prefix + ".") for name in targets):
+        return backbone
+    return model
