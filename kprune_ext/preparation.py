@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .architectures.table import find_architecture
-from .architectures.tasks import Predict, ProblemType, Task, problem_type
+from .architectures.tasks import Predict
 from .budget.costs import budget_for, cost_tables, least_units
 from .budget.latency import LatencyTable
 from .budget.latency_measurement import measure_latency
@@ -25,17 +25,25 @@ from .calibration.device_map import (
     require_whole_layers,
 )
 from .calibration.hooks import evaluating
+from .calibration.inputs import Inputs
 from .calibration.layer_stack import LayerStack, plain_outputs
 from .calibration.samples import CalibrationData
-from .calibration.sharing import own_model, processes_of, shared_data
+from .calibration.sharing import (
+    own_model,
+    processes_of,
+    require_one_task,
+    shared_data,
+    working_on,
+)
 from .calibration.state_memory import state_memory
 from .calibration.streams import Stream, start_streams
 from .common.memory import without_onednn
 from .common.processes import Processes
 from .config import KPruneConfig
+from .given import Given, given_model, require_module, with_problem
+from .guard import check_copy
 from .knowledge.measure import Signal, teacher_logits
-from .modeling.classes import model_task
-from .modeling.copying import uneven_copy
+from .modeling.copying import uneven_copy_within
 from .units.sublayers import SubLayer, layers_path, sublayers
 
 
@@ -61,6 +69,8 @@ class PruningRun:
     """State that the loop of a pruning run works on.
 
     Attributes:
+        given: What the user gave.
+        whole: Its copy, with the student inside or the student itself.
         model: The original model, the teacher.
         pruned: Its copy, the student, which becomes the pruned model.
         teacher: The teacher's sub-layers, bottom-up.
@@ -74,6 +84,8 @@ class PruningRun:
         processes: The processes that prune the model jointly.
     """
 
+    given: Given
+    whole: Any
     model: PreTrainedModel
     pruned: Any
     teacher: list[SubLayer]
@@ -115,44 +127,47 @@ def prepared(
         The run, with the hidden states at the first sub-layer.
     """
     processes = processes_of(accelerator)
-    model = own_model(model, accelerator)
-    task = model_task(model)
-    architecture = find_architecture(model)
-    path = layers_path(model, architecture)
-    teacher = sublayers(model, architecture)
-    device_map = device_map_of(model)
-    require_whole_layers(model, path, device_map)
-    pruned: Any = uneven_copy(model, device_map).requires_grad_(False)
-    stack = LayerStack(pruned, architecture)
+    copied = copied_student(model, config, predict, accelerator)
+    given, whole, stack, device_map = copied.given, copied.whole, copied.stack, copied.device_map
+    own = given.model
+    architecture = find_architecture(own)
+    require_one_task(processes, own, asdict(config), latency=latency)
     with ExitStack() as block:
-        block.enter_context(evaluating(model))
-        block.enter_context(plain_outputs(pruned.config))
-        block.enter_context(moving_inputs(pruned, layers_path(pruned, architecture), device_map))
+        block.enter_context(working_on(own, processes))
+        for context in _contexts(copied):
+            block.enter_context(context)
         memory = block.enter_context(state_memory(config.state_bytes))
         data = shared_data(
-            model,
+            own,
             dataloader,
             max_tokens=config.max_tokens,
             seed=config.seed,
             scored=(config.score_fraction, config.min_score_samples),
-            image_tokens=lambda inputs: _image_tokens(stack, inputs),
+            image_tokens=lambda inputs: image_tokens(stack, inputs),
+            runs=(lambda inputs: _run_whole(given, inputs)) if given.is_own else None,
             accelerator=accelerator,
             processes=processes,
         )
-        budget = _budget(model, teacher, data, config, latency, processes)
+        with processes.error_barrier():
+            first = data.samples[0] if data.samples else None
+            check_copy(given, whole, layers_path(own, architecture), device_map, first)
+        teacher = sublayers(own, architecture)
+        budget = _budget(own, teacher, data, config, latency, processes)
         # Only now: latency is measured as the model will run.
-        block.enter_context(without_onednn(pruned))
-        signal = _signal(model, task, predict, config)
+        block.enter_context(without_onednn(whole))
+        signal = _signal(given, whole, config)
         with processes.error_barrier():
             asked = signal.predict if config.unread_weight < 1 else None
             streams = start_streams(
-                stack, data, config.batch_tokens, memory, asked, each_sample=predict is not None
+                stack, data, config.batch_tokens, memory, asked, each_sample=given.is_own
             )
         run = PruningRun(
-            model=model,
-            pruned=pruned,
+            given=given,
+            whole=whole,
+            model=own,
+            pruned=stack.model,
             teacher=teacher,
-            student=sublayers(pruned, architecture),
+            student=sublayers(stack.model, architecture),
             stack=stack,
             device_map=device_map,
             data=data,
@@ -164,11 +179,60 @@ def prepared(
         yield run if config.sensitivity == "fisher" else _with_teacher_logits(run)
 
 
-def _image_tokens(stack: LayerStack, inputs: Mapping[str, Tensor]) -> int:
+@dataclass(frozen=True)
+class Copied:
+    """A model to prune and its copy.
+
+    Attributes:
+        given: What the user gave.
+        whole: Its copy, whose weights need no gradients.
+        stack: Layer stack of the model in the copy.
+        device_map: Device map of both models.
+    """
+
+    given: Given
+    whole: Any
+    stack: LayerStack
+    device_map: DeviceMap
+
+
+def copied_student(
+    model: Any, config: KPruneConfig, predict: Predict | None, accelerator: Accelerator | None
+) -> Copied:
+    """Finds the model to prune in what was given, checks that it can be pruned, and copies it all.
+
+    The arguments and errors are those of `kprune`.
+    """
+    require_module(model)
+    given = with_problem(given_model(own_model(model, accelerator), predict), config.problem_type)
+    architecture = find_architecture(given.model)
+    sublayers(given.model, architecture)  # checks the projections
+    device_map = device_map_of(given.model)
+    require_whole_layers(given.model, layers_path(given.model, architecture), device_map)
+    whole = uneven_copy_within(given.whole, given.path, device_map).requires_grad_(False)
+    runs = given.predict_with(whole) if given.is_own else None
+    stack = LayerStack(whole.get_submodule(given.path), architecture, runs)
+    return Copied(given, whole, stack, device_map)
+
+
+def _contexts(copied: Copied) -> Iterator[AbstractContextManager[Any]]:
+    pruned = copied.stack.model
+    yield evaluating(copied.given.whole)
+    yield plain_outputs(pruned.config)
+    layers = layers_path(pruned, find_architecture(pruned))
+    yield moving_inputs(pruned, layers, copied.device_map)
+
+
+def image_tokens(stack: LayerStack, inputs: Inputs) -> int:
     """Number of tokens that a model makes of each image of a batch."""
-    device = input_device(stack.model)
-    one = {name: value[:1].to(device) for name, value in inputs.items()}
+    one = inputs.part(slice(1)).to(input_device(stack.model))
     return stack.enter(one)[0].shape[1]
+
+
+@torch.no_grad()
+def _run_whole(given: Given, inputs: Inputs) -> None:
+    """Runs the user's `predict` on a batch."""
+    given.predict(given.whole, dict(inputs.to(input_device(given.model))))
 
 
 def _budget(
@@ -190,15 +254,10 @@ def _budget(
     return Budget(costs, limit, least_units(costs, limit, config.min_share), length)
 
 
-def _signal(
-    model: PreTrainedModel, task: Task, predict: Predict | None, config: KPruneConfig
-) -> Signal:
-    meaning: ProblemType = "single_label_classification"
-    if predict is None:
-        meaning = problem_type(model, task)
+def _signal(given: Given, whole: Any, config: KPruneConfig) -> Signal:
     return Signal(
-        predict or task.predict,
-        config.problem_type or meaning,
+        given.predict_with(whole),
+        given.problem,
         config.temperature,
         config.max_score_passes,
         depth_tokens=4 * config.batch_tokens,

@@ -110,30 +110,7 @@ class CordaFactors:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the factors to one safetensors file, which appears only when it is complete."""
-        tensors: dict[str, Tensor] = {}
-        about: dict[str, Any] = {}
-        for name, module in self.modules.items():
-            tensors[f"{name}.weight_sample"] = module.weight_sample
-            for method, found in module.directions.items():
-                for part in _PARTS:
-                    tensors[f"{name}.{method}.{part}"] = getattr(found, part)
-            about[name] = {
-                "methods": list(module.directions),
-                "shape": list(module.shape),
-                "energy": module.energy,
-                "effective_rank": module.effective_rank,
-                "tokens": module.tokens,
-            }
-        metadata = {
-            "format": FORMAT,
-            "format_version": str(FORMAT_VERSION),
-            "peft_corda_version": installed_version(),
-            "methods": json.dumps(self.methods),
-            "damping": repr(self.damping),
-            "weighting": self.weighting,
-            "tokens": str(self.tokens),
-            "modules": json.dumps(about),
-        }
+        tensors, metadata = contents_of(self)
         atomic_save(tensors, path, metadata)
 
     @classmethod
@@ -236,6 +213,35 @@ class CordaFactors:
                 f"The factors have too small a rank for {_listed(short)}. Lower r (or rank_pattern), "
                 "or calibrate again with the larger rank."
             )
+
+
+def contents_of(factors: CordaFactors) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns tensors and metadata of the file of factors."""
+    tensors: dict[str, Tensor] = {}
+    about: dict[str, Any] = {}
+    for name, module in factors.modules.items():
+        tensors[f"{name}.weight_sample"] = module.weight_sample
+        for method, found in module.directions.items():
+            for part in _PARTS:
+                tensors[f"{name}.{method}.{part}"] = getattr(found, part)
+        about[name] = {
+            "methods": list(module.directions),
+            "shape": list(module.shape),
+            "energy": module.energy,
+            "effective_rank": module.effective_rank,
+            "tokens": module.tokens,
+        }
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "peft_corda_version": installed_version(),
+        "methods": json.dumps(factors.methods),
+        "damping": repr(factors.damping),
+        "weighting": factors.weighting,
+        "tokens": str(factors.tokens),
+        "modules": json.dumps(about),
+    }
+    return tensors, metadata
 
 
 def sample_of(weight: Tensor) -> Tensor:

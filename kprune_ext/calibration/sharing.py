@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard, prepare_data_loader
-from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from ..common.fingerprints import config_of, structure_of, weights_of
+from ..common.locks import only_user_of
 from ..common.placement import is_dtensor, is_offloaded, is_partitioned
 from ..common.processes import Processes
+from .batches import ImageTokens
+from .inputs import Inputs
 from .samples import CalibrationData, collect_samples, largest_scored, sample_keys
+
+# Options that each process may set as its own memory requires; they do not change the result.
+_OF_EACH_PROCESS = ("max_state_memory", "batch_tokens")
 
 
 def processes_of(accelerator: Accelerator | None) -> Processes:
@@ -21,12 +28,54 @@ def processes_of(accelerator: Accelerator | None) -> Processes:
     return Processes(alone=accelerator is None)
 
 
+def require_one_task(
+    processes: Processes, model: PreTrainedModel, options: Mapping[str, Any], **others: Any
+) -> None:
+    """Checks that all processes prune the same model with the same options.
+
+    Args:
+        processes: The processes.
+        model: The model, from `own_model`.
+        options: The options, by name.
+        others: Other arguments that have to be the same, by name.
+
+    Raises:
+        ValueError: In all processes, if something differs; the message names it.
+    """
+    if processes.count == 1:
+        return
+    same = {name: value for name, value in options.items() if name not in _OF_EACH_PROCESS}
+    with processes.error_barrier():
+        about = {
+            "model's layers": structure_of(model),
+            "model's config": config_of(model),
+            "model's weights": weights_of(model),
+        }
+    given = {name: None if value is None else repr(value) for name, value in others.items()}
+    processes.require_agreement({**same, **about, **given})
+
+
+@contextmanager
+def working_on(model: PreTrainedModel, processes: Processes) -> Iterator[None]:
+    """Keeps other threads from the model, and leaves other processes a note of an error."""
+    with ExitStack() as block:
+        block.enter_context(processes.leaving_a_note())
+        block.enter_context(only_user_of(model, "kprune"))
+        yield
+
+
 def own_model(model: Any, accelerator: Accelerator | None) -> PreTrainedModel:
     """Returns the model without the wrappers that an accelerator adds.
 
     Raises:
         ValueError: If not all of its weights are in this process's memory.
+        RuntimeError: If another process failed at this.
     """
+    with processes_of(accelerator).error_barrier():
+        return _own_model(model, accelerator)
+
+
+def _own_model(model: Any, accelerator: Accelerator | None) -> PreTrainedModel:
     if accelerator is not None:
         model = accelerator.unwrap_model(model)
     for name, parameter in model.named_parameters():
@@ -72,7 +121,8 @@ def shared_data(
     max_tokens: int,
     seed: int,
     scored: tuple[float, int],
-    image_tokens: Callable[[Mapping[str, Tensor]], int] | None = None,
+    image_tokens: ImageTokens | None = None,
+    runs: Callable[[Inputs], Any] | None = None,
     accelerator: Accelerator | None = None,
     processes: Processes | None = None,
 ) -> CalibrationData:
@@ -85,6 +135,7 @@ def shared_data(
         seed: Seed of the choice of samples on which knowledge is measured.
         scored: Fraction of the samples on which knowledge is measured, and smallest number of them.
         image_tokens: For images, the number of tokens per image, as for `collect_samples`.
+        runs: Runs the user's `predict`, as for `collect_samples`.
         accelerator: Accelerator whose processes share the data; None for this process alone.
         processes: The processes; the accelerator's if None.
 
@@ -100,6 +151,7 @@ def shared_data(
             -(-max_tokens // processes.count),
             image_tokens,
             needed=processes.count == 1,
+            runs=runs,
         )
         keys = sample_keys(samples, seed)
     parts = processes.gather((keys, sum(sample.count for sample in samples)))

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import tempfile
-import uuid
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -14,6 +13,18 @@ from typing import Any, TypeAlias
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+from .locks import locked
+from .paths import contains, other_entries, same_file
+from .replacement import (
+    clean_up,
+    create_as,
+    delete_files,
+    leftovers,
+    remove,
+    take_mode,
+    unfinished_name,
+)
 
 StrPath: TypeAlias = "str | os.PathLike[str]"
 
@@ -72,11 +83,11 @@ def check_output_folder(
     target, shown = resolved(path, name), f"{name}={os.fspath(path)!r}"
     if os.path.lexists(target) and not os.path.isdir(target):
         raise ValueError(f"{shown} is a file; give the path of the folder to write.")
-    if _contains(target, os.path.realpath(os.getcwd())):
+    if contains(target, os.path.realpath(os.getcwd())):
         raise ValueError(
             f"{shown} is the current folder or one above it. Give the path of a separate folder."
         )
-    others = _others(target, replaceable)
+    others = other_entries(target, replaceable)
     if others:
         raise ValueError(
             f"{shown} holds other files ({', '.join(others[:3])}), and the whole folder would be "
@@ -105,12 +116,12 @@ def check_distinct(
         for other, second in {**read, **written}.items():
             if other == name:
                 continue
-            if _same(path, second):
+            if same_file(path, second):
                 raise ValueError(
                     f"{name} and {other} are both {os.fspath(outputs[name] or '')!r}, which would be "
                     f"overwritten. Give a different path as {name}."
                 )
-            if _contains(path, second):
+            if contains(path, second):
                 raise ValueError(
                     f"{other} lies in the folder {name}={os.fspath(outputs[name] or '')!r}, which would "
                     "be replaced. Give a path outside of it."
@@ -125,35 +136,6 @@ def check_output_files(
         if path is not None:
             check_output_file(path, name)
     check_distinct(outputs, inputs)
-
-
-def _same(first: str, second: str) -> bool:
-    if first == second:
-        return True
-    try:
-        return os.path.samefile(first, second)  # hard links, and file systems that ignore case
-    except OSError:
-        return False
-
-
-def _contains(folder: str, path: str) -> bool:
-    """Returns whether `path` is `folder` or lies in it; both are absolute."""
-    try:
-        return os.path.commonpath([folder, path]) == folder
-    except ValueError:  # on different drives
-        return False
-
-
-def _others(folder: str, replaceable: Collection[str]) -> list[str]:
-    """Returns the names of a folder's entries other than the files named in `replaceable`."""
-    if not os.path.isdir(folder):
-        return []
-    with os.scandir(folder) as entries:
-        return sorted(
-            entry.name
-            for entry in entries
-            if entry.name not in replaceable or not entry.is_file(follow_symlinks=False)
-        )
 
 
 def _check_writable(directory: str, path: StrPath, name: str) -> None:
@@ -175,7 +157,7 @@ def replacing(path: StrPath) -> Iterator[str]:
     """Gives a temporary path to write to; it is renamed to `path` if the block succeeds.
 
     Its folder is created if necessary. After an error the temporary file is removed, and an earlier
-    file at `path` is unchanged.
+    file at `path` is unchanged. The new file has the permissions of an earlier one.
 
     Yields:
         The temporary path.
@@ -186,10 +168,13 @@ def replacing(path: StrPath) -> Iterator[str]:
     target = resolved(path)
     directory, base = os.path.split(target)
     os.makedirs(directory, exist_ok=True)
+    for left in leftovers(directory, base, "tmp"):
+        remove(left)
     # Not from `tempfile`, whose files only their owner may read.
-    temporary = os.path.join(directory, f".{base}.{uuid.uuid4().hex}.tmp")
+    temporary = os.path.join(directory, unfinished_name(base, "tmp"))
     try:
         yield temporary
+        take_mode(target, temporary)
         os.replace(temporary, target)
     finally:
         if os.path.exists(temporary):
@@ -203,15 +188,18 @@ def write_json(path: StrPath, values: Any, indent: int = 1) -> None:
         ValueError: If `path` is empty.
         OSError: If the file cannot be written.
     """
-    with replacing(path) as temporary, open(temporary, "x", encoding="utf-8") as file:
-        file.write(json.dumps(values, indent=indent) + "\n")
+    with replacing(path) as temporary:
+        create_as(path, temporary)
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(json.dumps(values, indent=indent) + "\n")
 
 
 @contextmanager
 def replacing_folder(path: StrPath, replaceable: Collection[str] = ()) -> Iterator[str]:
     """Gives a temporary folder to write to; it replaces `path` if the block succeeds.
 
-    As `replacing`, for a folder. Only files named in `replaceable` are ever deleted.
+    As `replacing`, for a folder. Only files named in `replaceable` are ever deleted. If another process
+    or thread is writing the same folder, this waits until it is done.
 
     Args:
         path: Path of a folder that is new or empty, or holds only files named in `replaceable`.
@@ -226,15 +214,27 @@ def replacing_folder(path: StrPath, replaceable: Collection[str] = ()) -> Iterat
     """
     target = check_output_folder(path, replaceable=replaceable)
     directory, base = os.path.split(target)
-    os.makedirs(directory, exist_ok=True)
+    with locked(os.path.join(directory, f".{base}.lock"), f"The folder {target!r}", wait=True):
+        clean_up(directory, base, replaceable)
+        target = check_output_folder(path, replaceable=replaceable)
+        with _swapping(target, replaceable) as temporary:
+            yield temporary
+
+
+@contextmanager
+def _swapping(target: str, replaceable: Collection[str]) -> Iterator[str]:
+    directory, base = os.path.split(target)
     temporary, old = (
-        os.path.join(directory, f".{base}.{uuid.uuid4().hex}.{kind}") for kind in ("tmp", "old")
+        os.path.join(directory, unfinished_name(base, kind)) for kind in ("tmp", "old")
     )
     os.mkdir(temporary)
     try:
+        take_mode(target, temporary)
         yield temporary
         check_output_folder(target, replaceable=replaceable)
         if os.path.exists(target):
+            for entry in os.listdir(temporary):
+                take_mode(os.path.join(target, entry), os.path.join(temporary, entry))
             os.rename(target, old)
         os.rename(temporary, target)
     except BaseException:
@@ -245,10 +245,7 @@ def replacing_folder(path: StrPath, replaceable: Collection[str] = ()) -> Iterat
         if os.path.isdir(temporary):
             shutil.rmtree(temporary)
     if os.path.isdir(old):
-        for name in replaceable:
-            if os.path.isfile(os.path.join(old, name)):
-                os.remove(os.path.join(old, name))
-        os.rmdir(old)
+        delete_files(old, replaceable)
 
 
 def atomic_save(
@@ -256,14 +253,15 @@ def atomic_save(
 ) -> None:
     """Writes a safetensors file; it appears only when it is complete.
 
-    Equal contents give equal bytes. The file has the permissions of any new file.
+    Equal contents give equal bytes. The file has the permissions of the file that it replaces, or of
+    any new file.
 
     Raises:
         OSError: If the file cannot be written, as on a full disk.
     """
     with replacing(path) as temporary:
-        with open(temporary, "xb"):
-            mode = os.stat(temporary).st_mode
+        create_as(path, temporary)
+        mode = os.stat(temporary).st_mode
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         try:
             save_file(whole, temporary, metadata=dict(metadata))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -40,19 +41,44 @@ def without_onednn(model: nn.Module) -> Iterator[None]:
     in float32 do not use oneDNN, but those in lower precision do, and are slow without it: for models
     with such parameters, and where PyTorch's flags are frozen, nothing is changed.
 
-    The flag holds for the process: other threads run without oneDNN in the meantime, too.
+    The flag holds for the process: other threads run without oneDNN in the meantime, too. It is put
+    back when the last of several such blocks ends.
     """
     own = {p.dtype for p in model.parameters() if p.device.type == "cpu" and p.is_floating_point()}
     backend: Any = torch.backends.mkldnn
     if not own or own - {torch.float32, torch.float64} or torch.backends.flags_frozen():
         yield
         return
-    before = backend.enabled
-    backend.enabled = False
+    _blocks.enter(backend)
     try:
         yield
     finally:
-        backend.enabled = before
+        _blocks.leave(backend)
+
+
+class _Blocks:
+    """Counts the blocks of all threads that run without oneDNN."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+        self._before = True
+
+    def enter(self, backend: Any) -> None:
+        with self._lock:
+            if self._count == 0:
+                self._before = backend.enabled
+                backend.enabled = False
+            self._count += 1
+
+    def leave(self, backend: Any) -> None:
+        with self._lock:
+            self._count -= 1
+            if self._count == 0:
+                backend.enabled = self._before
+
+
+_blocks = _Blocks()
 
 
 def bytes_of(name: str, value: int | str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from typing import Any, TypeVar, cast
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, distributed
 
 T = TypeVar("T")
+# Longer values are not shown where processes differ.
+_SHOWN = 60
 
 
 class Processes:
@@ -32,7 +34,7 @@ class Processes:
         on_device = running and "nccl" in distributed.get_backend()
         self._device = torch.device("cuda", torch.cuda.current_device()) if on_device else None
         self.collective_forward = collective_forward and self.count > 1
-        self._notes = Notes() if self.collective_forward else None
+        self._notes = Notes() if self.count > 1 else None
         self._known: Exception | None = None  # an error that all processes know of
 
     @property
@@ -83,6 +85,38 @@ class Processes:
         with self._in_contact():
             distributed.all_gather_object(found, value)
         return found
+
+    def require_agreement(self, settings: Mapping[str, Any], but: str = "the data") -> None:
+        """Checks that all processes were given the same, before they work on it together.
+
+        Args:
+            settings: What has to be the same, by the name that a message calls it; JSON-ready values.
+            but: What may differ, for the message.
+
+        Raises:
+            ValueError: In all processes, if something differs; the message names it.
+        """
+        texts = {name: json.dumps(value, default=str) for name, value in settings.items()}
+        found = _difference(self.gather(texts))
+        if found is not None:
+            self._known = ValueError(
+                f"The processes were given different work: {found}. Call this in every process with "
+                f"the same model, config and options; only {but} may differ."
+            )
+            raise self._known
+
+    @contextmanager
+    def leaving_a_note(self) -> Iterator[None]:
+        """Tells the other processes of an error that they cannot be told of at an error barrier.
+
+        They find the note when they have lost contact with this process.
+        """
+        try:
+            yield
+        except Exception as error:  # of any kind: the others are told before it is raised
+            if error is not self._known and self._notes is not None:
+                self._notes.leave(self.rank, _in_words(error))
+            raise
 
     def rounds(self, owners: Sequence[int]) -> list[list[int]]:
         """Groups pieces of work into rounds in which every process has at most one piece.
@@ -209,6 +243,22 @@ class Notes:
                 rank, text = json.loads(self._store.get(self._key))
                 return rank, text
         return None
+
+
+def _difference(every: Sequence[Mapping[str, str]]) -> str | None:
+    """Says in which settings the first process and another differ; None if they do not."""
+    for rank, other in enumerate(every):
+        parts = []
+        for name, value in every[0].items():
+            if value == other.get(name):
+                continue
+            if len(value) <= _SHOWN and len(other.get(name, "")) <= _SHOWN:
+                parts.append(f"{name} ({value} in process 0, {other.get(name)} in process {rank})")
+            else:
+                parts.append(name)
+        if parts:
+            return f"processes 0 and {rank} differ in {', '.join(parts)}"
+    return None
 
 
 def _in_words(error: Exception) -> str:

@@ -11,14 +11,18 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from ..common.files import resolved
+from ..common.locks import locked
+from ..common.replacement import abandoned, remove, take_mode, writer_mark
 
 _UNFINISHED = ".kprune-unfinished-"
+_LOCK = ".kprune-lock"
 _WEIGHTS = re.compile(
     r"model(?:\.(?P<variant>(?!safetensors)[^.]+?))?"
     r"(?:-\d{5}-of-\d{5})?\.safetensors(?P<index>\.index\.(?:[^.]+\.)?json)?"
@@ -32,7 +36,9 @@ def replacing_files(
     """Yields an empty folder whose files move into `folder` if the block ends without an error.
 
     Files of other names in `folder` are kept, except weights that the new ones replace: old shards, or
-    the single file if the new weights are in shards.
+    the single file if the new weights are in shards. If another process or thread is saving to the
+    folder, this waits until it is done: the last one's files stay. New files have the permissions of
+    those that they replace.
 
     Args:
         folder: Folder of the checkpoint; created if necessary, and removed again after an error.
@@ -44,6 +50,7 @@ def replacing_files(
     Raises:
         NotADirectoryError: If `folder` is a file.
         ValueError: If the name is empty.
+        OSError: If the files cannot be written, as on a full disk.
     """
     target = Path(resolved(folder, "save_directory"))
     if target.exists() and not target.is_dir():
@@ -51,24 +58,44 @@ def replacing_files(
             f"Cannot save to {os.fspath(folder)!r}: it is a file. Pass the name of a folder."
         )
     made = [path for path in (target, *target.parents) if not path.exists()]
-    target.mkdir(parents=True, exist_ok=True)
-    for left in target.glob(f"{_UNFINISHED}*"):  # of a save that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    unfinished = target / f"{_UNFINISHED}{uuid.uuid4().hex}"
-    new, old = unfinished / "new", unfinished / "old"
     done = False
     try:
-        new.mkdir(parents=True)
-        old.mkdir()
-        yield new
-        _put_in_place(new, old, target, set(replaceable))
+        with locked(str(target / _LOCK), f"The folder {os.fspath(folder)!r}", wait=True) as alone:
+            _clean_up(target, alone)
+            with _unfinished(target) as (new, old):
+                yield new
+                _put_in_place(new, old, target, set(replaceable))
         done = True
+    except SafetensorError as error:
+        raise OSError(f"Cannot save to {os.fspath(folder)!r}: {error}") from error
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
         if not done:
             for path in made:
                 if path.is_dir() and not any(path.iterdir()):
                     path.rmdir()
+
+
+@contextmanager
+def _unfinished(target: Path) -> Iterator[tuple[Path, Path]]:
+    """Yields folders for the new files and for links to the old ones."""
+    unfinished = target / f"{_UNFINISHED}{writer_mark()}"
+    new, old = unfinished / "new", unfinished / "old"
+    try:
+        new.mkdir(parents=True)
+        old.mkdir()
+        yield new, old
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _clean_up(target: Path, alone: bool) -> None:
+    """Removes what saves that were killed have left; alone, there is no other."""
+    if alone:
+        for left in target.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(left, ignore_errors=True)
+    else:
+        for name in abandoned(str(target), _UNFINISHED):
+            remove(name)
 
 
 def _put_in_place(new: Path, old: Path, target: Path, replaceable: set[str]) -> None:
@@ -76,6 +103,10 @@ def _put_in_place(new: Path, old: Path, target: Path, replaceable: set[str]) -> 
     present = {path.name for path in target.iterdir() if path.is_file()}
     stale = (replaceable & present) - set(names) | _stale_weights(present, set(names))
     placed: list[str] = []
+    old_weights = sorted(name for name in stale if _variant(name))
+    for name in names:
+        before = name if name in present or not _variant(name) else next(iter(old_weights), name)
+        take_mode(target / before, new / name)
     for name in (present & set(names)) | stale:
         _keep(target / name, old / name)
     try:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kprune_ext.common.locks import only_user_of
 from kprune_ext.common.memory import trim_memory
 
 from ..config import CordaConfig
@@ -73,33 +74,42 @@ def calibrate(
             small for its rank; if the data is empty, masked out, or gives NaN or infinite
             activations; if `max_memory` is too small for a single layer; if `checkpoint_dir` belongs
             to another calibration; or if the model is tensor-parallel or wrapped by FSDP1.
-        RuntimeError: If another process failed, ended or did not respond in time.
+        BlockingIOError: If another calibration is using `checkpoint_dir`.
+        RuntimeError: If another process failed, ended or did not respond in time, or another thread is
+            working on the same model.
     """
-    run = prepare(
-        model,
-        config,
-        dataloader,
-        max_memory,
-        methods=methods,
-        checkpoint_dir=checkpoint_dir,
-        checkpoint_seconds=checkpoint_seconds,
-        dtype=dtype,
-        progress=progress if verbose is None else verbose,
-    )
+    with only_user_of(model, "calibrate"):
+        run = prepare(
+            model,
+            config,
+            dataloader,
+            max_memory,
+            methods=methods,
+            checkpoint_dir=checkpoint_dir,
+            checkpoint_seconds=checkpoint_seconds,
+            dtype=dtype,
+            progress=progress if verbose is None else verbose,
+        )
+        with run.held():
+            factors = _run(run, config)
+    config.corda_factors = factors
+    return factors
+
+
+def _run(run: Calibration, config: CordaConfig) -> CordaFactors:
+    """Run the passes that are not finished yet."""
     found: dict[str, ModuleFactors] = {}
     for number in range(len(run.plan.passes)):
-        part = run.finished(number)
+        part = run.finished(number, config)
         if part is None:
             part = _run_pass(run, number, config)
             run.finish(number, part)
         found.update(part.modules)
-    factors = CordaFactors(
+    return CordaFactors(
         modules={name: found[name] for name in run.targets},
         damping=config.corda_damping,
         weighting=config.corda_weighting,
     )
-    config.corda_factors = factors
-    return factors
 
 
 def _run_pass(run: Calibration, number: int, config: CordaConfig) -> CordaFactors:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel, send_to_device
+from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import nn
 
@@ -17,15 +18,17 @@ from kprune_ext.common.memory import bytes_of_limit
 from kprune_ext.common.placement import sharding_of
 from kprune_ext.common.processes import Processes
 
-from ..base_model.batches import Batch, count_of, digest_of, first_example
+from ..base_model.batches import Batch, count_of, digest_of
 from ..base_model.forward import Runner
-from ..base_model.input_groups import discover, with_cross
+from ..base_model.input_groups import with_cross
 from ..base_model.targets import find_targets
-from ..config import CordaConfig
+from ..config import CordaConfig, rank_of
 from ..decomposition.directions import METHODS
 from ..factors import CordaFactors
-from .checkpoint import Checkpoint, identity
+from .checkpoint import Checkpoint
 from .collect import PassOptions
+from .first_batches import look_at
+from .identity import full_digest_of, identity, leaders_of, settings_of
 from .plan import Plan, make_plan
 
 
@@ -65,9 +68,22 @@ class Calibration:
         label = f"Calibrating ({number + 1} of {len(self.plan.passes)})"
         return replace(self.options, description=label, snapshots=snapshots)
 
-    def finished(self, number: int) -> CordaFactors | None:
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps others out of the checkpoint, and leaves them a note of an error, in the block."""
+        with self.processes.leaving_a_note():
+            if self.checkpoint is None:
+                yield
+            else:
+                with self.checkpoint.held():
+                    yield
+
+    def finished(self, number: int, config: CordaConfig) -> CordaFactors | None:
         """Factors of a pass that an interrupted calibration has finished, if any."""
-        return None if self.checkpoint is None else self.checkpoint.finished(number)
+        if self.checkpoint is None:
+            return None
+        names = [name for group in self.plan.passes[number] for name in group.members]
+        return self.checkpoint.finished(number, {name: rank_of(config, name) for name in names})
 
     def finish(self, number: int, factors: CordaFactors) -> None:
         """Keep the factors of a pass, where there is a checkpoint."""
@@ -88,35 +104,44 @@ def prepare(
     progress: bool,
 ) -> Calibration:
     """Everything that a calibration starts from. The arguments and errors are those of `calibrate`."""
-    chosen = _check_arguments(config, methods, dtype)
-    limit = bytes_of_limit(max_memory)
-    sharding_of(model)  # before unwrapping, since it raises an error for FSDP1
-    model = extract_model_from_parallel(model)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    processes = Processes(collective_forward=sharding_of(base) is not None)
-    targets = find_targets(base, config)
+    with Processes().error_barrier():
+        chosen = _check_arguments(config, methods, dtype)
+        limit = bytes_of_limit(max_memory)
+        sharding_of(model)  # before unwrapping, since it raises an error for FSDP1
+        model = extract_model_from_parallel(model)
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        targets = find_targets(base, config)
+        sharding = sharding_of(base)
+    processes = Processes(collective_forward=sharding is not None)
+    if processes.count > 1:
+        resumes = checkpoint_dir is not None
+        processes.require_agreement(
+            settings_of(config, chosen, base, targets, dtype, limit, resumes, sharding)
+        )
     with processes.error_barrier():
         # An iterator yields its batches once, but several passes may need them.
         batches = list(dataloader) if isinstance(dataloader, Iterator) else dataloader
-        own = next(iter(batches), None)
-    first = _first(own, processes)
     # Weights are gathered by the outermost module that was sharded.
     runner = Runner(model if processes.collective_forward else base, targets)
-    with processes.error_barrier(running_model=True):
-        layout = discover(runner, first)
+    first, layout = look_at(runner, batches, processes)
     groups = layout.groups
     if chosen == ("ipm",) and config.corda_weighting == "covariance":
         groups = with_cross(groups, targets)
     with processes.error_barrier():
-        plan = make_plan(runner, batches, first, groups, limit, dtype.itemsize, processes)
+        # Where the first batch leaves out a target, it does not show what its blocks depend on.
+        size, one = dtype.itemsize, layout.at_once
+        plan = make_plan(runner, batches, first, groups, limit, size, processes, carries=one)
+    processes.require_agreement({"layers of the passes": leaders_of(plan.passes)})
     checkpoint = None
     if checkpoint_dir is not None:
         data = {
             "first batch of the data": digest_of(first),
             "number of batches": int(processes.add(torch.tensor(count_of(batches) or 0))),
         }
-        about = identity(config, chosen, base, targets, plan.passes, dtype, data, processes)
-        checkpoint = Checkpoint(checkpoint_dir, about, checkpoint_seconds, processes)
+        with processes.error_barrier(running_model=True):  # sharded weights are gathered
+            about = identity(config, chosen, base, targets, plan.passes, dtype, data, processes)
+            seen = _digests(batches)
+            checkpoint = Checkpoint(checkpoint_dir, about, checkpoint_seconds, processes, seen)
     options = PassOptions(
         progress=progress and processes.is_main,
         dtype=dtype,
@@ -148,17 +173,13 @@ def _check_arguments(
     return tuple(method for method in METHODS if method in chosen)
 
 
+def _digests(batches: Iterable[Batch]) -> list[str] | None:
+    """Digests of the batches, if they are all there: to look at a loader's once more has effects."""
+    if not isinstance(batches, list | tuple):
+        return None
+    return [full_digest_of(batches[number]) for number in range(len(batches))]
+
+
 def _spare(runner: Runner, first: Mapping[str, Any]) -> Mapping[str, Any]:
     part = runner.parts(first)[0]
-    return first_example(part) or part
-
-
-def _first(batch: Mapping[str, Any] | None, processes: Processes) -> Mapping[str, Any]:
-    """A batch that is the same on all processes, including those that have no data."""
-    found = processes.first(None if batch is None else send_to_device(batch, "cpu"))
-    if found is None:
-        raise ValueError(
-            "The calibration data is empty: the dataloader yielded no batch. Pass an iterable of "
-            "batches; an iterator or generator can be used only once."
-        )
-    return found
+    return runner.example(part) or part

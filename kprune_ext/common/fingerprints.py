@@ -1,0 +1,102 @@
+"""Fingerprints of models, by which two runs or two processes tell whether they have the same one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .placement import full_tensor, gathered, shape_of
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Entries of a config that say nothing about what the model computes.
+_IGNORED = re.compile(
+    r"_.*|.*attn_implementation.*|transformers_version|architectures|use_cache|(torch_)?dtype|"
+    r"output_attentions|output_hidden_states|return_dict(_in_generate)?"
+)
+# What differs from process to process in the text of a module.
+_PLACES = re.compile(r" at 0x[0-9a-f]+|\(?(cuda|xpu|npu|mps|hpu):\d+\)?|\(?GPU \d+\)?")
+# Buffers that grow or change with the inputs that the module has seen.
+_CHANGING = ("dynamic", "longrope")
+
+
+def text_digest(text: str) -> str:
+    """Returns the SHA-256 digest of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def structure_of(model: nn.Module) -> str:
+    """Returns a fingerprint of names, shapes and dtypes of all parameters."""
+    rows = [
+        f"{name} {shape_of(parameter)} {parameter.dtype}"
+        for name, parameter in model.named_parameters()
+    ]
+    return text_digest("\n".join([type(model).__name__, *rows]))
+
+
+def config_of(model: nn.Module) -> str:
+    """Returns a fingerprint of the model's config and modules, apart from its weights."""
+    config = getattr(model, "config", None)
+    to_dict = getattr(config, "to_dict", None)
+    values = to_dict() if callable(to_dict) else config
+    text = json.dumps(_relevant(values), sort_keys=True, default=str)
+    return text_digest(_PLACES.sub("", f"{text}\n{model!r}"))
+
+
+def full_tensors(model: nn.Module) -> Iterator[tuple[str, bool, Tensor]]:
+    """Yields name, whether it is a parameter, and the full tensor of all that has values.
+
+    With weights that are sharded over processes, all processes must iterate.
+    """
+    for name, module in model.named_modules():
+        with gathered(module):
+            for own, parameter in module.named_parameters(recurse=False):
+                if parameter.device.type != "meta":
+                    yield f"{name}.{own}", True, full_tensor(parameter)
+            for own, buffer in module.named_buffers(recurse=False):
+                if buffer.device.type != "meta" and not _changes(module):
+                    yield f"{name}.{own}", False, full_tensor(buffer)
+
+
+@torch.no_grad()
+def bits_of(tensor: Tensor) -> bytes:
+    """Returns the sums of the bits of each row of a tensor, which change with any of its entries.
+
+    The sums are exact, so that they are the same wherever they are computed.
+    """
+    try:
+        rows = tensor.detach().contiguous().view(-1 if tensor.ndim < 2 else len(tensor), 1, -1)
+        whole = rows.view(_INTEGERS[tensor.element_size()])
+        return whole.sum((1, 2), dtype=torch.int64).cpu().numpy().tobytes()
+    except (RuntimeError, TypeError, KeyError, NotImplementedError):  # of a dtype of its own
+        return f"{type(tensor).__name__} {tuple(tensor.shape)}".encode()
+
+
+def weights_of(model: nn.Module) -> str:
+    """Returns a fingerprint of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, _, tensor in full_tensors(model):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + bits_of(tensor))
+    return digest.hexdigest()
+
+
+def _changes(module: nn.Module) -> bool:
+    kind = str(getattr(module, "rope_type", ""))
+    return "Sinusoidal" in type(module).__name__ or any(name in kind for name in _CHANGING)
+
+
+def _relevant(values: Any) -> Any:
+    if isinstance(values, Mapping):
+        return {
+            str(key): _relevant(value)
+            for key, value in values.items()
+            if not _IGNORED.fullmatch(str(key))
+        }
+    if isinstance(values, set | frozenset):
+        return sorted(map(str, values))
+    return [_relevant(value) for value in values] if isinstance(values, list | tuple) else values
