@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .architectures.tasks import Predict
@@ -52,7 +53,9 @@ def kprune(
     end, one factor on all logits brings class probabilities closer to the original model's.
 
     Args:
-        model: A supported model (the error for others lists them). It is left exactly as it was. It may
+        model: A supported model (the error for others lists them), a model of a class of your own
+            with `predict`, or a module with one such model inside: a SentenceTransformer, a
+            CrossEncoder, or with `predict` a module of your own. It is left exactly as it was. It may
             be placed on several devices, or partly in CPU memory or on disk (`device_map`), as long as
             each transformer layer is on one device. The result is placed alike, except for weights that
             were on disk. Offloaded parts are pruned on the CPU.
@@ -62,7 +65,7 @@ def kprune(
         config: The options; by default half of the encoder's FLOPs are removed.
         predict: Function `(model, batch) -> logits` that replaces the default of the model's task. The
             logits are `(batch, classes)`, or `(batch, positions, classes)` for several predictions
-            per sample. It must call `model` with the batch. The logits count as those of classes
+            per sample. It is called with what is given as `model` or its copy, which it must run. The logits count as those of classes
             unless `config.problem_type` says otherwise.
         latency: Latency table from `kprune_ext.measure_latency`, for `metric="latency"`. By default
             latency is measured with 32 sequences of the calibration data's mean length.
@@ -74,8 +77,9 @@ def kprune(
         progress: Whether to show a progress bar, in the main process.
 
     Returns:
-        A new model with smaller matrices, in evaluation mode, that transformers can save, load and
-        train. Its `kprune_report` describes what was kept. The quantity that `config.metric` names (by
+        A copy of what was given, with smaller matrices, in evaluation mode, that transformers can
+        save, load and train. What a checkpoint cannot hold of it, such as another activation function
+        or a forward of your own, is kept in memory, and a warning before the work names it. Its `kprune_report` describes what was kept. The quantity that `config.metric` names (by
         default FLOPs, where a multiply-add counts twice, see `kprune_ext.budget.flops`) is at most
         (1 − reduction) of the original model's.
 
@@ -86,9 +90,14 @@ def kprune(
         RuntimeError: If another process failed; the message says how.
     """
     config = KPruneConfig() if config is None else config
-    with prepared(
-        model, dataloader, config, predict=predict, latency=latency, accelerator=accelerator
-    ) as run:
+    with ExitStack() as block:
+        if torch.is_inference_mode_enabled():  # gradients are needed, and so are ordinary tensors
+            block.enter_context(torch.inference_mode(False))
+        run = block.enter_context(
+            prepared(
+                model, dataloader, config, predict=predict, latency=latency, accelerator=accelerator
+            )
+        )
         outcome = _prune(run, config, progress)
         if config.scale_logits:
             signal = run.signal
@@ -203,11 +212,11 @@ def _original(dense: SubLayer, target: SubLayer, before: SubLayer) -> SubLayer:
     return replace(dense, module=deepcopy(target.module)) if is_offloaded(dense.module) else dense
 
 
-def _finished(run: PruningRun, outcome: _Outcome, config: KPruneConfig) -> PreTrainedModel:
+def _finished(run: PruningRun, outcome: _Outcome, config: KPruneConfig) -> Any:
     """Returns the pruned model, with its record and report."""
     kept, budget = outcome.kept, run.budget
     record_kept(run.pruned, zip(kept[::2], kept[1::2], strict=True))
-    _copy_requires_grad(run.model, run.pruned)
+    _copy_requires_grad(run.given.whole, run.whole)
     pruned: Any = dispatch(run.pruned, run.device_map)
     flops = [unit_flops(run.model, sublayer, budget.length) for sublayer in run.teacher]
     pruned.kprune_report = make_report(
@@ -223,10 +232,10 @@ def _finished(run: PruningRun, outcome: _Outcome, config: KPruneConfig) -> PreTr
         tokens=run.data.tokens,
         logit_scale=outcome.logit_scale,
     )
-    return pruned
+    return run.whole
 
 
-def _copy_requires_grad(model: PreTrainedModel, pruned: PreTrainedModel) -> None:
+def _copy_requires_grad(model: nn.Module, pruned: nn.Module) -> None:
     # Tied parameters are included: the tie breaks if they are on two devices.
     every = model.named_parameters(remove_duplicate=False)
     trainable = {name: parameter.requires_grad for name, parameter in every}

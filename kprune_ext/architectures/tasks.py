@@ -118,12 +118,14 @@ def find_task(model: nn.Module, model_classes: Mapping[type, Task]) -> Task:
     Raises:
         ValueError: If the model's class is not one of them.
     """
-    for kind in (type(model), *type(model).__bases__):
+    for kind in type(model).__mro__:
         if kind in model_classes:
             return model_classes[kind]
     family = model.config.model_type if isinstance(model, PreTrainedModel) else None
     raise ValueError(
-        f"Cannot prune a {type(model).__name__} (model type {family!r}). Supported classes: "
+        f"Cannot prune a {type(model).__name__} (model type {family!r}) without knowing what it "
+        "predicts. Pass predict=, a function (model, batch) -> logits, such as "
+        "predict=lambda model, batch: model(**batch).logits. Classes that need none: "
         f"{', '.join(sorted(kind.__name__ for kind in model_classes))}."
     )
 

@@ -21,11 +21,14 @@ from ..common.placement import execution_device
 from ..units.sublayers import layers_path
 from .hooks import stopping_before
 
-Inputs = Mapping[str, Tensor]
+Inputs = Mapping[str, Any]
 
 
-class _Enough(Exception):
-    """Ends a forward pass once all arguments of interest are recorded."""
+class _Enough(BaseException):
+    """Ends a forward pass once all arguments of interest are recorded.
+
+    No `Exception`, which the user's `predict` might catch.
+    """
 
 
 class _StandIn(nn.Module):
@@ -53,10 +56,14 @@ class LayerStack:
     Args:
         model: The model, in evaluation mode.
         architecture: The model's table row.
+        predict: Runs the model on a batch; by default the model is called with it.
     """
 
-    def __init__(self, model: PreTrainedModel, architecture: Architecture) -> None:
+    def __init__(
+        self, model: PreTrainedModel, architecture: Architecture, predict: Predict | None = None
+    ) -> None:
         self.model = model
+        self._runs = predict
         self._path = layers_path(model, architecture)
         self._layers: list[nn.Module] = list(model.get_submodule(self._path).children())
         self._gives_tuples: bool | None = None
@@ -84,7 +91,9 @@ class LayerStack:
             return self._wrapped(hidden)
 
         with self._replaced_layers(note), suppress(_Enough):
-            self.model(**inputs)
+            self._run(inputs)
+        if len(contexts) < len(self._layers):
+            raise _unreached()
         return entered[0], contexts
 
     def predict(self, predict: Predict, inputs: Inputs, hidden: Tensor) -> Tensor:
@@ -105,7 +114,7 @@ class LayerStack:
         """
         self._look(inputs)
         with self._replaced_layers(lambda args, kwargs: self._wrapped(hidden)):
-            logits = predict(self.model, inputs)
+            logits = predict(self.model, dict(inputs))
         if not isinstance(logits, Tensor):
             raise TypeError(
                 f"predict returned a {type(logits).__name__}, but must return a tensor of logits, "
@@ -123,9 +132,18 @@ class LayerStack:
         """Finds out, once, whether the layers return tuples or tensors."""
         if self._gives_tuples is None:
             with stopping_before(self._layers[0]) as calls:
-                self.model(**inputs)
+                self._run(inputs)
+            if not calls:
+                raise _unreached()
             args, kwargs = send_to_device(calls[0], execution_device(self._layers[0]))
             self._gives_tuples = isinstance(self._layers[0](*args, **kwargs), tuple)
+
+    def _run(self, inputs: Inputs) -> None:
+        """Runs the model as it will be used; the dict is the callee's own, to change as it likes."""
+        if self._runs is None:
+            self.model(**inputs)
+        else:
+            self._runs(self.model, dict(inputs))
 
     def _wrapped(self, hidden: Tensor) -> Any:
         return (hidden, None) if self._gives_tuples else hidden
@@ -144,6 +162,37 @@ class LayerStack:
             setattr(holder, name, own)
 
 
+def _unreached() -> ValueError:
+    return ValueError(
+        "predict did not run the layers of the model. It must call the model that it is given with "
+        "the batch, such as: lambda model, batch: model(**batch).logits"
+    )
+
+
+def as_logits(found: Any, samples: int) -> Tensor:
+    """Returns the result of a function `predict` as `(batch, positions, classes)`.
+
+    Args:
+        found: What it returned.
+        samples: Number of samples in its batch.
+
+    Raises:
+        TypeError: If that is not a tensor.
+        ValueError: If its shape is neither `(batch, classes)` nor `(batch, positions, classes)`.
+    """
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"predict returned a {type(found).__name__}, but must return a tensor of logits, "
+            "such as model(**batch).logits."
+        )
+    if found.ndim not in (2, 3) or len(found) != samples:
+        raise ValueError(
+            f"predict returned a tensor of shape {tuple(found.shape)} for {samples} samples, "
+            "but must return (batch, classes) or (batch, positions, classes)."
+        )
+    return found if found.ndim == 3 else found.unsqueeze(1)
+
+
 def _bind(
     layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, dict[str, Any]]:
@@ -160,11 +209,15 @@ def _bind(
 def plain_outputs(config: Any) -> Iterator[None]:
     """Makes a model return named outputs without hidden states and attention weights."""
     wanted = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
-    before = {name: getattr(config, name) for name in wanted if hasattr(config, name)}
-    for name in before:
-        setattr(config, name, wanted[name])
+    before = dict(vars(config))
+    for name in wanted:
+        if hasattr(config, name):
+            setattr(config, name, wanted[name])
     try:
         yield
     finally:
-        for name, value in before.items():
-            setattr(config, name, value)
+        # Past the setters, which refuse values that a config may well be loaded with.
+        for name in {name for name in vars(config) if name.lstrip("_") in wanted}:
+            vars(config).pop(name)
+            if name in before:
+                vars(config)[name] = before[name]

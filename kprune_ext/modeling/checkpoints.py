@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import tempfile
@@ -18,8 +19,15 @@ from ..architectures.row import Architecture
 from ..report.from_sizes import report_from_sizes
 from ..report.report import REPORT_FILE, KPruneReport
 from ..units.kept import kept_units
-from .loading import check_weights, refuse_pickle, stored_report
-from .model_card import CARD_NAME, card_text, pruning_section, remote_card
+from .loading import check_config, check_weights, refuse_pickle, stored_report, warn_of_values
+from .model_card import (
+    CARD_NAME,
+    can_be_replaced,
+    card_text,
+    pruning_section,
+    remote_card,
+    write_card,
+)
 from .replacing_files import replacing_files
 from .self_contained import MODELING_FILE, auto_map, modeling_source
 
@@ -38,12 +46,14 @@ class Checkpoints(_Base):
 
     Attributes:
         kprune_report: Report of `kprune_ext.kprune`; None on a model without a stored report.
+        kprune_unsaved: Why a checkpoint of this model would be loaded as another one, or None.
         kprune_row: Table row of the family.
         kprune_auto: Auto class that loads models of this class.
         kprune_family: Pruned model classes of the family, by Auto class.
     """
 
     kprune_report: KPruneReport | None = None
+    kprune_unsaved: str | None = None
     kprune_row: ClassVar[Architecture]
     kprune_auto: ClassVar[Any]
     kprune_family: ClassVar[dict[Any, Any]]
@@ -59,6 +69,7 @@ class Checkpoints(_Base):
         """
         source = pretrained_model_name_or_path
         refuse_pickle(source, kwargs)
+        check_config(kwargs.get("config"))
         wants_info = kwargs.pop("output_loading_info", False)
         allow_mismatched = kwargs.pop("ignore_mismatched_sizes", False)
         where = dict(kwargs)
@@ -81,6 +92,7 @@ class Checkpoints(_Base):
         model, info = loaded
         if loads_file:
             check_weights(model, source, info, allow_mismatched)
+            warn_of_values(model, source)
             model.kprune_report = _fitting(model, stored_report(source, where))
         return (model, info) if wants_info else model
 
@@ -106,10 +118,19 @@ class Checkpoints(_Base):
             kwargs: Other options of transformers' `save_pretrained`, or of `push_to_hub`.
 
         Raises:
-            ValueError: If the options request pickled weights, or distributed saving, which cannot be
-                undone.
+            ValueError: If the model has parts that are not in a checkpoint, so that another model would
+                be loaded, or if the options request pickled weights, or distributed saving, which
+                cannot be undone.
             OSError: If the folder cannot be written.
         """
+        adapter_only = getattr(self, "_hf_peft_config_loaded", False)
+        if self.kprune_unsaved is not None and not adapter_only:
+            raise ValueError(
+                "This pruned model cannot be saved with save_pretrained, as from_pretrained would "
+                f"build a model with other predictions: {self.kprune_unsaved}. Save its state dict, and "
+                "load it into a model that was pruned alike in memory; or set kprune_unsaved = None on "
+                "the model once these parts are those of its config."
+            )
         if kwargs.pop("safe_serialization", True) is not True:
             raise ValueError(
                 "Pruned models are saved as safetensors only. Leave out safe_serialization=False."
@@ -128,6 +149,7 @@ class Checkpoints(_Base):
         with replacing_files(save_directory, replaceable) as folder:
             with self._config_for_saving(self_contained):
                 super().save_pretrained(folder, True, state_dict, **kwargs)
+            self._name_stock_class(folder / "config.json")
             if (folder / "config.json").exists():  # else only an adapter was saved
                 self._write_extras(folder, Path(save_directory), self_contained)
         if push_to_hub:
@@ -166,7 +188,7 @@ class Checkpoints(_Base):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, self_contained=self_contained, **kwargs)
             text = remote_card(repo_id, self._section(self_contained), token)
-            Path(folder, CARD_NAME).write_text(text, encoding="utf-8")
+            write_card(Path(folder, CARD_NAME), text)
             return hub.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
@@ -185,11 +207,20 @@ class Checkpoints(_Base):
         if self_contained:
             text = modeling_source(self.kprune_row, type(self.config), self.kprune_family)
             (folder / MODELING_FILE).write_text(text, encoding="utf-8")
-        if self.kprune_report is not None:
+        if self.kprune_report is not None and can_be_replaced(target / REPORT_FILE):
             self.kprune_report.save_json(folder / REPORT_FILE)
         text = card_text(target, self._section(self_contained))
-        with open(folder / CARD_NAME, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        if text is not None:
+            write_card(folder / CARD_NAME, text)
+
+    def _name_stock_class(self, path: Path) -> None:
+        """Writes the class that loads the model into its config, in place of a user's own class."""
+        stock = self.kprune_family.get(self.kprune_auto)
+        if stock is None or stock is type(self) or not path.exists():
+            return
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["architectures"] = [stock.__name__]
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @contextlib.contextmanager
     def _config_for_saving(self, self_contained: bool) -> Iterator[None]:
@@ -203,6 +234,22 @@ class Checkpoints(_Base):
             config.__dict__.pop("auto_map", None)
             if before is not None:
                 config.auto_map = before
+
+
+class InMemory(_Base):
+    """Mixin of a model of transformers that has a pruned model inside, which cannot be loaded."""
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refuses to save.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            f"A {type(self).__name__} cannot be saved with save_pretrained, as from_pretrained would "
+            "build it with a model of full size inside. Save the pruned model inside with its own "
+            "save_pretrained, and the rest as a state dict."
+        )
 
 
 _HUB_OPTIONS = (

@@ -20,7 +20,7 @@ from ..architectures.tasks import TASKS, Task, find_task
 from ..units.kept import kept_units
 from ..units.sublayers import sublayers
 from ..units.surgery import shrink
-from .checkpoints import Checkpoints
+from .checkpoints import Checkpoints, InMemory
 
 
 class UnevenLayers(Checkpoints):
@@ -100,6 +100,75 @@ def _define_all() -> None:
 
 
 _define_all()
+
+#: Config class of the pruned family, by its model type.
+PRUNED_CONFIGS: dict[str, Any] = {config.model_type: config for config, _ in _REGISTERED}
+
+
+def stock_class(kind: type) -> Any:
+    """Returns the pruned class of this package that stands for a class of model, or None.
+
+    It is that of the nearest class of transformers among the class and its parents.
+    """
+    for parent in kind.__mro__:
+        if parent in PRUNED_CLASSES:
+            return PRUNED_CLASSES[parent]
+        if parent in KIND_OF_NAME.values():
+            return parent
+    return None
+
+
+def is_stock(kind: type) -> bool:
+    """Returns whether a class is one of transformers or of this package, not a user's own."""
+    return kind in PRUNED_CLASSES or kind in KIND_OF_NAME.values()
+
+
+def uneven_class(kind: type, architecture: Architecture) -> Any:
+    """Returns the class of a model's pruned copy.
+
+    For a class of transformers it is one of this package, which can be saved and loaded. For a user's
+    own class it is made here, of the user's class and `UnevenLayers`.
+
+    Args:
+        kind: Class of the model.
+        architecture: Table row of its family.
+    """
+    stock = stock_class(kind)
+    if issubclass(kind, UnevenLayers) or kind in PRUNED_CLASSES:
+        return kind if issubclass(kind, UnevenLayers) else stock
+    config = PRUNED_CONFIGS[architecture.pruned_type]
+    members = {
+        "__doc__": f"{kind.__name__} with layers of uneven size.",
+        "__module__": kind.__module__,
+        "config_class": config,
+    }
+    if stock is not None:  # the user's forward, then the methods of the pruned class
+        return type(f"KPrune{kind.__name__}", (kind, stock), members)
+    members |= {"kprune_row": architecture, "kprune_auto": None, "kprune_family": {}}
+    return type(f"KPrune{kind.__name__}", (UnevenLayers, kind), members)
+
+
+def in_memory_class(kind: type) -> type:
+    """Returns a class of transformers' models with a pruned model inside, which cannot be saved."""
+    if issubclass(kind, InMemory):
+        return kind
+    return type(f"KPrune{kind.__name__}", (InMemory, kind), {"__module__": kind.__module__})
+
+
+def uneven_config_class(kind: type, architecture: Architecture) -> Any:
+    """Returns the config class of a model's pruned copy.
+
+    Args:
+        kind: Class of the model's config, which may be a user's own.
+        architecture: Table row of the family.
+    """
+    pruned = PRUNED_CONFIGS[architecture.pruned_type]
+    if issubclass(kind, pruned) or kind is CONFIG_MAPPING[architecture.model_type]:
+        return kind if issubclass(kind, pruned) else pruned
+    if not issubclass(kind, CONFIG_MAPPING[architecture.model_type]):
+        return pruned
+    members = {"__module__": kind.__module__, "model_type": architecture.pruned_type}
+    return type(f"KPrune{kind.__name__}", (kind, pruned), members)
 
 
 def model_task(model: nn.Module) -> Task:

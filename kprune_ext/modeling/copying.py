@@ -2,45 +2,116 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
+from ..architectures.row import Architecture
+from ..architectures.table import find_architecture
 from ..calibration.device_map import DeviceMap, copy_weights, device_map_of
 from ..units.kept import KeptUnits, kept_units, store_kept_units
-from .classes import PRUNED_CLASSES, UnevenLayers
+from ..units.sublayers import SubLayer, sublayers
+from .classes import in_memory_class, uneven_class, uneven_config_class
+from .twins import Memo, twin_of
 
 
 def uneven_copy(model: PreTrainedModel, device_map: DeviceMap | None = None) -> PreTrainedModel:
-    """Copies a supported model into the class that can be pruned, with all units.
+    """Copies a supported model as it is, and gives the copy a class that can be pruned.
 
-    The copy has the model's weights and dtype in memory of its own, and is in evaluation mode. The
-    global random state is left as it was.
+    The copy has the model's modules, weights and dtype in memory of its own, and is in evaluation
+    mode. The global random state is left as it was.
 
     Args:
         model: The model; its weights may be placed on several devices, or offloaded by accelerate.
         device_map: Device map of the copy; by default that of the model.
     """
-    is_pruned = isinstance(model, UnevenLayers)
-    pruned_class: Any = type(model) if is_pruned else PRUNED_CLASSES[type(model)]
-    settings = model.config.to_dict()
+    copied: PreTrainedModel = uneven_copy_within(model, "", device_map)
+    return copied
+
+
+def uneven_copy_within(whole: nn.Module, path: str, device_map: DeviceMap | None = None) -> Any:
+    """Copies a module in which one model is to be pruned.
+
+    Args:
+        whole: The module.
+        path: Path of the model in it, empty if it is the model.
+        device_map: Device map of the model's copy; by default that of the model.
+
+    Raises:
+        ValueError: If the model's layers have more units than its config says.
+    """
+    model: Any = whole.get_submodule(path)
+    architecture = find_architecture(model)
+    device_map = device_map_of(model) if device_map is None else device_map
+    memo: Memo = {}
+    _copy_configs(whole, model, architecture, memo)
+    twin = twin_of(whole, memo)
+    pruned: Any = memo[id(model)]
+    pruned.__class__ = uneven_class(type(model), architecture)
+    if path and isinstance(whole, PreTrainedModel):
+        twin.__class__ = in_memory_class(type(whole))
+    for module in pruned.modules():
+        if "name_or_path" in vars(module):  # adapters would be saved for the model before pruning
+            module.name_or_path = module.config.name_or_path
+    copy_weights(whole, twin, {f"{path}.{part}".strip("."): d for part, d in device_map.items()})
+    if len(set(device_map.values())) > 1 or any(p.is_meta for p in model.parameters()):
+        pruned.tie_weights()  # placing the weights has broken the ties
+    return twin.eval()
+
+
+def _copy_configs(whole: nn.Module, model: Any, architecture: Architecture, memo: Memo) -> None:
+    """Puts the pruned model's config in the place of the model's, wherever modules refer to it."""
+    types = (architecture.model_type, architecture.pruned_type)
+    memo[id(model.config)] = made = _uneven_config(model, sublayers(model, architecture))
+    for module in whole.modules():
+        for config in vars(module).values():
+            if isinstance(config, PretrainedConfig) and id(config) not in memo:
+                same = config.model_type in types and config.to_dict() == model.config.to_dict()
+                memo[id(config)] = made if same else copy.deepcopy(config)
+
+
+def _uneven_config(model: Any, units: Sequence[SubLayer]) -> Any:
+    """Returns the config of a model's pruned copy, with all units that the model has."""
+    given = model.config
+    kind = uneven_config_class(type(given), find_architecture(model))
+    settings = given.to_dict()
     for name in ("model_type", "architectures", "transformers_version", "_name_or_path"):
         settings.pop(name, None)
-    config = pruned_class.config_class(**settings)
-    store_kept_units(config, kept_units(config))
-    with torch.random.fork_rng(devices=[]):
-        copy: Any = pruned_class._from_config(
-            config,
-            attn_implementation=model.config._attn_implementation,
-            **_head_options(model),
-        )
-    copy_weights(model, copy, device_map_of(model) if device_map is None else device_map)
-    return copy.eval()
+    rows = _rows(given, units)
+    if len(rows) != given.num_hidden_layers:
+        settings[given.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(rows)
+        settings.pop("kprune", None)
+        if isinstance(settings.get("layer_types"), list):
+            settings["layer_types"] = settings["layer_types"][: len(rows)]
+        if "stage_names" in settings:
+            for name in ("stage_names", "out_features", "out_indices"):
+                settings.pop(name, None)
+    config = kind(**settings)
+    store_kept_units(config, rows)
+    config._attn_implementation = given._attn_implementation
+    return config
 
 
-def _head_options(model: Any) -> dict[str, Any]:
+def _rows(config: Any, units: Sequence[SubLayer]) -> list[KeptUnits]:
+    """Returns the units of each layer, which may be fewer than the config says."""
+    stored = kept_units(config)
+    rows = []
+    for attention, ffn in zip(units[::2], units[1::2], strict=True):
+        row = stored[min(attention.layer, len(stored) - 1)]
+        for sublayer, own, name in ((attention, row.heads, "heads"), (ffn, row.neurons, "neurons")):
+            if sublayer.units > len(own):
+                raise ValueError(
+                    f"The layer of {sublayer.name} has {sublayer.units} {name}, but the model's config "
+                    f"says {len(own)}. Set the config to the sizes that the model has."
+                )
+        rows.append(KeptUnits(row.heads[: attention.units], row.neurons[: ffn.units]))
+    return rows
+
+
+def head_options(model: Any) -> dict[str, Any]:
     """Returns the constructor's option for a base model without its pooling layer."""
     bare = model.base_model is model and getattr(model, "pooler", model) is None
     return {"add_pooling_layer": False} if bare else {}
