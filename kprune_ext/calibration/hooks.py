@@ -24,8 +24,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-class _Stop(Exception):
-    """Ends a forward pass once the inputs of interest are recorded."""
+class _Stop(BaseException):
+    """Ends a forward pass once the inputs of interest are recorded.
+
+    No `Exception`, which the user's `predict` might catch.
+    """
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..architectures.tasks import Predict
 from .device_map import input_device
+from .inputs import Inputs
 from .layer_stack import LayerStack
 from .samples import Sample
 
@@ -41,7 +42,7 @@ def reading_of(stack: LayerStack, samples: Sequence[Sample], predict: Predict) -
 
 def _reading_of_one(stack: LayerStack, sample: Sample, predict: Predict) -> set[Reading]:
     device = input_device(stack.model)
-    inputs = {name: value.to(device) for name, value in sample.inputs.items()}
+    inputs = sample.inputs.to(device)
     hidden, _ = stack.enter(inputs)
     tokens = sample.tokens.to(hidden.device)
     read = tokens & read_by_each(stack, inputs, hidden, predict)
@@ -60,16 +61,14 @@ def first_position(tokens: Tensor) -> Tensor:
     return first
 
 
-def read_by_each(
-    stack: LayerStack, inputs: Mapping[str, Tensor], hidden: Tensor, predict: Predict
-) -> Tensor:
+def read_by_each(stack: LayerStack, inputs: Inputs, hidden: Tensor, predict: Predict) -> Tensor:
     """Returns which positions of each sample its predictions depend on, by their gradients.
 
     A classifier that reads only the first token has no gradient anywhere else.
 
     Args:
         stack: Layer stack of the model.
-        inputs: Inputs of the model, each `(batch, …)`.
+        inputs: Inputs of the model.
         hidden: Hidden states that replace the last layer's, `(batch, tokens, hidden)`.
         predict: Computes the predictions, `(model, batch) -> logits`.
 
@@ -82,7 +81,7 @@ def read_by_each(
         part = slice(start, start + rows)
         with torch.enable_grad():
             state = hidden[part].detach().requires_grad_()
-            z = stack.predict(predict, {n: value[part] for n, value in inputs.items()}, state)
+            z = stack.predict(predict, inputs.part(part), state)
             (gradient,) = torch.autograd.grad(z.float().square().sum(), state)
         found.append(gradient.ne(0).any(2))
         start, rows = part.stop, max(1, MOST_LOGITS // (z.numel() // len(z)))

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..architectures.row import Context
 from ..architectures.tasks import Predict
 from .device_map import input_device
+from .inputs import Inputs, joined
 from .layer_stack import LayerStack
 from .read_tokens import Reading, first_position, read_by_each, reading_of
 from .samples import CalibrationData, Sample, require_finite
@@ -25,7 +26,7 @@ class Stream:
 
     Attributes:
         keys: Keys of the samples, from `sample_keys`.
-        inputs: Inputs of the model, each `(batch, …)`, on its device.
+        inputs: Inputs of the model, on its device.
         tokens: Bool mask, True at unmasked tokens, `(batch, tokens)`.
         scored: Whether knowledge is measured on these samples.
         read: Bool mask of the tokens whose hidden states after the last layer the predictions depend
@@ -36,7 +37,7 @@ class Stream:
     """
 
     keys: tuple[int, ...]
-    inputs: dict[str, Tensor]
+    inputs: Inputs
     tokens: Tensor
     scored: bool
     read: Tensor
@@ -75,8 +76,8 @@ def start_streams(
     """
     groups: dict[tuple[Any, ...], list[tuple[int, Sample]]] = defaultdict(list)
     for key, sample in zip(data.keys, data.samples, strict=True):
-        shapes = tuple((name, value.shape[1:]) for name, value in sorted(sample.inputs.items()))
-        groups[sample.tokens.shape[1], key <= data.largest_scored, shapes].append((key, sample))
+        kind = sample.inputs.kind()
+        groups[sample.tokens.shape[1], key <= data.largest_scored, kind].append((key, sample))
     reading: Reading = "all"
     if predict is not None:
         reading = "each" if each_sample else reading_of(stack, data.samples, predict)
@@ -99,12 +100,15 @@ def _enter(
     predict: Predict | None,
 ) -> Stream:
     device = input_device(stack.model)
-    inputs = {
-        name: torch.cat([sample.inputs[name] for sample in part]).to(device)
-        for name in part[0].inputs
-    }
+    inputs = joined([sample.inputs for sample in part]).to(device)
     tokens = torch.cat([sample.tokens for sample in part]).to(device)
     hidden, contexts = stack.enter(inputs)
+    if hidden.shape[:2] != tokens.shape:
+        raise ValueError(
+            f"The model's layers get hidden states of shape {tuple(hidden.shape)} for calibration "
+            f"inputs of {tuple(tokens.shape)} (batch, tokens). Each token needs one: call the model "
+            "with the batch as it is."
+        )
     require_finite(hidden[tokens.to(hidden.device)], "the input of the first transformer layer")
     # Position biases can be many times larger than the states, and are quickly recomputed.
     small = _bytes_in(contexts) <= hidden.numel() * hidden.element_size() // 4

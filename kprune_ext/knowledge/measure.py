@@ -210,7 +210,7 @@ def _in_parts(
     """Yields the streams, split where activations of all sub-layers, or logits, need much memory."""
     for stream in streams:
         with torch.no_grad():
-            one = {name: value[:1] for name, value in stream.inputs.items()}
+            one = stream.inputs.part(slice(1))
             first = stream.student[:1].to(stream.tokens.device)
             size = stack.predict(signal.predict, one, first).numel()
         length = stream.tokens.shape[1]
@@ -222,7 +222,7 @@ def _in_parts(
             part = slice(start, start + rows)
             yield Stream(
                 stream.keys[part],
-                {name: value[part] for name, value in stream.inputs.items()},
+                stream.inputs.part(part),
                 stream.tokens[part],
                 stream.scored,
                 stream.read[part],

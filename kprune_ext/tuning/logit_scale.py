@@ -77,7 +77,7 @@ def find_predictor(stack: LayerStack, stream: Stream, predict: Predict) -> nn.Li
     Returns:
         The layer, or None if the model has none, or it is the model's output embedding.
     """
-    inputs = {name: value[:1] for name, value in stream.inputs.items()}
+    inputs = stream.inputs.part(slice(1))
     hidden = stream.student[:1].to(stream.tokens.device)
     called: list[nn.Linear] = []
     linear = [module for module in stack.model.modules() if type(module) is nn.Linear]
@@ -145,7 +145,7 @@ def _predictions(
 
 def _one(stack: LayerStack, stream: Stream, predict: Predict) -> Tensor:
     """Logits of the stream's first sample alone."""
-    inputs = {name: value[:1] for name, value in stream.inputs.items()}
+    inputs = stream.inputs.part(slice(1))
     return stack.predict(predict, inputs, stream.student[:1].to(stream.tokens.device))
 
 
@@ -153,7 +153,7 @@ def _compared(
     stack: LayerStack, stream: Stream, rows: list[int], found: Tensor, predict: Predict
 ) -> _Predictions:
     part: Any = rows if len(rows) < len(stream.keys) else slice(None)  # a slice copies nothing
-    inputs = {name: value[part] for name, value in stream.inputs.items()}
+    inputs = stream.inputs.part(part)
     tokens = stream.tokens[part]
     for held, state in zip(found, (stream.student, stream.teacher), strict=True):
         held.copy_(stack.predict(predict, inputs, state[part].to(tokens.device)))

@@ -122,6 +122,6 @@ def data_of(model, batches, config=None):
     )
 
 
-def run(model: Any, batches: Any, **options: Any) -> Any:
+def run(model: Any, batches: Any, predict: Any = None, **options: Any) -> Any:
     """`kprune` with options of its config."""
-    return kprune(model, batches, KPruneConfig(**options), progress=False)
+    return kprune(model, batches, KPruneConfig(**options), predict=predict, progress=False)
