@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
+import sys
+import warnings
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any
 
 from peft import LoraConfig, PeftType
@@ -16,6 +18,7 @@ from peft.utils.other import get_pattern_key
 from .decomposition.directions import METHODS, WEIGHTINGS
 from .factors import CordaFactors
 from .model_card import AdapterFacts, describe
+from .origin import Origin, SeenFactors
 
 SCALINGS = ("balanced", "paper")
 
@@ -28,6 +31,7 @@ _UNSUPPORTED: dict[str, Any] = {
     "use_qalora": False,
     "ensure_weight_tying": False,
 }
+
 
 _last_saved: list[tuple[weakref.ref[CordaConfig], str]] = []
 
@@ -68,7 +72,7 @@ class CordaConfig(LoraConfig):
         corda_damping: The dimensionless λ of `C + λ · mean(diag C) · I`.
         corda_factors: A file written by `CordaFactors.save`, or a `CordaFactors`. If it is None,
             `calibrate(model, config, dataloader)` sets it. It is not stored with a saved adapter,
-            which contains its own start.
+            which contains its own start, and a path in an adapter_config.json is ignored.
 
     Raises:
         ValueError: If an option is unknown, out of range, or not supported by CORDA adapters.
@@ -99,28 +103,67 @@ class CordaConfig(LoraConfig):
     )
 
     def __post_init__(self) -> None:
+        # PEFT passes the content of an adapter_config.json, with the type as plain text.
+        if type(self.peft_type) is str and self.corda_factors is not None:
+            self._ignore_factors()
         super().__post_init__()
         self.peft_type = PeftType["CORDA"]
+        # Attributes that are not options, and not saved.
+        self.origin = Origin()
+        self.seen_factors = SeenFactors()
+        self.loaded_from: str | None = None
+        self.check()
+
+    def check(self) -> None:
+        """Checks all options, also those that were set after the config was made.
+
+        Raises:
+            ValueError: If an option is unknown, out of range, or not supported by CORDA adapters.
+        """
         if self.corda_method is not None:
             _check_choice("corda_method", self.corda_method, METHODS)
         _check_choice("corda_scaling", self.corda_scaling, SCALINGS)
         _check_choice("corda_weighting", self.corda_weighting, WEIGHTINGS)
-        if not (math.isfinite(self.corda_damping) and self.corda_damping >= 0):
+        if not (_is_finite(self.corda_damping) and self.corda_damping >= 0):
             raise ValueError(
                 f"`corda_damping` must be a number of at least 0, got {self.corda_damping!r}. "
                 "The default is 0.01."
             )
-        if not (isinstance(self.r, int) and self.r >= 1):
+        if not _is_rank(self.r):
             raise ValueError(f"`r` must be a whole number of at least 1, got {self.r!r}.")
-        for alpha in (self.lora_alpha, *(self.alpha_pattern or {}).values()):
-            if not alpha > 0:
-                raise ValueError(
-                    f"`lora_alpha` must be greater than 0, got {alpha!r}, because the start of a CORDA "
-                    "adapter is divided by it. Use lora_alpha=r for the paper's setting."
-                )
+        self._check_alphas()
         _check_patterns("rank_pattern", self.rank_pattern)
         _check_patterns("alpha_pattern", self.alpha_pattern)
         self._check_unsupported()
+
+    def _check_alphas(self) -> None:
+        alphas = {f"`alpha_pattern` of {key!r}": v for key, v in (self.alpha_pattern or {}).items()}
+        for name, alpha in {"`lora_alpha`": self.lora_alpha, **alphas}.items():
+            if not (_is_finite(alpha) and alpha > 0):
+                raise ValueError(
+                    f"{name} must be greater than 0 and finite, got {alpha!r}, because the start of a "
+                    "CORDA adapter is divided by it. Use lora_alpha=r for the paper's setting."
+                )
+
+    def _ignore_factors(self) -> None:
+        warnings.warn(
+            f"corda_factors={self.corda_factors!r} in an adapter_config.json is ignored: a saved "
+            "adapter contains its own start, and its config must not open files on this machine. To "
+            "start an adapter from that file, set config.corda_factors yourself.",
+            stacklevel=4,
+        )
+        self.corda_factors = None
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        """Reads the config of a saved adapter, as in PEFT, and remembers the local folder."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        if isinstance(config, CordaConfig) and os.path.isdir(folder):
+            config.loaded_from = os.path.abspath(folder)
+        return config
 
     def _check_unsupported(self) -> None:
         if not isinstance(self.init_lora_weights, bool):
@@ -179,8 +222,20 @@ def _check_choice(name: str, given: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {given!r}.")
 
 
+def _is_finite(given: Any) -> bool:
+    return isinstance(given, Real) and abs(float(given)) <= sys.float_info.max
+
+
+def _is_rank(given: Any) -> bool:
+    return isinstance(given, Integral) and not isinstance(given, bool) and int(given) >= 1
+
+
 def _check_patterns(name: str, given: Mapping[str, Any] | None) -> None:
-    for pattern in given or {}:
+    for pattern, value in (given or {}).items():
+        if name == "rank_pattern" and not _is_rank(value):
+            raise ValueError(
+                f"`rank_pattern` must map to whole numbers of at least 1, got {value!r} for {pattern!r}."
+            )
         try:
             re.compile(pattern)
         except re.error as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from kprune_ext.common.files import atomic_save
 from kprune_ext.common.version import installed_version
 
 from .decomposition.directions import METHODS, Directions
+from .soundness import CHECKSUM, check_sound, check_sum, checksum_of
 
 FORMAT = "peft_corda.factors"
 FORMAT_VERSION = 2
@@ -119,7 +120,8 @@ class CordaFactors:
 
         Raises:
             FileNotFoundError: If the file does not exist.
-            ValueError: If the file is not a factors file, or has another format version.
+            ValueError: If the file is not a factors file, has another format version, or is damaged:
+                its checksum differs, shapes do not match, or values are not finite.
         """
         path = os.fspath(path)
         if not os.path.isfile(path):
@@ -131,8 +133,10 @@ class CordaFactors:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 _check_format(path, metadata)
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                check_sum(path, tensors, metadata)
                 modules = {
-                    name: _read_module(file.get_tensor, name, about)
+                    name: _read_module(tensors, name, about)
                     for name, about in json.loads(metadata["modules"]).items()
                 }
                 damping, weighting = float(metadata["damping"]), metadata["weighting"]
@@ -144,6 +148,8 @@ class CordaFactors:
             json.JSONDecodeError,
         ) as error:
             raise ValueError(f"{path!r} is not a readable factors file: {error}") from error
+        for name, module in modules.items():
+            check_sound(name, module.directions, module.shape, module.weight_sample)
         return cls(modules, damping, weighting)
 
     def check_fits(
@@ -163,7 +169,7 @@ class CordaFactors:
 
         Raises:
             ValueError: If the method, weighting, modules, shapes, weights or ranks differ. The
-                message names the difference.
+                message names the difference. Also if factors have NaN or infinite values.
         """
         if method not in self.methods:
             raise ValueError(
@@ -203,6 +209,9 @@ class CordaFactors:
                 f"The factors belong to another base model: the weights of {_listed(changed)} are not "
                 "those that were calibrated. Load the original base model, or calibrate again."
             )
+        for name in weights:
+            module = self.modules[name]
+            check_sound(name, module.directions, module.shape, module.weight_sample)
         short = [
             f"{name}: rank {rank} requested, {self.rank(name, method)} in the factors"
             for name, rank in ranks.items()
@@ -258,15 +267,15 @@ def _same_sample(seen: WeightSample, theirs: Tensor) -> bool:
 
 
 def _read_module(
-    read: Callable[[str], Tensor], name: str, about: Mapping[str, Any]
+    tensors: Mapping[str, Tensor], name: str, about: Mapping[str, Any]
 ) -> ModuleFactors:
     return ModuleFactors(
         directions={
-            method: Directions(**{part: read(f"{name}.{method}.{part}") for part in _PARTS})
+            method: Directions(**{part: tensors[f"{name}.{method}.{part}"] for part in _PARTS})
             for method in about["methods"]
         },
         shape=(about["shape"][0], about["shape"][1]),
-        weight_sample=read(f"{name}.weight_sample"),
+        weight_sample=tensors[f"{name}.weight_sample"],
         energy=about["energy"],
         effective_rank=about["effective_rank"],
         tokens=about["tokens"],

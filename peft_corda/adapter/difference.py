@@ -8,6 +8,10 @@ Written as
 every term is zero at the start, whatever the kernel. Both terms share one multiplication with
 `[A − A0; A0]` and one with `[B, B − B0]`, and the sum keeps the digits that a difference of large
 products would lose.
+
+A custom autograd function saves memory and time in the backward pass. Where autograd asks for something
+that such a function cannot give (`torch.func`, forward-mode differentiation, tracing), the same products
+are computed by ordinary operations instead.
 """
 
 from __future__ import annotations
@@ -16,7 +20,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
+from torch.nn import functional as F
 
 
 def add_difference(
@@ -56,9 +61,35 @@ def add_difference(
 
 
 def _apply(result: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    if _is_transformed():
+        return _plain(result, x, *rest)
     if torch.is_grad_enabled():
         return cast(Tensor, _AddDifference.apply(result, x, *rest))
     return _forward(result, x, *rest)[0]
+
+
+def _is_transformed() -> bool:
+    """Whether autograd functions are unsuitable: in `torch.func`, forward mode, tracing and export."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if torch.compiler.is_compiling():
+        is_exporting = getattr(torch.compiler, "is_exporting", None)  # from torch 2.7 on
+        return is_exporting is not None and bool(is_exporting())
+    return forward_ad._current_level >= 0 or torch.jit.is_tracing()
+
+
+def _plain(
+    result: Tensor,
+    x: Tensor,
+    factor_a: Tensor,
+    factor_b: Tensor,
+    start_a: Tensor,
+    start_b: Tensor,
+    scale: float,
+) -> Tensor:
+    """Returns the sum, computed by operations that autograd knows, none of them in place."""
+    hidden = F.linear(x, _down(factor_a, start_a, x.dtype))
+    return result + F.linear(hidden, _up(factor_b, start_b, x.dtype)) * scale
 
 
 def _forward(
@@ -75,8 +106,10 @@ def _forward(
     up = _up(factor_b, start_b, x.dtype)
     if result.dtype != x.dtype:
         return result + (hidden @ up.T).mul_(scale).view(result.shape), hidden
-    summed = torch.addmm(result.reshape(-1, result.shape[-1]), hidden, up.T, alpha=scale)
-    return summed.view(result.shape), hidden
+    # Not a view, which a custom function may not return to callers that change it in place.
+    summed = result.clone(memory_format=torch.contiguous_format)
+    summed.view(-1, summed.shape[-1]).addmm_(hidden, up.T, alpha=scale)
+    return summed, hidden
 
 
 class _AddDifference(torch.autograd.Function):
@@ -99,13 +132,15 @@ class _AddDifference(torch.autograd.Function):
         return summed
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, trained, factor_a, factor_b, start_a, start_b = ctx.saved_tensors
         _, wants_x, wants_a, wants_b, *_ = ctx.needs_input_grad
         rank, dtype = len(factor_a), x.dtype
         rows = x.reshape(-1, x.shape[-1])
         given = gradient.reshape(-1, gradient.shape[-1]).to(dtype)
+        if torch.is_grad_enabled():
+            # The gradients are differentiated in turn, which needs `A x` as a function of both.
+            trained = rows @ factor_a.to(dtype).T
         for_x = for_a = for_b = hidden = None
         if wants_x:
             hidden = (given @ _up(factor_b, start_b, dtype)).mul_(ctx.scale)

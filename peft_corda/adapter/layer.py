@@ -24,6 +24,7 @@ from kprune_ext.common.placement import execution_device, fill, is_dtensor, is_p
 
 from ..base_model.weights import _innermost, weight_shape
 from .difference import add_difference
+from .observers import is_observed
 from .start_buffers import StartBuffers
 
 _START_NAMES = ("lora_A0", "lora_B0")
@@ -58,7 +59,7 @@ class CordaVariant(LoraVariant):
         drops = dropout.training and not isinstance(dropout, nn.Identity)
         # Sharded factors are full tensors only within the forward of their own modules.
         apart = is_partitioned(factor_a.weight) or is_dtensor(factor_a.weight)
-        if not drops and not apart:
+        if not (drops or apart or is_observed(factor_a, factor_b, dropout)):
             summed = add_difference(
                 result, x, factor_a.weight, factor_b.weight, start_a, start_b, scale
             )
@@ -134,6 +135,29 @@ class CordaLayer(LoraLayer):
             starts[adapter_name] = start.to(value).contiguous().clone()
         self.lora_B0.started.add(adapter_name)
 
+    def take_start(self, adapter_name: str, original: str, is_clone: bool) -> None:
+        """Take over the start of another adapter, with which copied factors compute the same.
+
+        Args:
+            adapter_name: Name of the new adapter.
+            original: Name of the adapter whose start is taken over, if it has one.
+            is_clone: Whether the new adapter also has its dtype, and counts as started.
+        """
+        if original not in self.lora_A:
+            return
+        if is_clone:
+            self.cast_adapter(adapter_name, self.adapter_dtype(original))
+        if original not in self.lora_B0.started:
+            return
+        start_a, start_b = self.lora_A0[original], self.lora_B0[original]
+        is_meta = start_a.is_meta or _linear(self.lora_A, adapter_name).weight.is_meta
+        if not is_meta and (bool(start_a.any()) or bool(start_b.any())):
+            self.set_factors(adapter_name, start_a, start_b, start_a, start_b)
+        if is_clone:
+            self.lora_B0.started.add(adapter_name)
+        else:
+            self.lora_B0.started.discard(adapter_name)
+
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
@@ -155,6 +179,13 @@ class CordaLayer(LoraLayer):
 
     def adapter_dtype(self, adapter_name: str) -> torch.dtype:
         return _linear(self.lora_A, adapter_name).weight.dtype
+
+    def cast_adapter(self, adapter_name: str, dtype: torch.dtype) -> None:
+        """Cast the factors of an adapter and their start."""
+        for linears in (self.lora_A, self.lora_B):
+            linears[adapter_name].to(dtype)
+        for starts in (self.lora_A0, self.lora_B0):
+            starts[adapter_name] = starts[adapter_name].to(dtype)
 
     def watch_for_start(self, adapter_name: str, output: Tensor) -> None:
         """Make the backward pass of `output` an error unless the adapter was given a start.

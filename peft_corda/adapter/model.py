@@ -13,15 +13,18 @@ from transformers.modeling_utils import is_fsdp_enabled
 
 from kprune_ext.common.processes import Processes
 
-from ..base_model.quantized import rounding_of
 from ..base_model.targets import find_targets
 from ..base_model.weights import decomposable, dense_weight, weight_shape
-from ..config import CordaConfig, rank_of, saved_last
+from ..config import CordaConfig, saved_last
 from ..decomposition.starting_factors import starting_factors
+from ..export.adapter_tensors import check_folder, check_tensors
 from ..export.peft_conversion import convert_for_saving
-from ..factors import CordaFactors, WeightSample, sample_of
+from ..factors import CordaFactors
+from ..origin import SeenFactors
+from .cloning import Original, original_of
 from .combining import Combination, combined
 from .dispatch import new_layer
+from .fitting import check_fits, factors_of
 from .layer import CordaLayer
 
 #: Starting values `A (r, in)` and `B (out, r)` of an adapter, by module name.
@@ -45,17 +48,23 @@ class CordaModel(LoraModel):
     ) -> None:
         """Add an adapter, and start it from `config.corda_factors` if that is set.
 
+        If the config is that of an existing adapter, the new one takes over its start.
+
         Raises:
             ValueError: If `find_targets` rejects a target module or `CordaFactors.check_fits` the
-                factors; the model is then unchanged.
+                factors, or if the checkpoint that the config was read from is incomplete or damaged;
+                the model is then unchanged.
         """
         config = self._config_of(adapter_name)
-        factors = None
+        factors = original = None
         if state_dict is None:
-            factors = _factors_of(config)
+            original = original_of(self.peft_config, adapter_name, self.active_adapters)
+            if original is None or not original.is_copied:
+                check_folder(config.loaded_from)
+                factors = factors_of(config)
             targets = find_targets(model, config, with_start=factors is not None)
             if factors is not None:
-                _check_fits(factors, targets, config)
+                check_fits(factors, targets, config)
         super().inject_adapter(
             model,
             adapter_name,
@@ -63,16 +72,23 @@ class CordaModel(LoraModel):
             low_cpu_mem_usage=low_cpu_mem_usage,
             state_dict=state_dict,
         )
+        config.loaded_from = None
         # Kept until the adapter's final dtype is known, see `_cast_adapter_dtype`.
         self._pending_starts: dict[str, Starts] = {}
         if factors is not None:
             self._pending_starts[adapter_name] = self._fill(adapter_name, factors)
+        self._pending_originals: dict[str, Original] = {}
+        if original is not None:
+            self._pending_originals[adapter_name] = original
+            for layer in self.adapter_layers(adapter_name).values():
+                layer.take_start(adapter_name, original.name, original.is_copied)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Cast as LoRA does, and set the start of a new adapter again if the cast widened it.
 
         On injection PEFT gives the adapter the dtype of the base layer. A cast to float32 alone would
-        not restore the digits that the factors lost to that dtype.
+        not restore the digits that the factors lost to that dtype. A clone has the dtype of its
+        original, since both would otherwise compute different things.
         """
         layers = self.adapter_layers(adapter_name)
         before = {name: layer.adapter_dtype(adapter_name) for name, layer in layers.items()}
@@ -81,6 +97,12 @@ class CordaModel(LoraModel):
         for name, start in starts.items():
             if layers[name].adapter_dtype(adapter_name) != before[name]:
                 layers[name].start_adapter(adapter_name, *start)
+        original = self.__dict__.get("_pending_originals", {}).pop(adapter_name, None)
+        for name, layer in layers.items() if original is not None else ():
+            if original.is_copied:
+                layer.cast_adapter(adapter_name, before[name])
+            elif layer.adapter_dtype(adapter_name) != before[name]:
+                layer.take_start(adapter_name, original.name, is_clone=False)
 
     def start_adapter(self, adapter_name: str, factors: CordaFactors) -> None:
         """Set the start of an existing adapter, which then computes the same as the base model.
@@ -89,7 +111,7 @@ class CordaModel(LoraModel):
             ValueError: If `CordaFactors.check_fits` rejects the factors; the adapter is then unchanged.
         """
         config = self._config_of(adapter_name)
-        _check_fits(factors, find_targets(self.model, config), config)
+        check_fits(factors, find_targets(self.model, config), config)
         self._fill(adapter_name, factors)
 
     def adapter_layers(self, adapter_name: str) -> dict[str, CordaLayer]:
@@ -121,6 +143,8 @@ class CordaModel(LoraModel):
             layers[name].start_adapter(adapter_name, *start)
             if layers[name].adapter_dtype(adapter_name).itemsize < start[0].element_size():
                 rounded[name] = start
+        config = self._config_of(adapter_name)
+        config.seen_factors = SeenFactors(config.corda_factors)
         return rounded
 
     @torch.no_grad()
@@ -162,6 +186,14 @@ class CordaModel(LoraModel):
         # `find_targets` has checked that the target is of a supported type.
         kwargs.pop("device_map", None)
         return new_layer(target, adapter_name, lora_config, **kwargs)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """As in PEFT (0.21 and later), after a check of the tensors."""
+        check_tensors(state_dict)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     @torch.no_grad()
     def add_weighted_adapter(
@@ -208,6 +240,7 @@ class CordaModel(LoraModel):
             corda_factors=None,
         )
         self.inject_adapter(self.model, adapter_name)
+        self._pending_originals.clear()
         for key, layer in self.adapter_layers(adapter_name).items():
             new = found[key]
             layer.set_factors(adapter_name, new.factor_a, new.factor_b, new.start_a, new.start_b)
@@ -236,36 +269,3 @@ class CordaModel(LoraModel):
         copied = saved_last(adapter_name)
         is_live = any(copied is config for config in self.peft_config.values())
         return convert_for_saving(output_state_dict, None if is_live else copied)
-
-
-def _factors_of(config: CordaConfig) -> CordaFactors | None:
-    given = config.corda_factors
-    if given is None or isinstance(given, CordaFactors):
-        return given
-    return CordaFactors.load(given)
-
-
-def _check_fits(factors: CordaFactors, targets: dict[str, nn.Module], config: CordaConfig) -> None:
-    processes = Processes()
-    if processes.count == 1 or not is_fsdp_enabled():
-        _compare(factors, targets, config)
-        return
-    with processes.error_barrier():
-        if processes.is_main:
-            _compare(factors, targets, config)
-
-
-def _compare(factors: CordaFactors, targets: dict[str, nn.Module], config: CordaConfig) -> None:
-    factors.check_fits(
-        method=config.method_for(factors),
-        weighting=config.corda_weighting,
-        ranks={name: rank_of(config, name) for name in targets},
-        weights={
-            name: _shown(dense_weight(name, module), module) for name, module in targets.items()
-        },
-    )
-
-
-def _shown(weight: Tensor, module: nn.Module) -> WeightSample:
-    error = rounding_of(module) and rounding_of(module) * float(weight.abs().max())
-    return WeightSample(sample_of(weight), weight_shape(module), error)

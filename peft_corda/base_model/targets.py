@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import re
+import warnings
+from collections.abc import Collection
 from typing import cast
 
+from peft import LoraConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -12,6 +16,8 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
 from ..config import CordaConfig, rank_of
@@ -32,9 +38,15 @@ def find_targets(
             weight has no more than its smaller dimension.
 
     Raises:
-        ValueError: If nothing matches, a match has an unsupported type, or a rank is too large.
+        ValueError: If an option of the config is invalid, nothing matches, a match has an unsupported
+            type, or a rank is too large.
+
+    Warns:
+        UserWarning: If a name in `target_modules` matches nothing, or if LoRA would train parameters
+            with these targets that CORDA adapters leave out (fused experts).
     """
-    config = _with_explicit_targets(model, config)
+    config.check()
+    given, config = config, _with_explicit_targets(model, config)
     adapted: list[str] = []
     targets: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
@@ -50,6 +62,7 @@ def find_targets(
     _check_types(targets)
     if with_start:
         _check_ranks(targets, config)
+    _warn_of_omissions(model, given)
     return targets
 
 
@@ -87,11 +100,91 @@ def _check_types(targets: dict[str, nn.Module]) -> None:
 
 
 def _check_ranks(targets: dict[str, nn.Module], config: CordaConfig) -> None:
-    for name, module in targets.items():
-        rank, shape = rank_of(config, name), weight_shape(module)
-        if not 1 <= rank <= min(shape):
-            raise ValueError(
-                f"r={rank} is larger than module {name} with weight (out, in) = {shape} allows: its "
-                f"rank can be at most {min(shape)}. Lower r, or give this module its own rank with "
-                f"rank_pattern={{{name!r}: {min(shape)}}}."
-            )
+    most = {name: min(weight_shape(module)) for name, module in targets.items()}
+    narrow = [name for name in targets if rank_of(config, name) > most[name]]
+    if not narrow:
+        return
+    first, *others = narrow
+    pattern = _pattern_of(narrow, [name for name in targets if name not in narrow])
+    least = min(most[name] for name in narrow)
+    # The first key that matches counts, so the new one comes before those of the config.
+    remedy = {pattern: least, **(config.rank_pattern or {})}
+    also = f" and {len(others)} more (such as {others[-1]})" if others else ""
+    what = "these modules their own rank" if others else "this module its own rank"
+    excluded = _exclusion(config, pattern)
+    raise ValueError(
+        f"r={rank_of(config, first)} is larger than module {first} with weight (out, in) = "
+        f"{weight_shape(targets[first])}{also} allows: a rank can be at most the smaller dimension, "
+        f"{least} for {len(narrow)} of {len(targets)} modules. Lower r, or give {what} with "
+        f"rank_pattern={remedy!r}, or leave them out with exclude_modules={excluded!r}."
+    )
+
+
+def _pattern_of(names: list[str], others: Collection[str]) -> str:
+    """Returns a key of `rank_pattern` that matches all of `names` and none of the others."""
+    found: dict[str, None] = {}
+    for name in names:
+        parts = [r"\d+" if part.isdigit() else part for part in name.split(".")]
+        endings = [r"\.".join(parts[start:]) for start in reversed(range(len(parts)))]
+        exact = name.replace(".", r"\.")
+        fitting = (
+            e for e in endings if not any(get_pattern_key([e], other) == e for other in others)
+        )
+        found[next(fitting, exact)] = None
+    return "|".join(found)
+
+
+def _exclusion(config: CordaConfig, pattern: str) -> str:
+    """Returns `exclude_modules` as an expression that also excludes what the config excludes."""
+    given = config.exclude_modules
+    own = rf"(.*\.)?({pattern})"
+    if not given:
+        return own
+    if isinstance(given, str):
+        return f"{given}|{own}"
+    return rf"(.*\.)?({'|'.join(re.escape(name) for name in sorted(given))}|{pattern})"
+
+
+def _warn_of_omissions(model: nn.Module, config: CordaConfig) -> None:
+    given = config.target_modules
+    names = [name for name, _ in model.named_modules()]
+    unmatched = [
+        target
+        for target in (sorted(given) if given and not isinstance(given, str) else [])
+        if not any(name == target or name.endswith(f".{target}") for name in names)
+    ]
+    left_out = [] if config.inference_mode else _only_with_lora(model, config)
+    if not unmatched and not left_out:
+        return
+    sentences = []
+    if unmatched:
+        sentences.append(
+            f"No module of {type(model).__name__} matches {', '.join(map(repr, unmatched))} in "
+            "target_modules."
+        )
+    if left_out:
+        sentences.append(
+            f"With target_modules={given!r} LoRA would also train {len(left_out)} parameters that are "
+            f"not linear layers, such as {left_out[0]} (fused experts). CORDA adapters leave them out: "
+            "they train linear layers only. Use peft.LoraConfig to train them."
+        )
+    warnings.warn(" ".join(sentences), stacklevel=4)
+
+
+def _only_with_lora(model: nn.Module, config: CordaConfig) -> list[str]:
+    """Returns the names of parameters that PEFT would adapt with LoRA, but that are not modules."""
+    if not hasattr(getattr(model, "config", None), "model_type"):
+        return []
+    lora = LoraConfig(
+        target_modules=copy.copy(config.target_modules), exclude_modules=config.exclude_modules
+    )
+    try:
+        convert_peft_config_for_transformers(lora, model=model, conversions=None)
+    except ValueError:  # LoRA rejects these targets, so it would train nothing
+        return []
+    wanted = lora.target_parameters or ()
+    return [
+        name
+        for name, _ in model.named_parameters()
+        if any(name == target or name.endswith(f".{target}") for target in wanted)
+    ]

@@ -22,6 +22,7 @@ def initialize_corda(
     """Calibrate and start a CORDA adapter that the model already has.
 
     This is for frameworks that call `get_peft_model` themselves, before any data is available.
+    Parameters that are frozen stay frozen.
 
     Args:
         model: A `PeftModel` with a CORDA adapter.
@@ -48,7 +49,13 @@ def initialize_corda(
         )
     tuner = model.base_model
     assert isinstance(tuner, CordaModel)  # follows from the config's type
-    with model.disable_adapter():
-        factors = calibrate(model, config, dataloader, **options)
+    # PEFT unfreezes the active adapters when it enables them again.
+    were_trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            factors = calibrate(model, config, dataloader, **options)
+    finally:
+        for parameter, was_trained in were_trained:
+            parameter.requires_grad_(was_trained)
     tuner.start_adapter(name, factors)
     return factors

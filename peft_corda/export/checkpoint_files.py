@@ -9,10 +9,10 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..config import CordaConfig
+from .adapter_tensors import read_tensors
 
 # Distinguishes exports from other LoRA adapters, which are never replaced.
 _METADATA = {"format": "pt", "exported_by": "peft_corda"}
@@ -83,7 +83,4 @@ def _read_tensors(src: str) -> dict[str, Tensor]:
             f"No {SAFETENSORS_WEIGHTS_NAME} in {src!r}{found}. Save the adapter with "
             "save_pretrained(path, safe_serialization=True)."
         )
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path!r} is not a readable safetensors file: {error}") from error
+    return read_tensors(path)

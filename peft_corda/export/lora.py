@@ -13,10 +13,7 @@ from torch import Tensor
 
 from ..config import CordaConfig
 from ..decomposition.low_rank import stacked, truncated
-
-_PREFIX = "base_model.model."
-
-_ENDINGS = {"A": ".lora_A.weight", "B": ".lora_B.weight", "A0": ".lora_A0", "B0": ".lora_B0"}
+from .adapter_tensors import check_shapes, incomplete, modules_of
 
 
 def lora_tensors(
@@ -38,22 +35,20 @@ def lora_tensors(
         The tensors, and their rank.
 
     Raises:
-        ValueError: If a start is missing, shapes do not match, or values are not finite.
+        ValueError: If any factor or start is missing, shapes do not match, or values are not finite.
     """
-    modules = _modules_of(tensors)
+    modules = modules_of(tensors)
+    if not modules:
+        raise incomplete("any lora_A tensor")
     ranks = {name: tensors[keys["A"]].shape[0] for name, keys in modules.items()}
     rank = 2 * max(ranks.values()) if rank is None else rank
     used = {key for keys in modules.values() for key in keys.values()}
     result = {key: value for key, value in tensors.items() if key not in used}
     for name, keys in modules.items():
         scaling = _scaling(config, name, ranks[name])
-        a, b, a0, b0 = (tensors[keys[part]].detach().cpu() for part in ("A", "B", "A0", "B0"))
-        if a.shape != a0.shape or b.shape != b0.shape or b.shape[1] != a.shape[0]:
-            raise ValueError(
-                f"The shapes of the factors of {name} do not match: A {tuple(a.shape)}, "
-                f"B {tuple(b.shape)}, A0 {tuple(a0.shape)}, B0 {tuple(b0.shape)}. Save the adapter "
-                "again."
-            )
+        found = {part: tensors[key].detach().cpu() for part, key in keys.items()}
+        check_shapes(name, found)
+        a, b, a0, b0 = (found[part] for part in ("A", "B", "A0", "B0"))
         update = stacked([(scaling * b.double(), a), (-scaling * b0.double(), a0)])
         _check_finite(name, *update)
         factor_b, factor_a = truncated(update, rank)
@@ -75,23 +70,6 @@ def lora_config(config: CordaConfig, rank: int) -> LoraConfig:
         "init_lora_weights": True,
     }
     return LoraConfig(**kept)
-
-
-def _modules_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
-    """Returns the keys of `A`, `B`, `A0` and `B0` by module name."""
-    names = [key.removesuffix(_ENDINGS["A"]) for key in tensors if key.endswith(_ENDINGS["A"])]
-    modules = {
-        name.removeprefix(_PREFIX): {part: name + end for part, end in _ENDINGS.items()}
-        for name in names
-    }
-    missing = [key for keys in modules.values() for key in keys.values() if key not in tensors]
-    if missing or not modules:
-        what = f"{len(missing)} tensors, such as {missing[0]}" if missing else "any lora_A tensor"
-        raise ValueError(
-            f"The checkpoint lacks {what}. A CORDA adapter is saved with its start (lora_A0 and "
-            "lora_B0). Save it again with save_pretrained, with all its parameters gathered."
-        )
-    return modules
 
 
 def _scaling(config: CordaConfig, name: str, rank: int) -> float:
