@@ -120,8 +120,7 @@ class CordaFactors:
 
         Raises:
             FileNotFoundError: If the file does not exist.
-            ValueError: If the file is not a factors file, has another format version, or is damaged:
-                its checksum differs, shapes do not match, or values are not finite.
+            ValueError: If the file is not a factors file, has another format version, or is damaged.
         """
         path = os.fspath(path)
         if not os.path.isfile(path):
@@ -250,7 +249,7 @@ def contents_of(factors: CordaFactors) -> tuple[dict[str, Tensor], dict[str, str
         "tokens": str(factors.tokens),
         "modules": json.dumps(about),
     }
-    return tensors, metadata
+    return tensors, {**metadata, CHECKSUM: checksum_of(tensors, metadata)}
 
 
 def sample_of(weight: Tensor) -> Tensor:

@@ -13,12 +13,14 @@ from .decomposition.directions import Directions
 
 # Key of the checksum among the metadata of a file. Files of earlier versions have none.
 CHECKSUM = "sha256"
+# Metadata that the checksum covers. Others may be added to a file.
+_FACTS = ("format", "format_version", "methods", "damping", "weighting", "tokens", "modules")
 
 
 def checksum_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Returns the SHA-256 of all tensors and of all metadata except the checksum itself."""
+    """Returns the SHA-256 of all tensors, and of the metadata about them."""
     digest = hashlib.sha256()
-    facts = {key: value for key, value in metadata.items() if key != CHECKSUM}
+    facts = {key: metadata.get(key) for key in _FACTS}
     digest.update(json.dumps(facts, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
