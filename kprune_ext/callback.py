@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-from torch import nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import ParallelMode, TrainingArguments
 
+from .becoming import become_
 from .config import KPruneConfig
-from .modeling.classes import model_task
+from .modeling.classes import UnevenLayers
 from .pruning import kprune
+from .rehearsal import rehearse
 
 
 class KPruneCallback(TrainerCallback):
@@ -33,8 +35,9 @@ class KPruneCallback(TrainerCallback):
         options: Other arguments of `kprune_ext.kprune`.
 
     Raises:
-        ValueError: If `at_step` is negative; and when training starts, if the model cannot be pruned,
-            the run is distributed or compiled, or it would load a model from before the pruning.
+        ValueError: If `at_step` is not a whole number of at least 0; and when training starts, if the
+            run is shorter than that, distributed or compiled, if the model cannot be pruned, or its
+            checkpoints could not be saved, or if the run would load a model from before the pruning.
     """
 
     def __init__(
@@ -44,23 +47,45 @@ class KPruneCallback(TrainerCallback):
         at_step: int = 0,
         **options: Any,
     ) -> None:
-        if at_step < 0:
-            raise ValueError(f"at_step={at_step} is negative. Pass 0 to prune before training.")
         self.dataloader = dataloader
         self.config = config
-        self.at_step = at_step
+        self.at_step = _whole_number(at_step)
         self.options = options
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Checks that the run can be pruned, and prunes if `at_step` is 0."""
-        if state.global_step > self.at_step:
+        model = kwargs["model"]
+        if state.global_step >= self.at_step and state.global_step > 0:
+            _require_pruned(model, state.global_step, self.at_step)
             return  # resumed from a checkpoint of the pruned model
         _require_plain_run(args, self.at_step)
-        model_task(kwargs["model"])
-        if self.at_step == state.global_step == 0:
+        if state.max_steps and self.at_step > state.max_steps:
+            raise ValueError(
+                f"at_step={self.at_step} never comes: this run ends after {state.max_steps} steps. Pass "
+                "a step within the run, or train for longer (max_steps, num_train_epochs)."
+            )
+        unsaved = rehearse(model, self.dataloader, self.config, **_checked(self.options))
+        if unsaved is not None and (args.save_strategy != "no" or args.load_best_model_at_end):
+            raise ValueError(
+                "The Trainer could not save checkpoints of the pruned model, as they would be loaded as "
+                f"another model: {unsaved}. Pass save_strategy='no' to train without checkpoints."
+            )
+        if self.at_step == 0:
             self._prune(**kwargs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Warns if training ended before the pruning."""
+        if state.global_step < self.at_step:
+            warnings.warn(
+                f"The model was not pruned: training ended after step {state.global_step}, before "
+                f"at_step={self.at_step}.",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -74,6 +99,36 @@ class KPruneCallback(TrainerCallback):
         become_(model, pruned, optimizer)
 
 
+def _whole_number(at_step: Any) -> int:
+    if isinstance(at_step, float) and at_step.is_integer():
+        at_step = int(at_step)
+    try:
+        if isinstance(at_step, bool):
+            raise TypeError
+        number = operator.index(at_step)
+    except TypeError:
+        raise ValueError(
+            f"at_step={at_step!r} is not a whole number of steps. Pass 0 to prune before training, or "
+            "the number of optimizer steps after which to prune."
+        ) from None
+    if number < 0:
+        raise ValueError(f"at_step={at_step} is negative. Pass 0 to prune before training.")
+    return number
+
+
+def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != "progress"}
+
+
+def _require_pruned(model: Any, step: int, at_step: int) -> None:
+    if not any(isinstance(module, UnevenLayers) for module in model.modules()):
+        raise ValueError(
+            f"The run was resumed at step {step}, and the model was to be pruned after step {at_step}, "
+            "but it is not. Load the model from the checkpoint (from_pretrained) if it was pruned before "
+            "that; otherwise pass a later at_step."
+        )
+
+
 def _require_plain_run(args: TrainingArguments, at_step: int) -> None:
     if args.parallel_mode is ParallelMode.DISTRIBUTED or args.deepspeed or args.torch_compile:
         raise ValueError(
@@ -85,38 +140,3 @@ def _require_plain_run(args: TrainingArguments, at_step: int) -> None:
             f"load_best_model_at_end=True may load a checkpoint from before step {at_step}, "
             "whose weights do not fit the pruned model. Leave it out, or pass at_step=0."
         )
-
-
-@torch.no_grad()
-def become_(model: PreTrainedModel, pruned: PreTrainedModel, optimizer: Any = None) -> None:
-    """Turns a model object into the pruned one, in place, and updates its optimizer's parameters.
-
-    Args:
-        model: The model that was pruned; takes over the class, modules and config of `pruned`.
-        pruned: The pruned model; it must not be used afterwards.
-        optimizer: Optimizer of the model; parameters that kept their shape keep their state.
-    """
-    training = model.training
-    old = dict(model.named_parameters())
-    replaced: dict[nn.Parameter, nn.Parameter] = {}
-    for name, new in list(pruned.named_parameters()):
-        before = old[name]
-        if before.shape == new.shape:
-            # Keep the parameter object, so that references to it stay valid.
-            before.copy_(new)
-            parent, _, leaf = name.rpartition(".")
-            setattr(pruned.get_submodule(parent), leaf, before)
-        else:
-            replaced[before] = new
-    # Keep attributes set by accelerate and others, such as a forward under autocast.
-    added = {key: value for key, value in vars(model).items() if key not in vars(pruned)}
-    model.__class__ = type(pruned)
-    vars(model).clear()
-    vars(model).update(vars(pruned) | added)
-    model.tie_weights()
-    model.train(training)
-    if optimizer is not None:
-        for group in optimizer.param_groups:
-            group["params"] = [replaced.get(parameter, parameter) for parameter in group["params"]]
-        for parameter in replaced:
-            optimizer.state.pop(parameter, None)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .architectures.row import Architecture
 from .architectures.table import ROWS, find_architecture
 from .architectures.tasks import Predict, ProblemType, Task, problem_type
 from .modeling.classes import model_task, stock_class
@@ -39,6 +40,11 @@ class Given:
         """The model to prune."""
         found: Any = self.whole.get_submodule(self.path)
         return found
+
+    @property
+    def architecture(self) -> Architecture:
+        """Table row of the model's family."""
+        return find_architecture(self.model)
 
     def predict_with(self, whole: nn.Module) -> Predict:
         """Returns the predictions as a function of the model inside a copy of the given object."""

@@ -134,7 +134,7 @@ def prepared(
     require_one_task(processes, own, asdict(config), latency=latency)
     with ExitStack() as block:
         block.enter_context(working_on(own, processes))
-        for context in _contexts(copied):
+        for context in contexts_of(copied):
             block.enter_context(context)
         memory = block.enter_context(state_memory(config.state_bytes))
         data = shared_data(
@@ -144,7 +144,7 @@ def prepared(
             seed=config.seed,
             scored=(config.score_fraction, config.min_score_samples),
             image_tokens=lambda inputs: image_tokens(stack, inputs),
-            runs=(lambda inputs: _run_whole(given, inputs)) if given.is_own else None,
+            runs=(lambda inputs: run_whole(given, inputs)) if given.is_own else None,
             accelerator=accelerator,
             processes=processes,
         )
@@ -215,7 +215,8 @@ def copied_student(
     return Copied(given, whole, stack, device_map)
 
 
-def _contexts(copied: Copied) -> Iterator[AbstractContextManager[Any]]:
+def contexts_of(copied: Copied) -> Iterator[AbstractContextManager[Any]]:
+    """Yields the contexts in which both models run."""
     pruned = copied.stack.model
     yield evaluating(copied.given.whole)
     yield plain_outputs(pruned.config)
@@ -230,7 +231,7 @@ def image_tokens(stack: LayerStack, inputs: Inputs) -> int:
 
 
 @torch.no_grad()
-def _run_whole(given: Given, inputs: Inputs) -> None:
+def run_whole(given: Given, inputs: Inputs) -> None:
     """Runs the user's `predict` on a batch."""
     given.predict(given.whole, dict(inputs.to(input_device(given.model))))
 

@@ -65,8 +65,8 @@ def kprune(
         config: The options; by default half of the encoder's FLOPs are removed.
         predict: Function `(model, batch) -> logits` that replaces the default of the model's task. The
             logits are `(batch, classes)`, or `(batch, positions, classes)` for several predictions
-            per sample. It is called with what is given as `model` or its copy, which it must run. The logits count as those of classes
-            unless `config.problem_type` says otherwise.
+            per sample. It is called with what is given as `model`, or with its copy, which it must
+            run. The logits count as those of classes unless `config.problem_type` says otherwise.
         latency: Latency table from `kprune_ext.measure_latency`, for `metric="latency"`. By default
             latency is measured with 32 sequences of the calibration data's mean length.
         accelerator: Accelerator of a run with several processes, each of which calls this function.
@@ -79,9 +79,10 @@ def kprune(
     Returns:
         A copy of what was given, with smaller matrices, in evaluation mode, that transformers can
         save, load and train. What a checkpoint cannot hold of it, such as another activation function
-        or a forward of your own, is kept in memory, and a warning before the work names it. Its `kprune_report` describes what was kept. The quantity that `config.metric` names (by
-        default FLOPs, where a multiply-add counts twice, see `kprune_ext.budget.flops`) is at most
-        (1 − reduction) of the original model's.
+        or a forward of your own, is kept in memory, and a warning before the work names it. The
+        `kprune_report` of the pruned model describes what was kept. The quantity that
+        `config.metric` names (by default FLOPs, where a multiply-add counts twice, see
+        `kprune_ext.budget.flops`) is at most (1 − reduction) of the original model's.
 
     Raises:
         ValueError: If the model is not supported, the calibration data are empty or have no unmasked

@@ -1,0 +1,71 @@
+"""The checks of a pruning run, without the run: for pruning that comes later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from .architectures.tasks import Predict
+from .budget.costs import budget_for, cost_tables
+from .budget.latency import LatencyTable
+from .calibration.samples import collect_samples
+from .config import KPruneConfig
+from .guard import check_copy
+from .preparation import contexts_of, copied_student, image_tokens, run_whole
+from .units.sublayers import layers_path, sublayers
+
+# Tokens per sequence at which FLOPs are counted before the data are known.
+_LENGTH = 128
+
+
+def rehearse(
+    model: Any,
+    dataloader: Iterable[Any],
+    config: KPruneConfig | None = None,
+    *,
+    predict: Predict | None = None,
+    latency: LatencyTable | None = None,
+    accelerator: Accelerator | None = None,
+) -> str | None:
+    """Checks what can be checked of a later call of `kprune`, whose arguments and errors are the same.
+
+    The first batch is read, unless the data are an iterator, which yields them only once. The global
+    random state is left as it was.
+
+    Returns:
+        Why the pruned model could not be saved, or None.
+    """
+    config = KPruneConfig() if config is None else config
+    with ExitStack() as block:
+        block.enter_context(torch.random.fork_rng(devices=[]))
+        copied = copied_student(model, config, predict, accelerator)
+        given, stack = copied.given, copied.stack
+        for context in contexts_of(copied):
+            block.enter_context(context)
+        sample = None
+        if not isinstance(dataloader, Iterator):
+            first = next(iter(dataloader), None)
+            samples = collect_samples(
+                given.model,
+                [] if first is None else [first],
+                1,
+                lambda inputs: image_tokens(stack, inputs),
+                needed=first is None,
+                runs=(lambda inputs: run_whole(given, inputs)) if given.is_own else None,
+            )
+            sample = samples[0] if samples else None
+        architecture = given.architecture
+        layers = layers_path(given.model, architecture)
+        check_copy(given, copied.whole, layers, copied.device_map, sample)
+        if config.metric != "latency" or latency is not None:
+            length = config.sequence_length or _LENGTH
+            targets = sublayers(given.model, architecture)
+            budget_for(
+                cost_tables(given.model, targets, config.metric, length, latency), config.reduction
+            )
+        unsaved: str | None = getattr(stack.model, "kprune_unsaved", None)
+        return unsaved
