@@ -15,6 +15,7 @@ from ..common.fingerprints import config_of, structure_of, weights_of
 from ..common.locks import only_user_of
 from ..common.placement import is_dtensor, is_offloaded, is_partitioned
 from ..common.processes import Processes
+from ..units.finite import not_finite
 from .batches import ImageTokens
 from .inputs import Inputs
 from .samples import CalibrationData, collect_samples, largest_scored, sample_keys
@@ -90,6 +91,12 @@ def _own_model(model: Any, accelerator: Accelerator | None) -> PreTrainedModel:
             raise ValueError(
                 f"{name} is on the meta device: it has no values. Load the model with from_pretrained."
             )
+    damaged = not_finite(model)
+    if damaged:
+        raise ValueError(
+            f"NaN or infinite values in {len(damaged)} of the model's weights, first in {damaged[0]}. "
+            "Load the model from an undamaged checkpoint; if it is in float16, in float32 or bfloat16."
+        )
     return model
 
 

@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
+from ..architectures.table import ROWS
+from ..report.checks import MOST_JSON
 from ..report.report import REPORT_FILE, KPruneReport
+from ..units.finite import not_finite
+from ..units.kept import kept_units
+
+logger = logging.getLogger(__name__)
 
 
 def refuse_pickle(source: Any, options: Mapping[str, Any]) -> None:
-    """Checks that weights can be read from safetensors, the only format that is supported.
+    """Checks that weights are read from safetensors in the checkpoint's folder, and from nothing else.
 
     Args:
         source: Model id or path that `from_pretrained` was given.
         options: Its keyword arguments.
 
     Raises:
-        ValueError: If pickled weights are requested, or a local folder has no others.
+        ValueError: If pickled weights are requested, or a local folder has no others, or an index of
+            shards names a file that is a pickle or lies outside of the folder.
     """
     if options.get("use_safetensors") is False or options.get("weights_only") is False:
         raise ValueError(
             "Pruned models are loaded from safetensors only, as pickle files can run code. Leave "
             "out use_safetensors=False and weights_only=False."
         )
-    if source is None or not os.path.isdir(source):
+    explicit = getattr(options.get("config"), "transformers_weights", None)
+    if explicit is not None:
+        _check_name(explicit, source, "config.json", (".safetensors", ".safetensors.index.json"))
+    if source is None:
+        return
+    for index in _index_files(source, options, explicit):
+        for name in _shards(index, source):
+            _check_name(name, source, index.name, (".safetensors",))
+    if not os.path.isdir(source):
         return
     folder = Path(source, options.get("subfolder") or "")
     pickled = sorted(path.name for path in folder.glob("*.bin"))
@@ -38,6 +56,86 @@ def refuse_pickle(source: Any, options: Mapping[str, Any]) -> None:
             "code and is not read. Expected model.safetensors: save the model again with "
             "save_pretrained of kprune_ext."
         )
+    names = {path.name for path in folder.glob("adapter_*")}
+    if {"adapter_config.json", "adapter_model.bin"} <= names:
+        if "adapter_model.safetensors" not in names:
+            raise ValueError(
+                f"{os.fspath(folder)!r} has an adapter in adapter_model.bin, a pickle file, which can "
+                "run code and is not read. Save the adapter again as adapter_model.safetensors."
+            )
+
+
+def _index_files(source: Any, options: Mapping[str, Any], explicit: str | None) -> list[Path]:
+    """Returns the files that say in which shards the weights are, of a folder or a repository."""
+    if os.path.isdir(source):
+        folder = Path(source, options.get("subfolder") or "")
+        found = set(folder.glob("*.index*.json"))
+        if explicit is not None and explicit.endswith(".index.json"):
+            found.add(folder / explicit)
+        return sorted(path for path in found if path.is_file())
+    variant = options.get("variant")
+    usual = f"model.safetensors.index.{variant}.json" if variant else SAFE_WEIGHTS_INDEX_NAME
+    path = _stored(source, usual if explicit is None else explicit, options)
+    return [Path(path)] if path is not None and path.endswith(".json") else []
+
+
+def _stored(source: Any, name: str, options: Mapping[str, Any]) -> str | None:
+    """Returns the path of a file of a folder or repository, or None if there is none."""
+    names = ("cache_dir", "revision", "subfolder", "token", "local_files_only", "proxies")
+    given = {option: options[option] for option in names if options.get(option) is not None}
+    try:
+        path: str | None = cached_file(
+            source,
+            name,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **given,
+        )
+    except (OSError, ValueError):  # which loading reports
+        path = None
+    return path
+
+
+def _shards(index: Path, source: Any) -> list[Any]:
+    """Returns the names of the shards in an index."""
+    try:
+        if index.stat().st_size > MOST_JSON:
+            raise ValueError(f"it has more than {MOST_JSON:,} bytes")
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return list(dict.fromkeys(named))
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{index.name} in {os.fspath(source)!r} is not an index of weights "
+            f"({type(error).__name__}: {str(error)[:200]}). Restore it from the pruned checkpoint."
+        ) from None
+
+
+def _check_name(name: Any, source: Any, where: str, endings: tuple[str, ...]) -> None:
+    """Refuses the name of a weights file that is a pickle, or outside of the checkpoint's folder."""
+    shown = f"{where} of {os.fspath(source) if source is not None else None!r} names"
+    if not isinstance(name, str) or not name.endswith(endings):
+        raise ValueError(
+            f"{shown} the weights file {str(name)[:100]!r}, which is not a safetensors file. Other "
+            "files, such as pickles, can run code and are not read. Restore the checkpoint's files, or "
+            "save the model again with save_pretrained of kprune_ext."
+        )
+    parts = re.split(r"[/\\]", name)
+    if ".." in parts or not parts[0] or ":" in parts[0] or "\0" in name:
+        raise ValueError(
+            f"{shown} the weights file {name[:100]!r}, which is not in the checkpoint's folder. It is "
+            "not read: copy it into the folder, and name it without a path."
+        )
+
+
+def check_config(config: Any) -> None:
+    """Checks the sizes in a config, before anything is made of it.
+
+    Raises:
+        ValueError: If they are those of no pruned model.
+    """
+    if getattr(config, "model_type", None) in ROWS:
+        kept_units(config)
 
 
 def check_weights(
@@ -96,27 +194,34 @@ def _some(names: Iterable[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
+def warn_of_values(model: PreTrainedModel, source: Any) -> None:
+    """Warns of weights that are NaN or infinite, which the file of a healthy model does not have."""
+    names = not_finite(model)
+    if names:
+        logger.warning(
+            "The weights in %r are damaged, or overflow in this dtype: there are NaN or infinite "
+            "values in %s. The model's predictions will be wrong. Restore the file from the pruned "
+            "checkpoint.",
+            os.fspath(source),
+            _some(names),
+        )
+
+
 def stored_report(source: Any, options: Mapping[str, Any]) -> KPruneReport | None:
-    """Returns the report that was saved beside a model, or None.
+    """Returns the report that was saved beside a model, or None if there is none that can be read.
 
     Args:
         source: Model id or path that `from_pretrained` was given.
         options: Its keyword arguments.
-
-    Raises:
-        ValueError: If the file is not a report.
     """
-    names = ("cache_dir", "revision", "subfolder", "token", "local_files_only")
-    given = {name: options[name] for name in names if options.get(name) is not None}
+    path = _stored(source, REPORT_FILE, options)
+    return None if path is None else readable_report(path)
+
+
+def readable_report(path: str | os.PathLike[str]) -> KPruneReport | None:
+    """Returns a report, or None after a warning if the file is damaged."""
     try:
-        path = cached_file(
-            source,
-            REPORT_FILE,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            **given,
-        )
-    except OSError:
-        path = None
-    return None if path is None else KPruneReport.load_json(path)
+        return KPruneReport.load_json(path)
+    except (OSError, ValueError) as error:
+        logger.warning("The report is left out, as it is damaged: %s", error)
+        return None

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
+from yaml import YAMLError
 
 from ..common.presentation import CARD_NAME, with_section
 from ..report.report import KPruneReport
 
+logger = logging.getLogger(__name__)
 _OWNER = "kprune_ext"
+# Bytes of a card that are no UTF-8 are read and written as they are.
+_KEEP = "surrogateescape"
 _TEXT = """\
 ## Pruned with K-prune
 
@@ -49,14 +55,44 @@ def pruning_section(report: KPruneReport, auto: str, modeling_file: str | None) 
     return _TEXT.format(table=report.markdown(), loading=loading)
 
 
-def card_text(folder: str | os.PathLike[str], section: str) -> str:
-    """Returns the folder's card, or a new one, with the section."""
-    path = os.path.join(folder, CARD_NAME)
-    if not os.path.isfile(path):
+def card_text(folder: str | os.PathLike[str], section: str) -> str | None:
+    """Returns the folder's card, or a new one, with the section; None if it cannot be replaced."""
+    path = Path(folder, CARD_NAME)
+    if not can_be_replaced(path):
+        return None
+    if not path.is_file():
         return new_card(section)
-    # Keep line breaks as they are: the text is the user's.
-    with open(path, encoding="utf-8", newline="") as file:
-        return with_section(file.read(), section, _OWNER)
+    try:
+        return with_section(_text_of(path), section, _OWNER)
+    except OSError as error:
+        logger.warning("%s is left as it is, as it cannot be read: %s", path, error)
+        return None
+
+
+def can_be_replaced(path: Path) -> bool:
+    """Whether a file can be written at a path; warns where a folder is in its place."""
+    if path.is_dir():
+        logger.warning("%s is not written, as there is a folder of that name.", path)
+    return not path.is_dir()
+
+
+def write_card(path: Path, text: str) -> None:
+    """Writes a card, with the very bytes that `card_text` read."""
+    with open(path, "w", encoding="utf-8", errors=_KEEP, newline="") as file:
+        file.write(text)
+
+
+def _text_of(path: Path) -> str:
+    """Returns a card's text, which is the user's: line breaks and bytes that are no text are kept."""
+    with open(path, encoding="utf-8", errors=_KEEP, newline="") as file:
+        text = file.read()
+    if any("\udc80" <= letter <= "\udcff" for letter in text):
+        logger.warning(
+            "%s is not text in UTF-8. Its bytes are kept, and the section on pruning is added; save "
+            "the card in UTF-8.",
+            path,
+        )
+    return text
 
 
 def new_card(section: str) -> str:
@@ -70,7 +106,15 @@ def remote_card(repo_id: str, section: str, token: str | bool | None) -> str:
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        card = ModelCard.load(repo_id, token=token)  # type: ignore[arg-type]
+        text = str(ModelCard.load(repo_id, token=token))  # type: ignore[arg-type]
     except EntryNotFoundError:
         return new_card(section)
-    return with_section(str(card), section, _OWNER)
+    except (ValueError, YAMLError) as error:
+        logger.warning(
+            "The card of %s is damaged (%s). Its text is kept as it is, and the section on pruning is "
+            "added.",
+            repo_id,
+            str(error)[:200],
+        )
+        text = _text_of(Path(hf_hub_download(repo_id, CARD_NAME, token=token)))
+    return with_section(text, section, _OWNER)

@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedModel
 from ..report.from_sizes import report_from_sizes
 from ..report.report import REPORT_FILE, KPruneReport
 from .classes import KIND_OF_NAME, UnevenLayers
+from .loading import readable_report
 
 
 def load_report(
@@ -18,9 +19,9 @@ def load_report(
 ) -> KPruneReport:
     """Returns the report on a pruned model.
 
-    It is the report of the pruning run if that is stored with the model. Otherwise it is made from the
-    sizes in the config: reconstruction errors and calibration data are unknown then, and the model is
-    compared with the one before its first pruning.
+    It is the report of the pruning run if that is stored with the model and is not damaged. Otherwise it
+    is made from the sizes in the config: reconstruction errors and calibration data are unknown then,
+    and the model is compared with the one before its first pruning.
 
     Args:
         source: A pruned model, its folder or hub id, or a report file; weights are not read.
@@ -39,8 +40,16 @@ def load_report(
     if path.is_file():
         return KPruneReport.load_json(path)
     if (path / REPORT_FILE).is_file():
-        return KPruneReport.load_json(path / REPORT_FILE)
-    config = AutoConfig.from_pretrained(source)
+        stored = readable_report(path / REPORT_FILE)
+        if stored is not None:
+            return stored
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except RecursionError:
+        raise ValueError(
+            f"config.json in {os.fspath(source)!r} is nested too deeply. Restore it from the pruned "
+            "checkpoint."
+        ) from None
     names = [name for name in config.architectures or [] if name in KIND_OF_NAME]
     return _from_sizes(config, KIND_OF_NAME[names[0]] if names else None, sequence_length)
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..architectures import headless
 from ..architectures.row import Architecture, SubLayerPaths
 from ..common.version import installed_version
-from ..units.kept import decode_indices
+from ..units.kept import decode_indices, read_kept
 from . import standalone
 
 MODELING_FILE = "modeling_kprune_ext.py"
@@ -61,16 +61,20 @@ def modeling_source(
     parts = [
         _HEADER.format(family=architecture.model_type, version=installed_version()),
         "from __future__ import annotations\n",
+        "from collections.abc import Sequence",
         "from typing import Any\n",
         "from torch import Tensor, nn",
         "from transformers import (\n    " + ",\n    ".join(names) + ",\n)",
         *imports,
         "",
         inspect.getsource(decode_indices),
+        inspect.getsource(read_kept),
         *attention_code,
         f"LAYERS = {architecture.layers!r}",
         _table(architecture),
         inspect.getsource(standalone.UnevenLayers),
+        inspect.getsource(standalone.paths_in),
+        inspect.getsource(standalone.units),
         inspect.getsource(standalone.set_units),
         inspect.getsource(standalone.set_size),
         inspect.getsource(standalone.replace_module),

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..units.kept import decode_indices
+from ..units.kept import read_kept
 
 LAYERS = ""
 SUBLAYERS: dict[str, Any] = {}
@@ -24,16 +24,28 @@ class UnevenLayers:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         model: Any = self
         size = config.hidden_size // config.num_attention_heads
-        layers = model.base_model.get_submodule(LAYERS).children()
-        for layer, row in zip(layers, config.kprune["layers"], strict=True):
-            set_units(layer, "attention", decode_indices(row["heads"]), size)
-            set_units(layer, "ffn", decode_indices(row["neurons"]), 1)
+        layers = list(model.base_model.get_submodule(LAYERS).children())
+        limits = [(units(layer, "attention") // size, units(layer, "ffn")) for layer in layers]
+        kept = read_kept(getattr(config, "kprune", None), limits)
+        for layer, (heads, neurons) in zip(layers, kept, strict=True):
+            set_units(layer, "attention", heads, size)
+            set_units(layer, "ffn", neurons, 1)
+
+
+def paths_in(layer: Any, kind: str) -> Any:
+    """Returns the paths of a sub-layer's modules."""
+    names = {name for name, _ in layer.named_modules()}
+    return next(p for p in SUBLAYERS[kind] if names.issuperset((*p["inputs"], p["output"])))
+
+
+def units(layer: Any, kind: str) -> int:
+    """Returns the number of dimensions of a sub-layer's units."""
+    return int(layer.get_submodule(paths_in(layer, kind)["output"]).in_features)
 
 
 def set_units(layer: Any, kind: str, kept: tuple[int, ...], size: int) -> None:
     """Shrinks a sub-layer to the units that are kept, of `size` dimensions each."""
-    names = {name for name, _ in layer.named_modules()}
-    paths = next(p for p in SUBLAYERS[kind] if names.issuperset((*p["inputs"], p["output"])))
+    paths = paths_in(layer, kind)
     dims = len(kept) * size
     if dims == layer.get_submodule(paths["output"]).in_features:
         return

@@ -23,6 +23,7 @@ def report_from_sizes(config: Any, kind: Any, length: int) -> KPruneReport:
         kind: Class of the pruned model.
         length: Tokens per sequence at which FLOPs are counted.
     """
+    kept_units(config)  # before anything is made of a damaged config
     whole = copy.deepcopy(config)
     whole.kprune = None
     store_kept_units(whole, kept_units(whole))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common.files import write_json
+from .checks import MOST_JSON, check_fields, check_rows
 from .figure import save_kept
 from .rows import SubLayerReport
 
@@ -81,9 +82,15 @@ class KPruneReport:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> KPruneReport:
-        """Returns the report from a dict that `to_dict` made."""
+        """Returns the report from a dict that `to_dict` made.
+
+        Raises:
+            KeyError, TypeError, ValueError: If a field is missing, or has a value that no report has.
+        """
         old = {"logit_scale": None} | values  # absent in older reports
         fields = {field.name: old[field.name] for field in dataclasses.fields(cls)}
+        check_fields(fields, tuple(_METRIC_NAMES))
+        check_rows(fields["sublayers"])
         fields["sublayers"] = tuple(SubLayerReport(**row) for row in fields["sublayers"])
         return cls(**fields)
 
@@ -99,12 +106,14 @@ class KPruneReport:
             OSError: If the file cannot be read.
             ValueError: If the file is not a report.
         """
-        text = Path(path).read_text(encoding="utf-8")
         try:
-            return cls.from_dict(json.loads(text))
-        except (KeyError, TypeError, ValueError) as error:
+            if os.path.getsize(path) > MOST_JSON:
+                raise ValueError(f"it has more than {MOST_JSON:,} bytes")
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            said = f"{type(error).__name__}: {str(error)[:200]}"
             raise ValueError(
-                f"{os.fspath(path)!r} is not a report of kprune ({type(error).__name__}: {error}). "
+                f"{os.fspath(path)!r} is not a report of kprune ({said}). "
                 f"Pass the {REPORT_FILE} that `kprune prune` or KPruneReport.save_json wrote."
             ) from None
 

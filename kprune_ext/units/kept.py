@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..architectures.table import ROWS
 
 FORMAT = 1
+#: Sizes beyond those of any encoder, so that a hostile config cannot fill the memory.
+MOST_LAYERS = 10_000
+MOST_UNITS = 2**22
+MOST_IN_ALL = 2**23
 
 
 @dataclass(frozen=True)
@@ -30,22 +34,80 @@ def encode_indices(indices: Iterable[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def decode_indices(text: str) -> tuple[int, ...]:
+def decode_indices(text: str, limit: int = 2**22) -> tuple[int, ...]:
     """Reads ascending numbers from text with shortened runs: `"0-2,5"` becomes `(0, 1, 2, 5)`.
 
+    Args:
+        text: The text.
+        limit: Upper limit of the numbers, so that hostile text cannot fill the memory.
+
     Raises:
-        ValueError: If the text is malformed or the numbers do not ascend.
+        ValueError: If the text is malformed, or the numbers do not ascend or reach the limit.
     """
+    if not isinstance(text, str):
+        raise ValueError(f"numbers are text, not of type {type(text).__name__}")
+    if len(text) > (limit + 1) * (len(str(limit)) + 1):
+        raise ValueError(f"{len(text)} characters are too many for numbers below {limit}")
     indices: list[int] = []
     for run in text.split(",") if text else []:
-        first, _, last = run.partition("-")
-        low, high = int(first), int(last or first)
+        ends = run.split("-")
+        if len(ends) > 2 or any(not (n.isascii() and n.isdigit()) or len(n) > 12 for n in ends):
+            raise ValueError(f"{run[:40]!r} is neither a number nor a run of numbers")
+        low, high = int(ends[0]), int(ends[-1])
         if high < low or (indices and low <= indices[-1]):
             raise ValueError(f"{run!r} is not in ascending order")
-        if high - low > 1_000_000:
-            raise ValueError(f"the run {run!r} is too long")
+        if high >= limit:
+            raise ValueError(f"{run!r} goes beyond the last number, {limit - 1}")
         indices.extend(range(low, high + 1))
     return tuple(indices)
+
+
+def read_kept(
+    stored: Any, limits: Sequence[tuple[int, int]]
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Returns the heads and neurons that each layer keeps.
+
+    Args:
+        stored: The field `kprune` of a config.
+        limits: Numbers of heads and neurons of each layer of the original model.
+
+    Raises:
+        ValueError: If the field is inconsistent, in itself or with the original model.
+    """
+    try:
+        if stored["format"] != 1:
+            raise ValueError(
+                f"its format is {str(stored['format'])[:40]!r}, expected 1; update kprune_ext"
+            )
+        rows = stored["layers"]
+        if not isinstance(rows, list | tuple) or len(rows) != len(limits):
+            raise ValueError(f"it lists {len(rows)} layers")
+        kept = []
+        left = 2**23  # more than any encoder has, and little memory
+        for number, (row, most) in enumerate(zip(rows, limits, strict=True)):
+            found = []
+            for kind, limit in zip(("heads", "neurons"), most, strict=True):
+                try:
+                    indices = decode_indices(row[kind], min(limit, left))
+                except ValueError as error:
+                    raise ValueError(f"{kind} of layer {number}: {error}") from None
+                if len(indices) != row[f"num_{kind}"]:
+                    raise ValueError(
+                        f"layer {number} lists {len(indices)} {kind} instead of "
+                        f"{str(row[f'num_{kind}'])[:40]}"
+                    )
+                found.append(indices)
+                left -= len(indices)
+            kept.append((found[0], found[1]))
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        heads, neurons = limits[0] if limits else (0, 0)
+        raise ValueError(
+            f"The field 'kprune' of this model's config is damaged ({type(error).__name__}: "
+            f"{str(error)[:200]}). Expected the field as kprune_ext wrote it: for each of the "
+            f"{len(limits)} layers, at most {heads} heads and {neurons} neurons with their counts. "
+            "Restore config.json from the pruned checkpoint."
+        ) from None
+    return kept
 
 
 def kept_units(config: Any) -> list[KeptUnits]:
@@ -55,47 +117,45 @@ def kept_units(config: Any) -> list[KeptUnits]:
         config: Config of a supported model, dense or pruned.
 
     Raises:
-        ValueError: If the field `kprune` is inconsistent, in itself or with the rest of the config.
+        ValueError: If the field `kprune` is inconsistent, in itself or with the rest of the config, or
+            the sizes in the config are those of no model.
     """
-    heads = config.num_attention_heads
-    neurons = ROWS[config.model_type].neurons(config)
+    layers, heads, neurons = _sizes(config)
     stored = getattr(config, "kprune", None)
     if stored is None:
         everything = KeptUnits(tuple(range(heads)), tuple(range(neurons)))
-        return [everything] * config.num_hidden_layers
+        return [everything] * layers
+    return [KeptUnits(*units) for units in read_kept(stored, [(heads, neurons)] * layers)]
+
+
+def _sizes(config: Any) -> tuple[int, int, int]:
+    """Returns the numbers of layers, and of heads and neurons of a layer that is not pruned."""
     try:
-        return _parse(stored, config.num_hidden_layers, heads, neurons)
-    except (KeyError, TypeError, ValueError) as error:
+        neurons: Any = ROWS[config.model_type].neurons(config)
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(
-            f"The field 'kprune' of this model's config is damaged ({type(error).__name__}: "
-            f"{error}). Expected the field as kprune_ext wrote it: for each of the "
-            f"{config.num_hidden_layers} layers, at most {heads} heads and {neurons} neurons with "
-            "their counts. Restore config.json from the pruned checkpoint."
+            f"The config's number of neurons is no number ({error}). Restore config.json from the "
+            "checkpoint."
         ) from None
-
-
-def _parse(stored: dict[str, Any], layers: int, heads: int, neurons: int) -> list[KeptUnits]:
-    if stored["format"] != FORMAT:
+    found = {
+        "layers": (config.num_hidden_layers, 0, MOST_LAYERS),
+        "attention heads": (config.num_attention_heads, 1, MOST_UNITS),
+        "neurons of a layer": (neurons, 0, MOST_UNITS),
+    }
+    for name, (count, least, most) in found.items():
+        if isinstance(count, bool) or not isinstance(count, int) or not least <= count <= most:
+            raise ValueError(
+                f"The config says that the model has {str(count)[:40]} {name}. Expected a whole "
+                f"number from {least} to {most:,}. Restore config.json from the checkpoint."
+            )
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    if layers * (heads + neurons) > MOST_IN_ALL:
         raise ValueError(
-            f"its format is {stored['format']!r}, expected {FORMAT}; update kprune_ext"
+            f"The config says that the model has {layers} layers of {heads} attention heads and "
+            f"{neurons} neurons. Expected at most {MOST_IN_ALL:,} in all. Restore config.json from the "
+            "checkpoint."
         )
-    rows = stored["layers"]
-    if len(rows) != layers:
-        raise ValueError(f"it lists {len(rows)} layers")
-    kept = []
-    for number, row in enumerate(rows):
-        units = {}
-        for kind, limit in (("heads", heads), ("neurons", neurons)):
-            indices = decode_indices(row[kind])
-            if len(indices) != row[f"num_{kind}"]:
-                raise ValueError(
-                    f"layer {number} lists {len(indices)} {kind} instead of {row[f'num_{kind}']}"
-                )
-            if indices and indices[-1] >= limit:
-                raise ValueError(f"layer {number} lists {kind} up to number {indices[-1]}")
-            units[kind] = indices
-        kept.append(KeptUnits(**units))
-    return kept
+    return layers, heads, neurons
 
 
 def store_kept_units(config: Any, kept: Iterable[KeptUnits]) -> None:

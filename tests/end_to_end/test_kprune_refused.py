@@ -82,7 +82,19 @@ def test_batches_of_another_form(batch: Any, error: type[Exception], message: st
         run(tiny_bert(), [batch])
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("path", ["bert.embeddings.word_embeddings", "classifier"])
+def test_weights_that_are_not_finite_are_named_before_the_work(path: str, value: float) -> None:
+    model = tiny_bert()
+    with torch.no_grad():
+        model.get_submodule(path).weight[-1, -1] = value
+    with pytest.raises(
+        ValueError, match=f"NaN or infinite values in 1 of .* first in {path}.weight"
+    ):
+        run(model, iter(()))
+
+
+@pytest.mark.parametrize("value", [3e38])
 @pytest.mark.parametrize(
     ("path", "named"),
     [

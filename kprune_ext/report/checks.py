@@ -1,0 +1,76 @@
+"""Checks of the values in a report file."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+#: Largest JSON file that is read, in bytes; those of a model take a few kilobytes to megabytes.
+MOST_JSON = 2**26
+
+_WHOLE = ("sequence_length", "samples", "tokens", "parameters", "parameters_before")
+_AMOUNTS = ("reduction", "budget", "cost", "cost_before")
+_ROW_WHOLE = (
+    "layer", "units", "units_before", "flops", "flops_before", "parameters", "parameters_before",
+)  # fmt: skip
+
+
+def check_fields(values: dict[str, Any], metrics: tuple[str, ...]) -> None:
+    """Checks the fields of a report apart from its rows.
+
+    Args:
+        values: The fields by name.
+        metrics: The names of metrics that are known.
+
+    Raises:
+        ValueError: If a field has a value that no report has.
+    """
+    for name in _WHOLE:
+        _check_whole(name, values[name])
+    for name in _AMOUNTS:
+        _check_number(name, values[name])
+    if values["logit_scale"] is not None:
+        _check_number("logit_scale", values["logit_scale"])
+    if values["metric"] not in metrics:
+        raise ValueError(f"metric is {_shown(values['metric'])}, not one of {', '.join(metrics)}")
+    if not values["cost_before"] > 0:
+        raise ValueError(f"cost_before is {_shown(values['cost_before'])}, but must be positive")
+
+
+def check_rows(rows: Any) -> None:
+    """Checks the rows of a report.
+
+    Raises:
+        ValueError: If a row has a value that no report has, or is not one of the two of its layer.
+    """
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("sublayers is not a list of rows")
+    for row in rows:
+        for name in _ROW_WHOLE:
+            _check_whole(name, row[name])
+        if not isinstance(row["name"], str):
+            raise ValueError(f"name is {_shown(row['name'])}, but must be text")
+        error = row["error"]
+        if error is not None and (isinstance(error, bool) or not isinstance(error, int | float)):
+            raise ValueError(f"error is {_shown(error)}, but must be a number or null")
+    kinds = sorted((row["layer"], str(row["kind"])) for row in rows)
+    layers = sorted({layer for layer, _ in kinds})
+    if kinds != [(layer, kind) for layer in layers for kind in ("attention", "ffn")]:
+        raise ValueError("sublayers does not have one row of attention and one of ffn per layer")
+    if not sum(row["flops_before"] for row in rows) > 0:
+        raise ValueError("flops_before is 0 in all sublayers")
+
+
+def _check_whole(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        raise ValueError(f"{name} is {_shown(value)}, but must be a whole number")
+
+
+def _check_number(name: str, value: Any) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or abs(value) > 1e30:
+        raise ValueError(f"{name} is {_shown(value)}, but must be a number")
+
+
+def _shown(value: Any) -> str:
+    return f"{str(value)[:40]!r}"
