@@ -133,12 +133,12 @@ class CordaFactors:
                 metadata = file.metadata() or {}
                 _check_format(path, metadata)
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                check_sum(path, tensors, metadata)
                 modules = {
                     name: _read_module(tensors, name, about)
                     for name, about in json.loads(metadata["modules"]).items()
                 }
                 damping, weighting = float(metadata["damping"]), metadata["weighting"]
+                check_sum(path, tensors, metadata)
         except (
             SafetensorError,
             LookupError,
