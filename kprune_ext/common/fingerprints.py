@@ -70,7 +70,8 @@ def bits_of(tensor: Tensor) -> bytes:
     The sums are exact, so that they are the same wherever they are computed.
     """
     try:
-        rows = tensor.detach().contiguous().view(-1 if tensor.ndim < 2 else len(tensor), 1, -1)
+        count = tensor.numel() if tensor.ndim < 2 else len(tensor)
+        rows = tensor.detach().contiguous().view(count, 1, -1)
         whole = rows.view(_INTEGERS[tensor.element_size()])
         return whole.sum((1, 2), dtype=torch.int64).cpu().numpy().tobytes()
     except (RuntimeError, TypeError, KeyError, NotImplementedError):  # of a dtype of its own
