@@ -53,14 +53,16 @@ def token_shape(inputs: Any) -> tuple[int, int] | None:
     """Returns the shape `(batch, tokens)` of a batch, or None if no entry has it.
 
     Tokens `(batch, choices, tokens)` of multiple choice are `(batch · choices, tokens)`, as models
-    arrange them.
+    arrange them, unless there is a mask for two dimensions only, as for `(batch, tokens, codes)`.
     """
     if not isinstance(inputs, Mapping):
         return None
     for key in ("input_ids", "inputs_embeds", "attention_mask"):
         value = inputs.get(key)
         if isinstance(value, Tensor) and value.ndim >= 2 and value.ndim < 4:
-            if key == "input_ids" and value.ndim == 3:
+            mask = inputs.get("attention_mask")
+            flat = isinstance(mask, Tensor) and mask.ndim == 2
+            if key == "input_ids" and value.ndim == 3 and not flat:
                 return value.shape[0] * value.shape[1], value.shape[2]
             return value.shape[0], value.shape[1]
     return None
@@ -129,7 +131,9 @@ def _fit_mask(values: dict[str, Any], prefix: str, number: int) -> None:
     if not isinstance(mask, Tensor) or not isinstance(tokens, Tensor):
         return
     shape = tuple(tokens.shape)[: 3 if tokens is ids else 2]
-    if mask.ndim > 3 or tuple(mask.shape) == shape or "past_key_values" in values:
+    if mask.ndim > 3 or "past_key_values" in values:
+        return
+    if tuple(mask.shape) == shape or (len(shape) == 3 and tuple(mask.shape) == shape[:2]):
         return
     if mask.ndim == 2 and len(shape) == 2 and mask.shape[0] == 1 and mask.shape[1] == shape[1]:
         values[key] = mask.expand(shape)

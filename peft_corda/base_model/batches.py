@@ -66,7 +66,7 @@ def digest_of(batch: Any) -> str:
     return digest.hexdigest()
 
 
-def unpadded(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+def unpadded(batch: Mapping[str, Any], keeps_masks: bool = False) -> list[dict[str, Any]]:
     """Splits a batch into parts without padding, each of sequences of equal length.
 
     Args:
@@ -74,6 +74,7 @@ def unpadded(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
             or `labels`, each `(batch, tokens)`. Tensors `(batch, tokens, …)` are cut like the mask of
             their side. Of labels, -100 is cut off at the end only, as the tokens before the last one
             have influence on it.
+        keeps_masks: Whether the parts have masks, for models that need one.
 
     Returns:
         Batches without masks, in the order of their first sequences; the batch itself if it has no
@@ -114,7 +115,9 @@ def unpadded(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
         {
             key: _cut(key, value, rows, dict(zip(sides, spans, strict=True)), lengths, count)
             for key, value in batch.items()
-            if key not in ("attention_mask", "decoder_attention_mask") or _is_packed(value)
+            if keeps_masks
+            or key not in ("attention_mask", "decoder_attention_mask")
+            or _is_packed(value)
         }
         for spans, rows in together.items()
     ]

@@ -1,7 +1,7 @@
 """Runs calibration batches through a model and observes the inputs of its modules.
 
-Only this module, `block_chain` and `hidden_state_cache` use a model's hooks or replace its forwards
-during calibration.
+Only this module, `model_sides`, `block_chain` and `hidden_state_cache` use a model's hooks or
+replace its forwards during calibration.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from kprune_ext.common.placement import execution_device, is_offloaded, reshard, sharding_of
 from kprune_ext.common.text_data import LABEL_KEYS
@@ -23,6 +24,7 @@ from .batches import Batch, first_example, of_like_length, unpadded
 from .decoder_inputs import counted_targets, kept_apart, takes_targets, with_targets
 from .masks import Side, mask_of_side, token_mask
 from .model_parts import arguments_of, holds_images, text_model_of, unwrapped, without_head
+from .model_sides import sides_differ, text_begins
 from .quantized import quantization_of
 
 # Fixed cost of a forward pass, in tokens: reading weights from memory; or, the higher one,
@@ -36,6 +38,10 @@ Visitor = Callable[[str, Tensor, Tensor | None], None]
 
 class _Done(Exception):
     """Ends a forward pass after the last module of interest."""
+
+
+class _StackedError(ValueError):
+    """Tokens have a dimension too many."""
 
 
 class Runner:
@@ -78,6 +84,7 @@ class Runner:
         self.tokens: tuple[int, int] | None = None
         self._mask: Tensor | None = None
         self._sides: tuple[Side, ...] = ()
+        self._stacked: tuple[int, ...] | None = None
         self._before_text = False
         self._may_stop = True
 
@@ -116,7 +123,9 @@ class Runner:
             return of_like_length(inputs, self._run_cost)
         parts = [inputs]
         if rows_belong(inputs, self._image_token):
-            parts = unpadded(inputs)
+            # A model that is given labels may have a loss that asks for a mask.
+            loss = "labels" in inputs and not any(key.startswith("decoder_input") for key in inputs)
+            parts = unpadded(inputs, keeps_masks=loss)
         return [kept_apart(part) for part in parts] if self._takes_targets else parts
 
     def check(self, batch: Batch, number: int) -> None:
@@ -135,6 +144,7 @@ class Runner:
         """
         inputs = dict(send_to_device(part, self.device))
         self._look_at(inputs)
+        self._before_text = False
         if self._takes_targets and any(key.startswith("decoder_input") for key in inputs):
             inputs.pop("labels", None)
         module = self._module_for(inputs)
@@ -142,10 +152,10 @@ class Runner:
             inputs["use_cache"] = False
         ids = inputs.get("input_ids")
         try:
-            with suppress(_Done), self._noticing_text(inputs):
+            with suppress(_Done), self._noticing(inputs):
                 module(**inputs)
         except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
-            if not isinstance(ids, Tensor) or ids.ndim == 2:
+            if not isinstance(ids, Tensor) or ids.ndim == 2 or isinstance(error, _StackedError):
                 raise
             raise ValueError(
                 f"{type(self.model).__name__} cannot be run on input_ids of shape {tuple(ids.shape)}: "
@@ -153,16 +163,36 @@ class Runner:
             ) from error
 
     def mask_for(self, inputs: Tensor) -> Tensor | None:
-        """Returns the mask for the input of a module in the current run; None if all of it counts."""
+        """Returns the mask for the input of a module in the current run; None if all of it counts.
+
+        Raises:
+            ValueError: If the model has taken another dimension of `input_ids` for tokens.
+        """
+        self.refuse_stacked(inputs)
         if self._before_text:
             return None
         if self._two_sequences:
             return mask_of_side(tuple(inputs.shape[:-1]), self._sides)
         return self._mask
 
+    def refuse_stacked(self, inputs: Tensor) -> None:
+        """Raises an error if tokens `(…, batch, tokens)` came to a module of transformers as they are.
+
+        Such a model does not fail on them, but takes the batch for the tokens.
+        """
+        if self._stacked == tuple(inputs.shape[:-1]) and isinstance(
+            unwrapped(self.model), PreTrainedModel
+        ):
+            raise _StackedError(
+                f"{type(self.model).__name__} takes input_ids of shape (batch, tokens), got "
+                f"{self._stacked}. Give batches of two dimensions."
+            )
+
     def _look_at(self, inputs: Mapping[str, Any]) -> None:
         """Notes which of the tokens of a part count."""
         mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
+        stacked = isinstance(ids, Tensor) and ids.ndim > 2
+        self._stacked = tuple(ids.shape) if stacked and isinstance(ids, Tensor) else None
         if isinstance(ids, Tensor) and ids.ndim == 3 and isinstance(mask, Tensor):
             mask = mask.flatten(0, 1) if mask.shape == ids.shape else mask
         self._mask = token_mask(mask)
@@ -194,25 +224,17 @@ class Runner:
         return self._shorter
 
     @contextmanager
-    def _noticing_text(self, inputs: Mapping[str, Any]) -> Iterator[None]:
-        """Notices when the text model begins; before it, the mask of the tokens is of no concern."""
-        text = (
-            text_model_of(self.model) if self._mask is not None and holds_images(inputs) else None
-        )
-        if text is None or self._two_sequences:
-            yield
+    def _noticing(self, inputs: Mapping[str, Any]) -> Iterator[None]:
+        """Notices what the masks depend on: see `text_begins` and `sides_differ`."""
+        if self._two_sequences:
+            with sides_differ(self.model, self._sides):
+                yield
             return
-
-        def begin(*_: Any) -> None:
-            self._before_text = False
-
-        self._before_text = True
-        handle = text.register_forward_pre_hook(begin)
-        try:
+        images = self._mask is not None and holds_images(inputs)
+        text = text_model_of(self.model) if images else None
+        self._before_text = text is not None
+        with text_begins(text, lambda: setattr(self, "_before_text", False)):
             yield
-        finally:
-            handle.remove()
-            self._before_text = False
 
     def visited(self, name: str) -> None:
         """Ends the run after the module `stop_after`; must be called for each visited module."""

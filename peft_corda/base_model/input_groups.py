@@ -138,6 +138,7 @@ class _Calls:
         self.in_rows = False
 
     def visit(self, name: str, inputs: Tensor, _: Tensor | None = None) -> None:
+        self._runner.refuse_stacked(inputs)
         tokens = self._runner.tokens
         self.masked &= tokens is None or is_broadcastable(tuple(inputs.shape[:-1]), tokens)
         self.in_rows |= tokens is not None and inputs.ndim == 2

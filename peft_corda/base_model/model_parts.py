@@ -43,12 +43,12 @@ def holds_images(inputs: Mapping[str, Any]) -> bool:
 
 def text_model_of(model: nn.Module) -> nn.Module | None:
     """Returns the text model of a model of several modalities, if it is known."""
-    get = getattr(unwrapped(model), "get_decoder", None)
-    try:
-        found = get() if get is not None else None
-    except (AttributeError, NotImplementedError):
-        return None
-    return found if isinstance(found, nn.Module) and found is not unwrapped(model) else None
+    return _found_by(model, "get_decoder")
+
+
+def encoder_of(model: nn.Module) -> nn.Module | None:
+    """Returns the encoder of an encoder-decoder model, if it is known."""
+    return _found_by(model, "get_encoder")
 
 
 def without_head(model: nn.Module, targets: Mapping[str, nn.Module]) -> nn.Module:
@@ -58,3 +58,12 @@ def without_head(model: nn.Module, targets: Mapping[str, nn.Module]) -> nn.Modul
     if isinstance(backbone, nn.Module) and all(name.startswith(prefix + ".") for name in targets):
         return backbone
     return model
+
+
+def _found_by(model: nn.Module, getter: str) -> nn.Module | None:
+    get = getattr(unwrapped(model), getter, None)
+    try:
+        found = get() if get is not None else None
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(found, nn.Module) and found is not unwrapped(model) else None
