@@ -124,8 +124,8 @@ def _require_pruned(model: Any, step: int, at_step: int) -> None:
     if not any(isinstance(module, UnevenLayers) for module in model.modules()):
         raise ValueError(
             f"The run was resumed at step {step}, and the model was to be pruned after step {at_step}, "
-            "but it is not. Load the model from the checkpoint (from_pretrained) if it was pruned before "
-            "that; otherwise pass a later at_step."
+            "but it is not. Load it from the checkpoint (from_pretrained) if it was pruned before that; "
+            "otherwise pass a later at_step."
         )
 
 

@@ -18,7 +18,9 @@ from .twins import own_attributes
 
 _COMPARED = (int, float, str, bool, tuple, FunctionType, BuiltinFunctionType)
 # Differences in these change no prediction.
-_IGNORED = frozenset({"training", "gradient_checkpointing", "padding_idx", "name_or_path"})
+_IGNORED = frozenset(
+    {"training", "gradient_checkpointing", "padding_idx", "name_or_path", "n_layers"}
+)
 
 
 @dataclass(frozen=True)
