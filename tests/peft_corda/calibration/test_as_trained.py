@@ -55,7 +55,8 @@ def test_a_decoder_sees_the_labels_moved_on(kind, left_out):
     cross = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.endswith(("EncDecAttention.k", "encoder_attn.k_proj"))
+        if isinstance(module, nn.Linear)
+        and name.endswith(("EncDecAttention.k", "encoder_attn.k_proj"))
     ]
     targets = {name: model.get_submodule(name) for name in decoder + cross}
     found = covariances_of(model, targets, [batch])
@@ -68,7 +69,9 @@ def test_a_decoder_sees_the_labels_moved_on(kind, left_out):
             found[name].matrix, rows.T @ rows / len(rows), rtol=1e-3, atol=1e-4
         )
     for name in cross:
-        assert found[name].tokens == (60 if kind == "whisper" else int(batch["attention_mask"].sum()))
+        assert found[name].tokens == (
+            60 if kind == "whisper" else int(batch["attention_mask"].sum())
+        )
 
 
 def test_padding_of_targets_without_minus_100():

@@ -92,7 +92,9 @@ def test_no_more_batches_are_looked_at_than_it_takes():
 def test_module_that_no_batch_reaches():
     model = Experts()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"experts\.\d \(\d in all\) was never .* of the 2 batches"):
+    with pytest.raises(
+        ValueError, match=r"experts\.\d \(\d in all\) was never .* of the 2 batches"
+    ):
         calibrate(model, experts_config(), tokens_for(2, 3), progress=False)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())
