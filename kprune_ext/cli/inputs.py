@@ -52,19 +52,49 @@ def load_model(options: PruneOptions, about: Any) -> PreTrainedModel:
     return loaded
 
 
-def _check_fields(rows: Any, names: list[str], option: str) -> None:
-    missing = [name for name in names if name not in rows.column_names]
-    if missing:
+def check_device(device: str | None) -> None:
+    """Checks that a device can be used, before anything is loaded.
+
+    Raises:
+        ValueError: If there is no such device.
+    """
+    if device is None or device == "auto":
+        return
+    try:
+        if torch.device(device).type == "meta":
+            raise ValueError("it computes nothing")
+        torch.zeros(1, device=device)
+    except Exception as error:  # of each kind of device
         raise ValueError(
-            f"The data have no field {missing[0]!r}; their fields are "
-            f"{', '.join(rows.column_names)}. Pass the right one as {option}."
-        )
+            f"device={device!r} cannot be used here ({str(error).splitlines()[0][:200]}). Pass cpu, or a "
+            "GPU of this machine such as cuda:0."
+        ) from error
+
+
+def _check_fields(rows: Any, names: list[str], option: str, wanted: str) -> None:
+    """Checks that the data have fields, and that these hold texts or images, as `wanted` says."""
+    from datasets import Image, Value
+
+    for name in names:
+        if name not in rows.column_names:
+            raise ValueError(
+                f"The data have no field {name!r}; their fields are "
+                f"{', '.join(rows.column_names)}. Pass the right one as {option}."
+            )
+        kind = rows.features[name]
+        is_text = isinstance(kind, Value) and "string" in kind.dtype
+        if not (is_text if wanted == "text" else isinstance(kind, Image)):
+            found = kind.dtype if isinstance(kind, Value) else type(kind).__name__
+            raise ValueError(
+                f"The field {name!r} holds values of type {found}, not {wanted}. Pass the name of a "
+                f"field with {wanted} as {option}."
+            )
 
 
 def text_batches(
     rows: Any, tokenizer: Any, options: PruneOptions, about: Any
 ) -> Iterator[dict[str, Any]]:
-    """Returns an iterator over batches of a data set's texts, tokenised.
+    """Returns an iterator over batches of a data set's texts, tokenised; empty fields are left out.
 
     Args:
         rows: The data set.
@@ -73,21 +103,32 @@ def text_batches(
         about: Config of the model.
 
     Raises:
-        ValueError: If the number of text fields is not one or two, or the data lack one of them.
+        ValueError: If the number of text fields is not one or two, or the data lack one of them, or
+            sequences have no room for text.
     """
     names = [options.text_field] if isinstance(options.text_field, str) else options.text_field
     if not 1 <= len(names) <= 2:
         raise ValueError("text_field takes the name of one field, or of two for text pairs.")
-    _check_fields(rows, names, "text_field")
+    _check_fields(rows, list(names), "text_field", "text")
     most = getattr(about, "max_position_embeddings", None) or options.max_length
     length = min(options.max_length, most, tokenizer.model_max_length)
+    special = tokenizer.num_special_tokens_to_add(pair=len(names) == 2)
+    if length < special + len(names):
+        raise ValueError(
+            f"max_length={length} has no room for text: the tokenizer adds {special} tokens to each "
+            f"sequence. Pass at least {special + len(names)}, such as the default of 128."
+        )
 
     def batches() -> Iterator[dict[str, Any]]:
         for part in rows.select_columns(names).iter(options.batch_size):
-            texts = [list(part[name]) for name in names]
+            every = zip(*(part[name] for name in names), strict=True)
+            texts = [texts for texts in every if None not in texts]
+            if not texts:
+                continue
+            columns = [list(column) for column in zip(*texts, strict=True)]
             yield dict(
                 tokenizer(
-                    *texts, truncation=True, max_length=length, padding=True, return_tensors="pt"
+                    *columns, truncation=True, max_length=length, padding=True, return_tensors="pt"
                 )
             )
 
@@ -103,13 +144,30 @@ def image_batches(rows: Any, processor: Any, options: PruneOptions) -> Iterator[
         options: Options of the command.
 
     Raises:
-        ValueError: If the data lack the image field.
+        ValueError: If the data lack the image field, or, in the iterator, an image cannot be read.
     """
-    _check_fields(rows, [options.image_field], "image_field")
+    from datasets import Image
+
+    name = options.image_field
+    _check_fields(rows, [name], "image_field", "images")
+    decoder = Image(mode=rows.features[name].mode)
+    undecoded = rows.select_columns([name]).cast_column(name, Image(decode=False))
 
     def batches() -> Iterator[dict[str, Any]]:
-        for part in rows.select_columns([options.image_field]).iter(options.batch_size):
-            images = [image.convert("RGB") for image in part[options.image_field]]
-            yield dict(processor(images, return_tensors="pt"))
+        for part in undecoded.iter(options.batch_size):
+            images = [_image(decoder, value, name) for value in part[name] if value is not None]
+            if images:
+                yield dict(processor(images, return_tensors="pt"))
 
     return batches()
+
+
+def _image(decoder: Any, stored: dict[str, Any], name: str) -> Any:
+    try:
+        return decoder.decode_example(stored).convert("RGB")
+    except Exception as error:  # each image format has its own
+        where = stored.get("path") or f"of {len(stored.get('bytes') or b'')} bytes"
+        raise ValueError(
+            f"An image in the field {name!r} ({where}) cannot be read ({type(error).__name__}: "
+            f"{str(error)[:200]}). Replace it, or leave its row out of the data."
+        ) from error

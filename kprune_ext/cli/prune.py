@@ -19,7 +19,8 @@ from ..common.files import (
 from ..common.text_data import load_rows
 from ..config import KPruneConfig
 from ..pruning import kprune
-from .inputs import image_batches, load_model, text_batches
+from ..report.figure import check_figure
+from .inputs import check_device, image_batches, load_model, text_batches
 from .report import print_report
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ def run_prune(options: PruneOptions) -> PreTrainedModel:
         raise ValueError("Pass either device or device_map, not both.")
     if min(options.max_length, options.batch_size) < 1:
         raise ValueError("max_length and batch_size must be at least 1.")
+    if options.seed < 0:
+        raise ValueError(f"seed={options.seed} is negative. Pass 0 or more.")
+    check_device(options.device)
     about = AutoConfig.from_pretrained(options.model, revision=options.revision)
     rows = load_rows(options.data, name=options.data_name, split=options.split)
     rows = rows.shuffle(seed=options.seed)
@@ -60,12 +64,18 @@ def run_prune(options: PruneOptions) -> PreTrainedModel:
 
 
 def _check_paths(options: PruneOptions) -> None:
-    """Raises a ValueError or OSError if an output cannot be written, or would overwrite something."""
+    """Checks that outputs can be written, and overwrite nothing.
+
+    Raises:
+        ValueError, OSError, ImportError: If they cannot, or would.
+    """
     inputs = {"model": options.model, "data": options.data}
     files: dict[str, str | None] = {"plot": options.plot, "latency": options.latency}
     check_output_folder(options.output, "output")
     check_output_files(files, inputs)
     check_distinct({"output": options.output}, {**inputs, **files})
+    if options.plot is not None:
+        check_figure(options.plot)
 
 
 def prune_config(options: PruneOptions) -> KPruneConfig:
@@ -103,6 +113,11 @@ def _save_all(out: str, pruned: Any, processor: Any, plot: str | None) -> None:
     """Writes the model with its report, its processor and its figure, all of them or none."""
     with replacing_folder(out) as folder:
         pruned.save_pretrained(folder)
-        processor.save_pretrained(folder)
+        try:
+            processor.save_pretrained(folder)
+        except Exception as error:
+            if type(error) is not Exception:  # as tokenizers raises on a full disk
+                raise
+            raise OSError(f"Cannot write to output={out!r}: {error}") from error
         if plot is not None:
             pruned.kprune_report.plot(plot)

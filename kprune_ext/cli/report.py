@@ -10,6 +10,7 @@ from rich.console import Console
 
 from ..common.files import check_output_files
 from ..modeling.saved_report import load_report
+from ..report.figure import check_figure
 from ..report.report import REPORT_FILE, KPruneReport
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ def run_report(options: ReportOptions) -> KPruneReport:
     outputs = {"json": options.json, "plot": options.plot}
     stored = Path(options.source, REPORT_FILE)
     check_output_files(outputs, {"source": str(stored) if stored.is_file() else options.source})
+    if options.plot is not None:
+        check_figure(options.plot)
     report = load_report(options.source)
     if options.plot is not None:
         report.plot(options.plot)

@@ -47,9 +47,12 @@ def load_rows(
 
     Raises:
         FileNotFoundError: If the file or data set does not exist.
-        ValueError: If a local file's type is unknown, or the data set lacks the split.
+        ValueError: If a local file's type is unknown, or the file is empty or damaged, or the data set
+            lacks the split.
     """
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+    from pyarrow import ArrowException
 
     path = Path(source).expanduser()
     loader = FILE_LOADERS.get(path.suffix.lower())
@@ -67,7 +70,15 @@ def load_rows(
     kind, options = loader
     if kind == "text" and whole_texts:
         options = {"sample_by": "document"}
-    return load_dataset(kind, data_files=str(path), split=split, **options)
+    try:
+        return load_dataset(kind, data_files=str(path), split=split, **options)
+    except (DatasetGenerationError, StopIteration, ArrowException) as error:
+        reason = error.__cause__ or error
+        said = f"{type(reason).__name__}: {reason}".splitlines()[0][:200]
+        raise ValueError(
+            f"The data file {source!r} is empty, or cannot be read as {path.suffix.lower()} ({said}). "
+            "Check its contents, and that its ending fits them."
+        ) from error
 
 
 def read_texts(

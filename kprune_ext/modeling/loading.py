@@ -57,12 +57,12 @@ def refuse_pickle(source: Any, options: Mapping[str, Any]) -> None:
             "save_pretrained of kprune_ext."
         )
     names = {path.name for path in folder.glob("adapter_*")}
-    if {"adapter_config.json", "adapter_model.bin"} <= names:
-        if "adapter_model.safetensors" not in names:
-            raise ValueError(
-                f"{os.fspath(folder)!r} has an adapter in adapter_model.bin, a pickle file, which can "
-                "run code and is not read. Save the adapter again as adapter_model.safetensors."
-            )
+    has_pickle = {"adapter_config.json", "adapter_model.bin"} <= names
+    if has_pickle and "adapter_model.safetensors" not in names:
+        raise ValueError(
+            f"{os.fspath(folder)!r} has an adapter in adapter_model.bin, a pickle file, which can run "
+            "code and is not read. Save the adapter again as adapter_model.safetensors."
+        )
 
 
 def _index_files(source: Any, options: Mapping[str, Any], explicit: str | None) -> list[Path]:
