@@ -127,13 +127,15 @@ def prepared(
         The run, with the hidden states at the first sub-layer.
     """
     processes = processes_of(accelerator)
-    copied = copied_student(model, config, predict, accelerator)
+    with processes.error_barrier():
+        copied = copied_student(model, config, predict, accelerator)
     given, whole, stack, device_map = copied.given, copied.whole, copied.stack, copied.device_map
     own = given.model
     architecture = find_architecture(own)
-    require_one_task(processes, own, asdict(config), latency=latency)
+    others = {"predict": "given" if given.is_own else None, "latency": latency}
+    require_one_task(processes, own, asdict(config), **others)
     with ExitStack() as block:
-        block.enter_context(working_on(own, processes))
+        block.enter_context(working_on(given.whole, processes))
         for context in contexts_of(copied):
             block.enter_context(context)
         memory = block.enter_context(state_memory(config.state_bytes))

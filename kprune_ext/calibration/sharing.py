@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard, prepare_data_loader
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
@@ -57,7 +58,7 @@ def require_one_task(
 
 
 @contextmanager
-def working_on(model: PreTrainedModel, processes: Processes) -> Iterator[None]:
+def working_on(model: nn.Module, processes: Processes) -> Iterator[None]:
     """Keeps other threads from the model, and leaves other processes a note of an error."""
     with ExitStack() as block:
         block.enter_context(processes.leaving_a_note())
@@ -70,13 +71,7 @@ def own_model(model: Any, accelerator: Accelerator | None) -> PreTrainedModel:
 
     Raises:
         ValueError: If not all of its weights are in this process's memory.
-        RuntimeError: If another process failed at this.
     """
-    with processes_of(accelerator).error_barrier():
-        return _own_model(model, accelerator)
-
-
-def _own_model(model: Any, accelerator: Accelerator | None) -> PreTrainedModel:
     if accelerator is not None:
         model = accelerator.unwrap_model(model)
     for name, parameter in model.named_parameters():

@@ -21,6 +21,7 @@ from .replacement import (
     create_as,
     delete_files,
     leftovers,
+    naming,
     remove,
     take_mode,
     unfinished_name,
@@ -176,6 +177,11 @@ def replacing(path: StrPath) -> Iterator[str]:
         yield temporary
         take_mode(target, temporary)
         os.replace(temporary, target)
+    except OSError as error:
+        named = naming(error, f"Cannot write {os.fspath(path)!r}")
+        if named is None:
+            raise
+        raise named from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)

@@ -41,6 +41,13 @@ def abandoned(directory: str, prefix: str) -> list[str]:
     return _abandoned(directory, re.compile(re.escape(prefix) + _MARK))
 
 
+def naming(error: OSError, what: str) -> OSError | None:
+    """Returns an error of the system that says what failed; None if it names a file itself."""
+    if error.filename is not None or error.errno is None or what in str(error):
+        return None
+    return type(error)(error.errno, f"{what}: {error.strerror}")
+
+
 def remove(path: str) -> None:
     """Removes an unfinished file or folder, as far as that is possible."""
     if os.path.isdir(path) and not os.path.islink(path):

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from ..common.files import resolved
 from ..common.locks import locked
-from ..common.replacement import abandoned, remove, take_mode, writer_mark
+from ..common.replacement import abandoned, naming, remove, take_mode, writer_mark
 
 _UNFINISHED = ".kprune-unfinished-"
 _LOCK = ".kprune-lock"
@@ -68,6 +68,11 @@ def replacing_files(
         done = True
     except SafetensorError as error:
         raise OSError(f"Cannot save to {os.fspath(folder)!r}: {error}") from error
+    except OSError as error:
+        named = naming(error, f"Cannot save to {os.fspath(folder)!r}")
+        if named is None:
+            raise
+        raise named from error
     finally:
         if not done:
             for path in made:

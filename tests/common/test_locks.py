@@ -110,9 +110,11 @@ def test_onednn_is_back_after_the_last_of_several_threads():
 def test_two_models_are_pruned_in_two_threads():
     data, config = padded(sequences()), KPruneConfig(reduction=0.5)
     whole = kprune(tiny_bert(), data, config, progress=False).state_dict()
-    work = [lambda model=tiny_bert(): kprune(model, data, config, progress=False)] * 2
-    work[1] = lambda model=tiny_bert(): kprune(model, data, config, progress=False)
-    for pruned in in_threads(*work):
+    models = [tiny_bert(), tiny_bert()]
+    for pruned in in_threads(
+        lambda: kprune(models[0], data, config, progress=False),
+        lambda: kprune(models[1], data, config, progress=False),
+    ):
         assert all(torch.equal(value, whole[name]) for name, value in pruned.state_dict().items())
     assert torch.backends.mkldnn.enabled
 

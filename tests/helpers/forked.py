@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+import torch
 
-class forked:  # noqa: N801 - reads as a function
+
+class forked:
     """A process that runs a function; calling it waits, and gives the result or error as a text."""
 
     def __init__(self, work: Callable[[], object]) -> None:
         self._read, write = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
+            torch.set_num_threads(1)  # a fork has lost the threads that computed before
             try:
                 text = str(work())
             except BaseException as error:
