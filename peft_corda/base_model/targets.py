@@ -17,7 +17,6 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
 from ..config import CordaConfig, rank_of
@@ -110,13 +109,13 @@ def _check_ranks(targets: dict[str, nn.Module], config: CordaConfig) -> None:
     # The first key that matches counts, so the new one comes before those of the config.
     remedy = {pattern: least, **(config.rank_pattern or {})}
     also = f" and {len(others)} more (such as {others[-1]})" if others else ""
-    what = "these modules their own rank" if others else "this module its own rank"
+    what, left = ("these modules their", "them") if others else ("this module its", "it")
     excluded = _exclusion(config, pattern)
     raise ValueError(
         f"r={rank_of(config, first)} is larger than module {first} with weight (out, in) = "
         f"{weight_shape(targets[first])}{also} allows: a rank can be at most the smaller dimension, "
-        f"{least} for {len(narrow)} of {len(targets)} modules. Lower r, or give {what} with "
-        f"rank_pattern={remedy!r}, or leave them out with exclude_modules={excluded!r}."
+        f"{least} for {len(narrow)} of {len(targets)} modules. Lower r, or give {what} own rank with "
+        f"rank_pattern={remedy!r}, or leave {left} out with exclude_modules={excluded!r}."
     )
 
 
@@ -174,6 +173,10 @@ def _warn_of_omissions(model: nn.Module, config: CordaConfig) -> None:
 def _only_with_lora(model: nn.Module, config: CordaConfig) -> list[str]:
     """Returns the names of parameters that PEFT would adapt with LoRA, but that are not modules."""
     if not hasattr(getattr(model, "config", None), "model_type"):
+        return []
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:  # before version 5 of transformers, experts were modules
         return []
     lora = LoraConfig(
         target_modules=copy.copy(config.target_modules), exclude_modules=config.exclude_modules

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -52,6 +53,33 @@ class CordaExportCallback(TrainerCallback):
         _corda_adapter(kwargs["model"])
         if state.is_world_process_zero:
             check_target(self.dst, self.rank, self.dtype)
+            self._check_names()
+            self._check_apart(args)
+
+    def _check_names(self) -> None:
+        """Raise OSError if the file system finds the folder's name, or one above it, too long."""
+        parent, *names = self.dst, os.path.basename(self.dst)
+        while not os.path.isdir(parent := os.path.dirname(parent)):
+            names.insert(0, os.path.basename(parent))
+        for name in names[:-1]:
+            with suppress(FileNotFoundError):
+                os.lstat(os.path.join(parent, name))
+        # The export is written under a temporary name, which is longer by 38 characters.
+        with tempfile.NamedTemporaryFile(
+            dir=parent, prefix=f".{names[-1]}.", suffix="." + 27 * "x"
+        ):
+            pass
+
+    def _check_apart(self, args: TrainingArguments) -> None:
+        """Check that the Trainer itself writes nothing into the folder, which would be replaced."""
+        output = os.path.realpath(args.output_dir or "trainer_output")
+        inside = self.dst == output or output.startswith(os.path.join(self.dst, ""))
+        if inside and args.save_strategy != "no":
+            raise ValueError(
+                f"CordaExportCallback is to write {self.dst!r}, but the Trainer saves its checkpoints "
+                f"there (output_dir={args.output_dir!r}), and the entire folder would be replaced. "
+                "Give another folder, such as one inside output_dir."
+            )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
