@@ -43,9 +43,11 @@ def calibrate(
             is also assigned to `config.corda_factors`, so that `get_peft_model(model, config)` can
             follow.
         dataloader: Batches that represent the knowledge to keep (`kpm`) or the task (`ipm`), as a
-            `DataLoader` or collator yields them: mappings of tensors, padded, packed or neither.
-            Tokens where `attention_mask` is 0 do not count, and labels are ignored. A few hundred
-            sequences are usual. Under several processes, each passes its own share.
+            `DataLoader` or collator yields them: mappings of tensors or arrays, padded, packed or
+            neither. Tokens where `attention_mask` is 0 do not count. Labels are ignored, except that
+            the decoder of an encoder-decoder model is run on them as in training, where -100 and
+            padding do not count. Empty batches are skipped. A few hundred sequences are usual. Under
+            several processes, each passes its own share.
         max_memory: Memory limit of the statistics at a time, in bytes or as `"500MB"`, `"4GiB"`. The
             default is an eighth of the size of the model's weights (a quarter where every pass has to
             run the full model again). If the statistics need more, the layers are calibrated in
@@ -71,8 +73,8 @@ def calibrate(
     Raises:
         TypeError: If `config` is not a `CordaConfig`, or a batch is not a mapping.
         ValueError: If an argument is out of range; if no module matches, or one is unsupported or too
-            small for its rank; if the data is empty, masked out, or gives NaN or infinite
-            activations; if `max_memory` is too small for a single layer; if `checkpoint_dir` belongs
+            small for its rank; if no batch reaches it; if the data is empty, masked out, of a wrong
+            shape, or gives NaN or infinite activations; if `max_memory` is too small for a single layer; if `checkpoint_dir` belongs
             to another calibration; or if the model is tensor-parallel or wrapped by FSDP1.
         BlockingIOError: If another calibration is using `checkpoint_dir`.
         RuntimeError: If another process failed, ended or did not respond in time, or another thread is
