@@ -54,6 +54,8 @@ def check_copy(
     lost = lost_on_loading(pruned)
     changing = list(lost.changing)
     other = list(lost.other)
+    if given.model.config.output_attentions and not pruned.config.output_attentions:
+        other.append("config.output_attentions, which transformers saves for eager attention only")
     if stock_class(type(pruned)) is not None and found is not None and inputs is not None:
         with plain_outputs(pruned.config), as_loaded(pruned) as some:
             plain = _tried(given.predict, whole, inputs) if some else found

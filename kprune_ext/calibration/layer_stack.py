@@ -221,3 +221,17 @@ def plain_outputs(config: Any) -> Iterator[None]:
             vars(config).pop(name)
             if name in before:
                 vars(config)[name] = before[name]
+
+
+def arguments_of(model: PreTrainedModel) -> set[str]:
+    """Returns the arguments of a forward, also those that a user's own passes on as `**kwargs`."""
+    found: set[str] = set()
+    every = [vars(kind)["forward"] for kind in type(model).__mro__ if "forward" in vars(kind)]
+    for forward in (model.forward, *every):
+        parameters = inspect.signature(forward).parameters
+        found |= set(parameters) - {"self", "input"}
+        if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+            break
+        if getattr(forward, "__module__", "").startswith("transformers."):
+            break
+    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,6 +27,7 @@ from .batches import (
     text_batch,
 )
 from .inputs import Inputs, content, fingerprint
+from .layer_stack import arguments_of
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def collect_samples(
         ValueError: If a batch lacks `input_ids` or `pixel_values` or has an `attention_mask` whose
             shape is not `(batch, tokens)`, or if needed data hold no unmasked token.
     """
-    accepted = _accepted(model) - LABEL_KEYS
+    accepted = arguments_of(model) - LABEL_KEYS
     images = model.main_input_name == "pixel_values" and image_tokens is not None
     first: Mapping[str, Any] | None = None
     left_out: frozenset[str] | None = None
@@ -134,23 +134,9 @@ def collect_samples(
     return samples
 
 
-def _accepted(model: PreTrainedModel) -> set[str]:
-    """Returns the arguments of a forward, also those that a user's own passes on as `**kwargs`."""
-    found: set[str] = set()
-    every = [vars(kind)["forward"] for kind in type(model).__mro__ if "forward" in vars(kind)]
-    for forward in (model.forward, *every):
-        parameters = inspect.signature(forward).parameters
-        found |= set(parameters) - {"self", "input"}
-        if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
-            break
-        if getattr(forward, "__module__", "").startswith("transformers."):
-            break
-    return found
-
-
 def _rows_within(batch: Batch, total: int, most: int) -> tuple[list[int], int, bool]:
     """Returns the rows with tokens up to a limit, the tokens with them, and whether it is reached."""
-    rows = []
+    rows: list[int] = []
     for row, count in enumerate(batch.tokens.sum(1).tolist()):
         if count == 0:
             continue

@@ -209,9 +209,9 @@ class Checkpoints(_Base):
             (folder / MODELING_FILE).write_text(text, encoding="utf-8")
         if self.kprune_report is not None and can_be_replaced(target / REPORT_FILE):
             self.kprune_report.save_json(folder / REPORT_FILE)
-        text = card_text(target, self._section(self_contained))
-        if text is not None:
-            write_card(folder / CARD_NAME, text)
+        card = card_text(target, self._section(self_contained))
+        if card is not None:
+            write_card(folder / CARD_NAME, card)
 
     def _name_stock_class(self, path: Path) -> None:
         """Writes the class that loads the model into its config, in place of a user's own class."""

@@ -56,7 +56,8 @@ def uneven_copy_within(whole: nn.Module, path: str, device_map: DeviceMap | None
     for module in pruned.modules():
         if "name_or_path" in vars(module):  # adapters would be saved for the model before pruning
             module.name_or_path = module.config.name_or_path
-    copy_weights(whole, twin, {f"{path}.{part}".strip("."): d for part, d in device_map.items()})
+    source: Any = whole
+    copy_weights(source, twin, {f"{path}.{part}".strip("."): d for part, d in device_map.items()})
     if len(set(device_map.values())) > 1 or any(p.is_meta for p in model.parameters()):
         pruned.tie_weights()  # placing the weights has broken the ties
     return twin.eval()
@@ -89,6 +90,8 @@ def _uneven_config(model: Any, units: Sequence[SubLayer]) -> Any:
         if "stage_names" in settings:
             for name in ("stage_names", "out_features", "out_indices"):
                 settings.pop(name, None)
+    if settings.get("output_attentions") and given._attn_implementation not in ("eager", None):
+        settings["output_attentions"] = False  # transformers would refuse to save it
     config = kind(**settings)
     store_kept_units(config, rows)
     config._attn_implementation = given._attn_implementation

@@ -42,7 +42,8 @@ def twin_of(root: nn.Module, memo: Memo) -> Any:
             if tensor is not None:
                 memo.setdefault(id(tensor), _empty(tensor))
     for module in modules:
-        vars(memo[id(module)]).update(_attributes(module, memo))
+        twin: Any = memo[id(module)]
+        twin.__dict__.update(_attributes(module, memo))
     return memo[id(root)]
 
 
