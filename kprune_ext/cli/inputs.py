@@ -66,8 +66,8 @@ def check_device(device: str | None) -> None:
         torch.zeros(1, device=device)
     except Exception as error:  # of each kind of device
         raise ValueError(
-            f"device={device!r} cannot be used here ({str(error).splitlines()[0][:200]}). Pass cpu, or a "
-            "GPU of this machine such as cuda:0."
+            f"device={device!r} cannot be used here ({str(error).splitlines()[0][:200]}). Pass cpu, or "
+            "a GPU of this machine such as cuda:0."
         ) from error
 
 

@@ -110,14 +110,22 @@ def _latency(options: PruneOptions, model: PreTrainedModel) -> LatencyTable | No
 
 
 def _save_all(out: str, pruned: Any, processor: Any, plot: str | None) -> None:
-    """Writes the model with its report, its processor and its figure, all of them or none."""
-    with replacing_folder(out) as folder:
-        pruned.save_pretrained(folder)
-        try:
+    """Writes the model with its report, its processor and its figure, all of them or none.
+
+    Raises:
+        OSError: If they cannot be written, as on a full disk.
+    """
+    made = [path for path in Path(out).parents if not path.exists()]
+    try:
+        with replacing_folder(out) as folder:
+            pruned.save_pretrained(folder)
             processor.save_pretrained(folder)
-        except Exception as error:
-            if type(error) is not Exception:  # as tokenizers raises on a full disk
-                raise
-            raise OSError(f"Cannot write to output={out!r}: {error}") from error
-        if plot is not None:
-            pruned.kprune_report.plot(plot)
+            if plot is not None:
+                pruned.kprune_report.plot(plot)
+    except Exception as error:
+        for path in made:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+        if isinstance(error, OSError) or type(error) is Exception:  # tokenizers raises the latter
+            raise OSError(f"Cannot write output={out!r}: {error}") from error
+        raise
