@@ -15,14 +15,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .locks import locked
-from .paths import contains, other_entries, same_file
 from .replacement import (
     clean_up,
+    contains,
     create_as,
     delete_files,
     leftovers,
     naming,
+    other_entries,
     remove,
+    same_file,
     take_mode,
     unfinished_name,
 )

@@ -13,8 +13,6 @@ import time
 import uuid
 from collections.abc import Collection, Iterator
 
-from .paths import other_entries
-
 # Unfinished files whose writer cannot be asked for, as on another host, are left alone for so long.
 _DAY = 24 * 3600.0
 _MARK = r"(?:(?P<host>[0-9a-f]{8})-(?P<pid>[1-9]\d*)-[0-9a-f]{12}|[0-9a-f]{32})"
@@ -95,6 +93,36 @@ def delete_files(folder: str, replaceable: Collection[str]) -> None:
         if os.path.isfile(os.path.join(folder, name)):
             os.remove(os.path.join(folder, name))
     os.rmdir(folder)
+
+
+def same_file(first: str, second: str) -> bool:
+    """Returns whether two absolute paths name one file."""
+    if first == second:
+        return True
+    try:
+        return os.path.samefile(first, second)  # hard links, and file systems that ignore case
+    except OSError:
+        return False
+
+
+def contains(folder: str, path: str) -> bool:
+    """Returns whether `path` is `folder` or lies in it; both are absolute."""
+    try:
+        return os.path.commonpath([folder, path]) == folder
+    except ValueError:  # on different drives
+        return False
+
+
+def other_entries(folder: str, replaceable: Collection[str]) -> list[str]:
+    """Returns the names of a folder's entries other than the files named in `replaceable`."""
+    if not os.path.isdir(folder):
+        return []
+    with os.scandir(folder) as entries:
+        return sorted(
+            entry.name
+            for entry in entries
+            if entry.name not in replaceable or not entry.is_file(follow_symlinks=False)
+        )
 
 
 def _abandoned(directory: str, pattern: re.Pattern[str]) -> list[str]:
