@@ -136,6 +136,7 @@ def full_parameters(model: nn.Module) -> Iterator[Tensor]:
                     yield full_tensor(parameter)
 
 
+@torch.no_grad()
 def fill(parameter: Tensor, value: Tensor) -> None:
     """Sets a parameter, which may be sharded over processes, to a value of the same shape, in place.
 
