@@ -60,13 +60,15 @@ def kprune(
             each transformer layer is on one device. The result is placed alike, except for weights that
             were on disk. Offloaded parts are pruned on the CPU.
         dataloader: Batches as mappings of tensors: `input_ids` and `attention_mask`
-            `(batch, tokens)`, or `pixel_values`, and any other input of the model. Labels are
-            ignored. Batch size and padding do not matter.
+            `(batch, tokens)`, or `pixel_values`, and any other input of the model. Labels and columns
+            that the model does not take are ignored, except with `predict`. Entries with one value
+            for each sample are cut into samples; others, such as an option, go with each as they are.
+            Batch size and padding do not matter.
         config: The options; by default half of the encoder's FLOPs are removed.
         predict: Function `(model, batch) -> logits` that replaces the default of the model's task. The
             logits are `(batch, classes)`, or `(batch, positions, classes)` for several predictions
             per sample. It is called with what is given as `model`, or with its copy, which it must
-            run. The logits count as those of classes unless `config.problem_type` says otherwise.
+            run, and with a dict of all entries of a batch, for any number of its samples. The logits count as those of classes unless `config.problem_type` says otherwise.
         latency: Latency table from `kprune_ext.measure_latency`, for `metric="latency"`. By default
             latency is measured with 32 sequences of the calibration data's mean length.
         accelerator: Accelerator of a run with several processes, each of which calls this function.

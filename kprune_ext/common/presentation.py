@@ -24,7 +24,9 @@ def with_section(text: str, section: str | None, owner: str) -> str:
         owner: Name of the package that the section belongs to.
     """
     start, end = f"<!-- {owner}: start -->", f"<!-- {owner}: end -->"
-    found = re.compile(rf"\n*{re.escape(start)}.*?{re.escape(end)}\n*", flags=re.DOTALL)
+    # From the last beginning before an end: an earlier one without an end is followed by other text.
+    inner = rf"(?:(?!{re.escape(start)}).)*?"
+    found = re.compile(rf"\n*{re.escape(start)}{inner}{re.escape(end)}\n*", flags=re.DOTALL)
     if section is None and found.search(text) is None:
         return text
     rest = found.sub("\n\n", text).rstrip("\n")

@@ -162,6 +162,15 @@ def test_a_card_that_is_no_text_keeps_its_bytes(pruned, tmp_path, caplog) -> Non
     assert "is not text in UTF-8. Its bytes are kept" in caplog.text
 
 
+def test_a_card_with_half_a_section_loses_no_text(pruned, tmp_path) -> None:
+    mine = "<!-- kprune_ext: start -->\n# Mine\nText\n"
+    (tmp_path / "README.md").write_text(mine)
+    for _ in range(2):
+        pruned.save_pretrained(tmp_path)
+        written = (tmp_path / "README.md").read_text()
+        assert written.startswith(mine) and written.count("kprune_ext: end") == 1
+
+
 @pytest.mark.parametrize("name", ["README.md", REPORT])
 def test_folders_in_place_of_files(name: str, pruned, tmp_path, caplog) -> None:
     (tmp_path / name).mkdir()
