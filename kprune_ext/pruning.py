@@ -68,7 +68,8 @@ def kprune(
         predict: Function `(model, batch) -> logits` that replaces the default of the model's task. The
             logits are `(batch, classes)`, or `(batch, positions, classes)` for several predictions
             per sample. It is called with what is given as `model`, or with its copy, which it must
-            run, and with a dict of all entries of a batch, for any number of its samples. The logits count as those of classes unless `config.problem_type` says otherwise.
+            run, and with a dict of all entries of a batch, for any number of its samples. The
+            logits count as those of classes unless `config.problem_type` says otherwise.
         latency: Latency table from `kprune_ext.measure_latency`, for `metric="latency"`. By default
             latency is measured with 32 sequences of the calibration data's mean length.
         accelerator: Accelerator of a run with several processes, each of which calls this function.
