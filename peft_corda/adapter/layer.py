@@ -135,6 +135,36 @@ class CordaLayer(LoraLayer):
             starts[adapter_name] = start.to(value).contiguous().clone()
         self.lora_B0.started.add(adapter_name)
 
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load as any module, with an error for an adapter that lacks its start, and has none yet."""
+        for part, start in (("lora_A", "lora_A0"), ("lora_B", "lora_B0")):
+            for name in self.lora_A:
+                factor, key = f"{prefix}{part}.{name}.weight", f"{prefix}{start}.{name}"
+                is_missing = factor in state_dict and key not in state_dict
+                if is_missing and name not in self.lora_B0.started:
+                    error_msgs.append(
+                        f"The checkpoint has {factor}, but lacks {key}, without which the adapter "
+                        "computes something else. Save it again with save_pretrained."
+                    )
+        cast(Any, super())._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+
     def take_start(self, adapter_name: str, original: str, is_clone: bool) -> None:
         """Take over the start of another adapter, with which copied factors compute the same.
 

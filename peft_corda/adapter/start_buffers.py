@@ -51,38 +51,17 @@ class StartBuffers(BufferDict):
             self._in_state_dict = False
 
     def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         self._in_state_dict = any(prefix + name in state_dict for name in self.keys())
         try:
-            super()._load_from_state_dict(
-                state_dict,
-                prefix,
-                local_metadata,
-                strict,
-                missing_keys,
-                unexpected_keys,
-                error_msgs,
-            )
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         finally:
             self._in_state_dict = False
         for name in self.keys():
             loaded = state_dict.get(prefix + name)
             if loaded is not None and bool(loaded.any()):
                 self.started.add(name)
-            factor = f"{prefix.removesuffix('0.')}.{name}.weight"
-            if loaded is None and factor in state_dict and name not in self.started:
-                error_msgs.append(
-                    f"The checkpoint has {factor}, but lacks {prefix}{name}, without which the adapter "
-                    "computes something else. Save it again with save_pretrained."
-                )
 
 
 def _loaded_by_fsdp() -> bool:

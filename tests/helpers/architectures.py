@@ -131,7 +131,7 @@ _ROWS: dict[str, tuple[dict, list[tuple]]] = {
              {"num_layers": 1, "num_heads": 4, "attention_types": [[["global"], 1]]}),
             ("Qwen2MoeForCausalLM", None,
              {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
-              "shared_expert_intermediate_size": 24, "mlp_only_layers": [0]}),
+              "shared_expert_intermediate_size": 24}),
             ("Qwen3MoeForCausalLM", None,
              {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}),
             ("MixtralForCausalLM", None, {"num_local_experts": 4}),
