@@ -34,13 +34,20 @@ def test_no_warning_where_everything_matches(targets):
 
 
 @pytest.mark.skipif(transformers.__version__ < "5", reason="experts are modules")
-@pytest.mark.parametrize("targets", ["all-linear", SEVEN])
-@pytest.mark.parametrize("name", ["Qwen3MoeForCausalLM", "Qwen2MoeForCausalLM"])
-def test_fused_experts_are_named(name, targets):
+@pytest.mark.parametrize("is_explicit", [False, True])
+@pytest.mark.parametrize(
+    ("name", "experts"),
+    [
+        ("Qwen3MoeForCausalLM", ["down_proj", "gate_proj", "up_proj"]),
+        ("MixtralForCausalLM", ["w1", "w2", "w3"]),
+    ],
+)
+def test_fused_experts_are_named(name, experts, is_explicit):
+    targets = ["q_proj", *experts] if is_explicit else "all-linear"
     (message,) = warnings_of(build(name), target_modules=targets)
     assert "LoRA would also train" in message and "Use peft.LoraConfig" in message
-    if targets is SEVEN:
-        assert "matches 'down_proj', 'gate_proj', 'up_proj'" in message
+    if is_explicit:
+        assert f"matches {', '.join(map(repr, experts))}" in message
     assert not warnings_of(build(name), target_modules=["q_proj", "k_proj"])
 
 
