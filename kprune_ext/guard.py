@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .architectures.tasks import Predict
 from .calibration.device_map import DeviceMap, input_device
 from .calibration.hooks import evaluating
+from .calibration.inputs import Entries
 from .calibration.layer_stack import as_logits, plain_outputs
 from .calibration.samples import Sample
 from .given import Given
@@ -102,7 +103,7 @@ def _same_predictions(given: Given, whole: Any, layers: str, inputs: Mapping[str
         _noting(model.get_submodule(layers)) as strange,
         _noting(pruned.get_submodule(layers)) as own,
     ):
-        found = as_logits(given.predict(whole, dict(inputs)), 1)
+        found = as_logits(given.predict(whole, Entries(inputs)), 1)
     if strange or not own:
         where = "predict" if given.is_own else f"the forward of this {type(model).__name__}"
         raise ValueError(
@@ -123,7 +124,7 @@ def _same_predictions(given: Given, whole: Any, layers: str, inputs: Mapping[str
 
 def _predicted(given: Given, whole: Any, inputs: Mapping[str, Any]) -> Any:
     try:
-        return given.predict(whole, dict(inputs))
+        return given.predict(whole, Entries(inputs))
     except (AttributeError, TypeError, KeyError) as error:
         stock = stock_class(type(given.model))
         if given.is_own or given.task is None or is_stock(type(given.model)):
@@ -137,7 +138,7 @@ def _predicted(given: Given, whole: Any, inputs: Mapping[str, Any]) -> Any:
 
 def _tried(predict: Predict, whole: Any, inputs: Mapping[str, Any]) -> Tensor | None:
     try:
-        return as_logits(predict(whole, dict(inputs)), 1)
+        return as_logits(predict(whole, Entries(inputs)), 1)
     except Exception:  # of any kind: the stock class cannot do what the user's can
         return None
 

@@ -25,7 +25,7 @@ from .calibration.device_map import (
     require_whole_layers,
 )
 from .calibration.hooks import evaluating
-from .calibration.inputs import Inputs
+from .calibration.inputs import Entries, Inputs
 from .calibration.layer_stack import LayerStack, plain_outputs
 from .calibration.samples import CalibrationData
 from .calibration.sharing import (
@@ -235,7 +235,7 @@ def image_tokens(stack: LayerStack, inputs: Inputs) -> int:
 @torch.no_grad()
 def run_whole(given: Given, inputs: Inputs) -> None:
     """Runs the user's `predict` on a batch."""
-    given.predict(given.whole, dict(inputs.to(input_device(given.model))))
+    given.predict(given.whole, Entries(inputs.to(input_device(given.model))))
 
 
 def _budget(

@@ -57,6 +57,23 @@ class Inputs(Mapping[str, Any]):
         return shapes, fingerprint(self.whole)
 
 
+class Entries(dict[str, Any]):
+    """A batch as the user's `predict` gets it, a dict of its own.
+
+    As in a `BatchEncoding` of transformers, entries are attributes, too, and it can be moved.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"The batch has no entry {name!r}") from None
+
+    def to(self, device: Any, **_: Any) -> Entries:
+        """Returns the batch with all tensors on a device."""
+        return Entries({name: _moved(value, device) for name, value in self.items()})
+
+
 def joined(parts: Sequence[Inputs]) -> Inputs:
     """Returns the inputs of all samples of parts of one kind."""
     first = parts[0]

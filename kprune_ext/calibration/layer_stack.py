@@ -20,6 +20,7 @@ from ..architectures.tasks import Predict
 from ..common.placement import execution_device
 from ..units.sublayers import layers_path
 from .hooks import stopping_before
+from .inputs import Entries
 
 Inputs = Mapping[str, Any]
 
@@ -114,7 +115,7 @@ class LayerStack:
         """
         self._look(inputs)
         with self._replaced_layers(lambda args, kwargs: self._wrapped(hidden)):
-            logits = predict(self.model, dict(inputs))
+            logits = predict(self.model, Entries(inputs))
         if not isinstance(logits, Tensor):
             raise TypeError(
                 f"predict returned a {type(logits).__name__}, but must return a tensor of logits, "
@@ -143,7 +144,7 @@ class LayerStack:
         if self._runs is None:
             self.model(**inputs)
         else:
-            self._runs(self.model, dict(inputs))
+            self._runs(self.model, Entries(inputs))
 
     def _wrapped(self, hidden: Tensor) -> Any:
         return (hidden, None) if self._gives_tuples else hidden

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import BatchEncoding, DynamicCache
 
 from kprune_ext.calibration.samples import collect_samples, sample_keys
 from tests.helpers.kprune import assert_same_state, padded, run, sequences, state_of, tiny_bert
@@ -121,6 +121,17 @@ def test_what_belongs_to_no_row_is_told_from_several_batches() -> None:
             assert torch.equal(sample.inputs["class_weights"], weight)
 
 
+def test_a_batch_encoding_is_read_as_one() -> None:
+    model, data = tiny_bert(), [BatchEncoding(batch) for batch in full()]
+
+    def predict(model: Any, batch: Any) -> Tensor:
+        batch = batch.to(model.device)
+        assert getattr(batch, "nothing", None) is None
+        return model(batch.input_ids, batch.attention_mask).logits
+
+    assert same_weights(run(model, data), run(model, data, predict=predict))
+
+
 def test_predict_may_change_its_batch_but_not_the_users() -> None:
     model, data = tiny_bert(), [{**b, "labels": torch.zeros(4).long()} for b in full(2)]
     before = [{name: value.clone() for name, value in batch.items()} for batch in data]
@@ -154,7 +165,7 @@ def test_a_predict_that_cannot_take_all_entries(extra: Batch, caplog) -> None:
     assert f"{next(iter(extra))} are left out" in caplog.text
     with pytest.raises(KeyError, match="nothing"):
         run(model, data, predict=lambda m, b: m(b["nothing"]).logits)
-    with pytest.raises(ValueError, match="did not run the layers of the model"):
+    with pytest.raises(ValueError, match="runs none of the layers|did not run the layers"):
         run(model, data, predict=lambda m, b: torch.zeros(len(b["input_ids"]), 2))
     with pytest.raises(ValueError, match="Each token needs one"):
         run(model, data, predict=lambda m, b: m(b["input_ids"][:, 2:]).logits)
