@@ -1,4 +1,4 @@
-"""Cards that are damaged, or cannot be replaced: the model is saved, and nothing of the user's is lost."""
+"""Cards that are damaged, or cannot be replaced: models are saved, and no text of the user is lost."""
 
 from __future__ import annotations
 
