@@ -1,6 +1,6 @@
 """Runs calibration batches through a model and observes the inputs of its modules.
 
-Only this module, `model_sides`, `block_chain` and `hidden_state_cache` use a model's hooks or
+Only this module, `model_parts`, `block_chain` and `hidden_state_cache` use a model's hooks or
 replace its forwards during calibration.
 """
 
@@ -23,8 +23,15 @@ from .batch_values import checked, is_empty, rows_belong, token_shape
 from .batches import Batch, first_example, of_like_length, unpadded
 from .decoder_inputs import counted_targets, kept_apart, takes_targets, with_targets
 from .masks import Side, mask_of_side, token_mask
-from .model_parts import arguments_of, holds_images, text_model_of, unwrapped, without_head
-from .model_sides import sides_differ, text_begins
+from .model_parts import (
+    arguments_of,
+    holds_images,
+    sides_differ,
+    text_begins,
+    text_model_of,
+    unwrapped,
+    without_head,
+)
 from .quantized import quantization_of
 
 # Fixed cost of a forward pass, in tokens: reading weights from memory; or, the higher one,

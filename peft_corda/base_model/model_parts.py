@@ -1,17 +1,19 @@
-"""What a model's forward takes, and the modules in it that matter for running batches."""
+"""What a model's forward takes, and its sides: text and images, encoder and decoder."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 from kprune_ext.common.text_data import LABEL_KEYS
 
 from .batch_values import DECODER_KEYS, TEXT_KEYS
+from .masks import Side, mask_of_side
 
 _EMBEDDINGS = {"inputs_embeds", "decoder_inputs_embeds"}
 
@@ -49,6 +51,42 @@ def text_model_of(model: nn.Module) -> nn.Module | None:
 def encoder_of(model: nn.Module) -> nn.Module | None:
     """Returns the encoder of an encoder-decoder model, if it is known."""
     return _found_by(model, "get_encoder")
+
+
+@contextmanager
+def text_begins(text: nn.Module | None, begin: Callable[[], None]) -> Iterator[None]:
+    """Calls `begin` when the text model is called; to modules before it, text masks do not apply."""
+    if text is None:
+        yield
+        return
+    handle = text.register_forward_pre_hook(lambda *_: begin())
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def sides_differ(model: nn.Module, sides: Sequence[Side]) -> Iterator[None]:
+    """Raises an error where an encoder of sound or images puts out as many tokens as a decoder gets.
+
+    How many it puts out is not known before. It matters only if some of the decoder's do not count.
+    """
+    encoder, decoder = encoder_of(model), sides[1]
+    if encoder is None or sides[0].tokens is not None or decoder.mask is None:
+        yield
+        return
+
+    def compare(_: nn.Module, args: Any, output: Any) -> None:
+        states = output if isinstance(output, Tensor) else output[0]
+        shape = (states.shape[0], states.shape[1])
+        mask_of_side(shape, (Side(shape, None), decoder))
+
+    handle = encoder.register_forward_hook(compare)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def without_head(model: nn.Module, targets: Mapping[str, nn.Module]) -> nn.Module:

@@ -74,8 +74,9 @@ def calibrate(
         TypeError: If `config` is not a `CordaConfig`, or a batch is not a mapping.
         ValueError: If an argument is out of range; if no module matches, or one is unsupported or too
             small for its rank; if no batch reaches it; if the data is empty, masked out, of a wrong
-            shape, or gives NaN or infinite activations; if `max_memory` is too small for a single layer; if `checkpoint_dir` belongs
-            to another calibration; or if the model is tensor-parallel or wrapped by FSDP1.
+            shape, or gives NaN or infinite activations; if `max_memory` is too small for a single
+            layer; if `checkpoint_dir` belongs to another calibration; or if the model is
+            tensor-parallel or wrapped by FSDP1.
         BlockingIOError: If another calibration is using `checkpoint_dir`.
         RuntimeError: If another process failed, ended or did not respond in time, or another thread is
             working on the same model.
