@@ -108,7 +108,7 @@ def prepare(
         chosen = _check_arguments(config, methods, dtype)
         limit = bytes_of_limit(max_memory)
         sharding_of(model)  # before unwrapping, since it raises an error for FSDP1
-        model = extract_model_from_parallel(model)
+        model = extract_model_from_parallel(model, keep_torch_compile=False)
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         targets = find_targets(base, config)
         sharding = sharding_of(base)
