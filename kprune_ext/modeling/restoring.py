@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..architectures import headless
 from .classes import stock_class
 from .copying import head_options
 from .twins import own_attributes
@@ -58,7 +59,7 @@ def lost_on_loading(pruned: Any) -> Lost:
         if _inside(path, differing):
             continue
         mine = present.get(path)
-        if mine is None or (path and _name(mine) != _name(module)):
+        if mine is None or (path and not _same_kind(mine, module)):
             found = "is missing" if mine is None else f"is a {type(mine).__name__}"
             changing.append(f"{path} {found}, where the config makes a {type(module).__name__}")
             differing.append(path)
@@ -114,6 +115,13 @@ def _name(module: nn.Module) -> tuple[str, str]:
     return type(module).__module__, type(module).__qualname__
 
 
+def _same_kind(mine: nn.Module, built: nn.Module) -> bool:
+    """Whether a module is what the config makes, or that with some of its heads, by our own class."""
+    if type(mine).__module__ == headless.__name__:
+        return isinstance(mine, type(built))
+    return _name(mine) == _name(built)
+
+
 def _at(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
@@ -136,7 +144,7 @@ def _tensors(path: str, mine: nn.Module, built: nn.Module) -> list[str]:
 
 
 def _added_tensors(path: str, mine: nn.Module, built: nn.Module) -> list[str]:
-    if _name(mine) != _name(built) and path:
+    if path and not _same_kind(mine, built):
         return []
     added = _own_tensors(mine).keys() - _own_tensors(built).keys()
     return [f"{_at(path, name)} is an addition of yours" for name in sorted(added)]
