@@ -102,12 +102,12 @@ def unpadded(batch: Mapping[str, Any], keeps_masks: bool = False) -> list[dict[s
             "padded on one side with such a mask, or packed sequences without padding."
         )
     count = len(counted[0])
-    together: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    rows_by_spans: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for row in range(count):
         decoder = _until_last(_span(sides["decoder_"], row), targets, row)
         spans = (_span(sides[""], row), decoder)
         if all(span is None or span[0] < span[1] for span in spans):
-            together[spans].append(row)
+            rows_by_spans[spans].append(row)
     lengths = {prefix: None if mask is None else mask.shape[1] for prefix, mask in sides.items()}
     if targets is not None:
         lengths["decoder_"] = targets.shape[1]
@@ -119,7 +119,7 @@ def unpadded(batch: Mapping[str, Any], keeps_masks: bool = False) -> list[dict[s
             or key not in ("attention_mask", "decoder_attention_mask")
             or _is_packed(value)
         }
-        for spans, rows in together.items()
+        for spans, rows in rows_by_spans.items()
     ]
 
 

@@ -48,7 +48,7 @@ class TestAnEmptyPath:
 
     @pytest.mark.parametrize("path", EMPTY)
     def test_of_a_report_or_table(self, project, path):
-        report = KPruneReport.from_dict({field: None for field in FIELDS} | {"sublayers": []})
+        report = KPruneReport(**dict.fromkeys(FIELDS, 0) | {"sublayers": ()})
         with pytest.raises(ValueError, match="is empty"):
             report.save_json(path)
         with pytest.raises(ValueError, match="is empty"):

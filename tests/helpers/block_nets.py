@@ -24,7 +24,7 @@ class InPlace(Block):
 
 
 class Net(nn.Module):
-    """Six blocks between two linear layers, and how they are put together."""
+    """Six blocks between two linear layers, and how they are combined."""
 
     def __init__(self, run, block):
         super().__init__()
@@ -101,7 +101,7 @@ def through_shared(net, hidden):
 
 NOT_CHAINS = {
     "skip from block 0 to block 2": skipping(0, 2),
-    "skip behind the middle": skipping(3, 5),
+    "skip after the middle": skipping(3, 5),
     "outputs in pairs": in_pairs,
     "read out of all blocks": read_out_of_all,
     "cache": with_cache,

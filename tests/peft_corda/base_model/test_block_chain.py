@@ -78,7 +78,7 @@ def test_carrying_hidden_states_changes_nothing(kind, batches, capsys):
     model, config = deep_model(kind), make_config(kind)
     whole = bytes_of(calibrate(model, config, batches))
     least = widest(model, config, batches)
-    # BERT's blocks of transformers 4 put out pairs, and so are no chain.
+    # BERT's blocks of transformers 4 return pairs, and so are no chain.
     pairs = kind == "bert" and transformers.__version__.startswith("4.")
     carried = NOT_CARRIED if pairs else CARRIED
     for limit, expected in [
@@ -136,7 +136,7 @@ def test_targets_in_front_of_between_and_behind_the_blocks(run, block, capsys):
 
 
 def test_a_hook_of_the_users_is_applied_once(capsys):
-    """Handing on what a hooked block put out would apply its hook again."""
+    """Passing on the output of a hooked block would apply its hook again."""
     net, batches = net_and_batches(plain)
     handle = net.blocks[3].register_forward_hook(lambda module, args, output: output + 1)
     whole = bytes_of(calibrate(net, CordaConfig(**CONFIG), batches))

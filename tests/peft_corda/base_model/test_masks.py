@@ -46,7 +46,7 @@ class TestPackedMasks:
         assert torch.linalg.matrix_rank(rows, rtol=1e-3) == 1
 
 
-def test_laid_over():
+def test_broadcastable():
     assert all(is_broadcastable(leading, (3, 4)) for leading in [(3, 4), (12,), (3,)])
     assert not any(
         is_broadcastable(leading, (3, 4)) for leading in [(4,), (4, 3), (3, 4, 1), (11,)]

@@ -1,6 +1,6 @@
 """`decompose` against a float64 SVD: optimal directions, whatever the weight and its inputs.
 
-Small problems are drawn by hypothesis; those of a size where iterating pays are a few seeded ones.
+Small problems are drawn by hypothesis; those of a size where iterating is faster are a few seeded ones.
 """
 
 import pytest
