@@ -51,13 +51,15 @@ def test_frozen_flags_are_respected(monkeypatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pruning_runs_without_onednn(dtype: torch.dtype) -> None:
-    seen = set()
+    seen = []
 
     def predict(model, batch):
-        seen.add(onednn.enabled)
+        seen.append(onednn.enabled)
         return model(**batch).logits
 
     model = tiny_bert(dtype=dtype)
     kprune(model, padded(sequences()), KPruneConfig(), predict=predict, progress=False)
-    assert seen == {dtype == torch.bfloat16}
+    # The comparison of the copy with the model comes before.
+    first = seen.index(False) if dtype == torch.float32 else len(seen)
+    assert first > 0 and not any(seen[first:]) and len(seen) > 10
     assert onednn.enabled
