@@ -68,9 +68,10 @@ def text_begins(text: nn.Module | None, begin: Callable[[], None]) -> Iterator[N
 
 @contextmanager
 def sides_differ(model: nn.Module, sides: Sequence[Side]) -> Iterator[None]:
-    """Raises an error where an encoder of sound or images puts out as many tokens as a decoder gets.
+    """Raises an error where an encoder of sound or images outputs as many tokens as a decoder gets.
 
-    How many it puts out is not known before. It matters only if some of the decoder's do not count.
+    The number of its outputs is not known in advance. It matters only if some of the decoder's do
+    not count.
     """
     encoder, decoder = encoder_of(model), sides[1]
     if encoder is None or sides[0].tokens is not None or decoder.mask is None:
