@@ -123,6 +123,7 @@ class Weighted(type(tiny_bert())):  # type: ignore[misc]
     """The usual way to weight classes: another loss, the same predictions."""
 
     def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+        kwargs.pop("num_items_in_batch", None)  # which transformers 4 passes on to any forward
         output = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         if labels is not None:
             weight = torch.tensor([1.0, 2.0, 3.0])
