@@ -12,7 +12,7 @@ PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-min lint docs bench clean
+.PHONY: demo test test-min lint docs bench gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/corda_language_model.py
@@ -45,6 +45,11 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.corda_training.step
 	$(BIN)/python -m benchmarks.corda_training.plan
 	$(BIN)/python -m benchmarks.kprune.scale
+
+# What only a GPU can show, with the Python that has PyTorch for it: make gpu PYTHON=python3. It takes up
+# to 9 minutes; called again, it resumes. See benchmarks/gpu/run.sh.
+gpu:
+	PYTHON=$(PYTHON) benchmarks/gpu/run.sh
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

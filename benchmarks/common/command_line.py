@@ -32,7 +32,9 @@ def add_threads(parser: argparse.ArgumentParser, default: int | None = None) -> 
 
 def add_language_model(parser: argparse.ArgumentParser) -> None:
     """The language model that is measured."""
-    about = "Hub id or local path of the language model; by default SmolLM2-135M from its package."
+    about = (
+        "Hub id, folder or GGUF file of the language model; by default the packaged SmolLM2-135M."
+    )
     parser.add_argument("--model", help=about)
 
 

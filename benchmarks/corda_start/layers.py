@@ -59,7 +59,8 @@ def rotated(rows: Tensor, signs: Tensor) -> Tensor:
 
 def random_signs(size: int, generator: torch.Generator) -> Tensor:
     """Signs `(size,)`, each 1 or −1."""
-    return torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1.0
+    given = {"generator": generator, "device": generator.device}
+    return torch.randint(0, 2, (size,), **given) * 2.0 - 1.0
 
 
 def power_law(size: int, exponent: float) -> Tensor:
@@ -67,10 +68,15 @@ def power_law(size: int, exponent: float) -> Tensor:
     return torch.arange(1, size + 1, dtype=torch.float32) ** -exponent
 
 
+def gaussian(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """Normal numbers `(rows, columns)`, on the generator's device."""
+    return torch.randn(rows, columns, generator=generator, device=generator.device)
+
+
 def make_weight(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     """A weight `(rows, columns)` in float32."""
-    gaussian = torch.randn(rows, columns, generator=generator) / columns**0.5
-    scaled = gaussian * power_law(columns, WEIGHT_DECAY)
+    scaled = gaussian(rows, columns, generator) / columns**0.5
+    scaled *= power_law(columns, WEIGHT_DECAY).to(scaled)
     return rotated(scaled, random_signs(columns, generator))
 
 
@@ -79,10 +85,11 @@ def make_covariance(size: int, tokens: int, generator: torch.Generator) -> Tenso
     variances = power_law(size, VARIANCE_DECAY)
     variances[:MASSIVE] *= MASSIVE_FACTOR
     signs = random_signs(size, generator)
-    total = torch.zeros(size, size)
+    variances = variances.to(signs)
+    total = torch.zeros(size, size, device=generator.device)
     for start in range(0, tokens, ROWS):
         count = min(ROWS, tokens - start)
-        rows = torch.randn(count, size, generator=generator) * variances.sqrt()
+        rows = gaussian(count, size, generator) * variances.sqrt()
         rows = rotated(rows, signs)
         total.addmm_(rows.T, rows)
     return total / tokens

@@ -94,12 +94,17 @@ def measure(model: nn.Module, corpora: Corpora) -> dict[str, float]:
     }
 
 
+def device_of(args: argparse.Namespace) -> torch.device:
+    """The device that was asked for; by default an accelerator, if there is one."""
+    if args.device is not None:
+        return torch.device(args.device)
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 def adapted(method: str, corpora: Corpora, args: argparse.Namespace) -> nn.Module:
     """A fresh model with its adapter, ready to be trained."""
     settings = args.settings
-    model = load_model(args.model, getattr(torch, settings.dtype))
-    if torch.accelerator.is_available():
-        model.to(torch.accelerator.current_accelerator())
+    model = load_model(args.model, getattr(torch, settings.dtype)).to(device_of(args))
     if method == "full":
         return model
     common = {
@@ -168,6 +173,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     add("--methods", nargs="+", choices=RATES, default=methods, help="Methods to train with.")
     add("--rates", nargs="+", type=float, help="Learning rates; by default each method's own.")
     add("--seeds", nargs="+", type=int, default=[0], help="Seeds of training.")
+    add("--device", help="Device to train on; by default an accelerator, if there is one.")
     add("--factors", type=Path, default=Path("output/factors"), help="Folder for calibrations.")
     add_threads(parser)
     add_results(parser)
@@ -205,7 +211,7 @@ class Study:
 
 def measure_before(corpora: Corpora, args: argparse.Namespace) -> dict[str, float]:
     """The losses of the model before training."""
-    base = load_model(args.model, getattr(torch, args.settings.dtype)).eval()
+    base = load_model(args.model, getattr(torch, args.settings.dtype)).to(device_of(args)).eval()
     return measure(base, corpora) | {"early": mean_loss(base, labelled(corpora, corpora.early))}
 
 

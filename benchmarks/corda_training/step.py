@@ -51,7 +51,7 @@ def adapted(model: nn.Module, side: str, rank: int, targets: str) -> nn.Module:
     for layer in peft_model.modules():
         if isinstance(layer, CordaLinear):
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            noise = [0.01 * torch.randn(t.shape, generator=generator) for t in (a, b)]
+            noise = [0.01 * torch.randn(t.shape, generator=generator).to(t) for t in (a, b)]
             layer.start_adapter("default", a.detach() + noise[0], b.detach() + noise[1])
     return peft_model.train()
 

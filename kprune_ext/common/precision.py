@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
+from torch import Tensor
 
 
 @contextmanager
@@ -31,3 +33,41 @@ def exact_products(device: torch.device, lossless: bool = False) -> Iterator[Non
         yield
     finally:
         setattr(settings, name, before)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds `left @ right` to `total`, in place, with sums in the dtype of `total`.
+
+    Args:
+        total: The sum `(m, n)`.
+        left: The matrix `(m, k)`, in the dtype of `total`, or in a narrower one for which
+            `adds_narrow` holds.
+        right: The matrix `(k, n)`, in the dtype of `left`.
+    """
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+
+
+def adds_narrow(total: Tensor, factors: Tensor) -> bool:
+    """Whether `add_product` can add products of 16-bit factors to a float32 sum without a copy of them.
+
+    The products and sums are then in float32, at the rate of the 16-bit matrix units: only CUDA devices
+    have such products, in recent versions of PyTorch.
+    """
+    if total.device.type != "cuda" or total.dtype != torch.float32 or factors.device != total.device:
+        return False
+    return factors.dtype in (torch.bfloat16, torch.float16) and _tried(total.device, factors.dtype)
+
+
+@cache
+def _tried(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether such a product runs and is right, tried once on a view as the sums are."""
+    total = torch.ones(16, 16, device=device)
+    factors = torch.full((8, 16), 1 / 256, dtype=dtype, device=device)
+    try:
+        add_product(total[8:, :8], factors[:, 8:].T, factors[:, :8])
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+    return bool((total[8:, :8] == 1 + 2.0**-13).all() and (total[:8] == 1).all())

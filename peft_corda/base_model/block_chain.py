@@ -127,7 +127,8 @@ def resumed_from_block(chain: Chain, start: int, states: Callable[[], Tensor]) -
 
     def resume(*args: Any, **kwargs: Any) -> Any:
         # A copy, as models may change hidden states in place.
-        return form(states().clone())
+        device = given_to(args, kwargs).device
+        return form(states().to(device, non_blocking=True, copy=True))
 
     with ExitStack() as stack:
         for number, module in enumerate(chain.modules[:start]):

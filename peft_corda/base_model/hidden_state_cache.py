@@ -1,7 +1,7 @@
 """Cache of hidden states, so that a pass need not rerun the blocks of earlier passes.
 
 A pass caches the hidden states that enter the first block of the next pass, and the next pass starts
-at that block.
+at that block. They are kept in host memory, whatever device the model is on.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class HiddenStateCache:
             self._keeps = False
             kept.clear()
         if self._keeps:
-            kept[self._part] = hidden.detach().clone()
+            kept[self._part] = _in_host_memory(hidden.detach())
 
     def _state(self) -> Tensor:
         state = self._states[self._part]
@@ -132,6 +132,18 @@ class HiddenStateCache:
 
     def _forget(self) -> None:
         self._start, self._states = 0, {}
+
+
+def _in_host_memory(hidden: Tensor) -> Tensor:
+    """Returns a copy in host memory, which an accelerator copies to while it goes on computing."""
+    if hidden.device.type != "cuda":
+        return hidden.to("cpu", copy=True)
+    try:
+        copy = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
+    except RuntimeError:  # the system does not let so much memory be pinned
+        return hidden.cpu()
+    # What reads the copy runs in the same stream, after it.
+    return copy.copy_(hidden, non_blocking=True)
 
 
 def _entries(part: Mapping[str, Any]) -> set[str]:

@@ -176,9 +176,11 @@ class _Sums:
             rows = kept_rows(name, inputs, mask)
             if isinstance(accumulator, CrossAccumulator):
                 assert output is not None  # visited after their forward
-                given = kept_rows(name, output, mask).float()
+                given = kept_rows(name, output, mask)
                 bias = full_bias(self._modules[name])
-                accumulator.update_pair(rows, given if bias is None else given - bias.float())
+                if bias is not None:
+                    given = given.float() - bias.float()
+                accumulator.update_pair(rows, given)
             else:
                 accumulator.update(rows)
         self._runner.visited(name)

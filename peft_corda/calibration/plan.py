@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import psutil
 from torch import nn
 
 from kprune_ext.common.processes import Processes
@@ -19,6 +20,9 @@ from .passes import passes_within, plan_passes
 
 # Smallest default limit, since saving memory is not worth it for smaller models.
 _LEAST_DEFAULT = 64 * 2**20
+# Size of hidden states that is not known, and the part of the host's memory that they may take.
+_UNKNOWN = 2**62
+_HOST_PART = 4
 # Allowance for batches that are longer than the first one.
 _MARGIN = 1.25
 
@@ -99,8 +103,8 @@ def make_plan(
     found = None if example is None else find_chain(runner, example)
     hidden = None if found is None else _hidden_bytes(found.chain, batches, first)
     # All processes must arrive at the same plan, whatever their shares of the data.
-    needed = processes.largest(limits[-1] if hidden is None else hidden)
-    passes, carried = passes_within(groups, limits, itemsize, needed)
+    needed = processes.largest(_UNKNOWN if hidden is None else hidden)
+    passes, carried = passes_within(groups, limits, itemsize, _counted(runner, needed))
     if found is None or not carried:
         return plain
     spans = _spans(found.chain, groups, passes)
@@ -108,6 +112,18 @@ def make_plan(
         return plain
     cache = HiddenStateCache(found.chain, needed, example or {})
     return Plan(passes, spans, cache, itemsize, needed)
+
+
+def _counted(runner: Runner, hidden: int) -> int | None:
+    """Bytes of hidden states that count towards the limit, which is one of the model's own device.
+
+    Those of a model on an accelerator are kept in host memory, of which they may take a part.
+    """
+    if hidden == _UNKNOWN:
+        return None
+    if runner.device.type == "cpu":
+        return hidden
+    return 0 if hidden <= psutil.virtual_memory().total // _HOST_PART else None
 
 
 def default_memory(model: nn.Module, groups: Sequence[Group], itemsize: int) -> tuple[int, int]:

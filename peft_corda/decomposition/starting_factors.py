@@ -30,7 +30,7 @@ def starting_factors(
     """
     projected = directions.double().T @ weight.double()
     if scaling == "balanced":
-        left, values, right = torch.linalg.svd(projected, full_matrices=False)
+        left, values, right = _thin_svd(projected)
         root = values.sqrt()
         factor_a, factor_b = root[:, None] * right, directions.double() @ (left * root)
     elif scaling == "paper":
@@ -42,6 +42,20 @@ def starting_factors(
         raise ValueError(f"scaling must be 'balanced' or 'paper', got {scaling!r}.")
     share = adapter_scale**-0.5
     return (share * factor_a).float(), (share * factor_b).float()
+
+
+def _thin_svd(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the thin decomposition `P, Σ, Qᵀ` of `(r, in)`.
+
+    A GPU takes long for it; there, a QR decomposition leaves only a matrix `(r, r)`, for the CPU.
+    """
+    if rows.device.type == "cpu" or len(rows) > rows.shape[1]:
+        left, values, right = torch.linalg.svd(rows, full_matrices=False)
+        return left, values, right
+    basis, triangle = torch.linalg.qr(rows.T)
+    small = torch.linalg.svd(triangle.T.cpu())
+    left, values, right = (part.to(rows.device) for part in small)
+    return left, values, right @ basis.T
 
 
 def norm_ratio(found: Directions, rank: int, scaling: str) -> float:

@@ -18,6 +18,7 @@ _GRAM_OF_PRODUCT_SPREAD = 1e5
 # needed.
 _LEAST_ROWS = 384
 _MOST_ROWS = 1024
+_COLUMNS = 1024  # of a block of a product, on a GPU
 
 
 def thin_rows(weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -49,6 +50,16 @@ def in_float32(rows: int, columns: int) -> bool:
     return rows >= _LEAST_ROWS and (is_wide(rows, columns) or rows <= _MOST_ROWS)
 
 
+def _product(rows: Tensor, factor: Tensor) -> Tensor:
+    """Returns `X F` in float64; on a GPU in blocks of columns, without a copy of the factor."""
+    if rows.device.type == "cpu" or factor.dtype == rows.dtype:
+        return rows @ factor.double()
+    product = rows.new_empty(len(rows), factor.shape[1])
+    for columns, part in zip(product.split(_COLUMNS, 1), factor.split(_COLUMNS, 1), strict=True):
+        torch.mm(rows, part.double(), out=columns)
+    return product
+
+
 def triangle_of(rows: Tensor, factor: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
     """Returns `X F`, and `R (n, n)`, upper triangular in float64, with `X F (X F)ᵀ = Rᵀ R`.
 
@@ -64,5 +75,5 @@ def triangle_of(rows: Tensor, factor: Tensor, exact: bool) -> tuple[Tensor, Tens
         triangle, failed = torch.linalg.cholesky_ex(gram(product.T.double()), upper=True)
         if not failed and spread(triangle) < _GRAM_OF_PRODUCT_SPREAD:
             return product, triangle
-    product = rows.double() @ factor.double()
+    product = _product(rows.double(), factor)
     return product, torch.linalg.qr(product.T, mode="r").R
