@@ -189,7 +189,7 @@ def forward_cell(model: LlamaForCausalLM, batches: list) -> dict[str, float]:
 
 def whole_model(cells: Cells, rank: int) -> None:
     """All cells of the whole model."""
-    count, size, length = (2, 2, 16) if cells.tiny else (64, 2, 1024)
+    count, size, length = (2, 2, 16) if cells.tiny else (32, 4, 1024)
     model = random_model(cells.tiny, torch.bfloat16, cells.device)
     batches = batches_of(model, count, size, length)
     cells.report["model"] = {

@@ -97,8 +97,9 @@ def _decomposed(
     factor, spread, tokens = None, None, covariance.tokens
     if isinstance(covariance, Covariance):
         spread = effective_rank(covariance.matrix)
-        # In its own dtype, since the copy may take most of the memory in use.
-        matrix = damped(covariance.matrix, config.corda_damping, covariance.matrix.dtype)
+        # In place, as a copy would take most of the memory in use.
+        dtype = covariance.matrix.dtype
+        matrix = damped(covariance.matrix, config.corda_damping, dtype, reuse=True)
         del covariance
         factor = right_factor(matrix, config.corda_weighting)
         del matrix

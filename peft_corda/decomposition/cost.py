@@ -22,7 +22,7 @@ FLOAT32, FLOAT64 = 4, 8
 
 
 def workspace(rows: int, columns: int, rank: int, method: str) -> int:
-    """Bytes needed to decompose a layer, including its covariance and the damped one.
+    """Bytes needed to decompose a layer, including its covariance, which is damped in place.
 
     Args:
         rows: Output dimensions of the weight.
@@ -34,7 +34,7 @@ def workspace(rows: int, columns: int, rank: int, method: str) -> int:
     block = FLOAT64 * (rows + 3 * least) * block_width(least, rank, method)
     factor = FLOAT32 * columns**2
     if method == "ipm" and is_faster(least, rank, method):
-        return factor + max(factor, block)
+        return factor + block
     # The product in float64, its triangle, the tall weight if that is reduced first, and a product
     # in float32 or a copy of the factor.
     numbers = least * columns + (5 if rows > columns else 3) * least**2
@@ -44,7 +44,7 @@ def workspace(rows: int, columns: int, rank: int, method: str) -> int:
         more = FLOAT32 * least * columns
     else:
         more = FLOAT64 * columns**2
-    return factor + max(factor, FLOAT64 * numbers + more + block)
+    return factor + FLOAT64 * numbers + more + block
 
 
 def arithmetic(rows: int, columns: int, rank: int, method: str) -> float:

@@ -182,13 +182,17 @@ def effective_rank(covariance: Tensor) -> float:
     return trace**2 / squares if squares > 0 else 0.0
 
 
-def damped(covariance: Tensor, damping: float, dtype: torch.dtype = torch.float64) -> Tensor:
+def damped(
+    covariance: Tensor, damping: float, dtype: torch.dtype = torch.float64, reuse: bool = False
+) -> Tensor:
     """`C + damping · mean(diag C) · I`, `(in, in)`, in `dtype`.
+
+    With `reuse`, the memory of the covariance is taken for it where the dtype allows.
 
     Damping makes `C` positive definite even with fewer tokens than dimensions. A covariance of zeros
     (of a layer with only zero inputs) becomes the identity, so that the weight itself is decomposed.
     """
-    matrix = covariance.to(dtype, copy=True)
+    matrix = covariance.to(dtype, copy=not reuse)
     level = float(matrix.diagonal().double().mean())
     if level == 0:
         return torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
