@@ -46,7 +46,7 @@ def unit_masks(sublayers: Sequence[SubLayer], batch: int) -> Iterator[list[Maske
     masked = []
     with ExitStack() as stack:
         for sublayer in sublayers:
-            weight = sublayer.output.weight
+            weight = sublayer.weight
             mask = torch.ones(
                 batch, sublayer.units, dtype=weight.dtype, device=weight.device, requires_grad=True
             )
