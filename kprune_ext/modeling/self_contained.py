@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from ..architectures import headless
 from ..architectures.row import Architecture, SubLayerPaths
@@ -60,6 +60,7 @@ def modeling_source(
     dense = {kind: kind.__bases__[1] for kind in models.values()}
     attention_code, imports = _attention_code(architecture)
     names = sorted({dense_config.__name__, *(kind.__name__ for kind in dense.values())})
+    names += ["AutoModel"] if architecture.is_causal else []
     parts = [
         _HEADER.format(family=architecture.model_type, version=installed_version()),
         "from __future__ import annotations\n",
@@ -99,6 +100,12 @@ def modeling_source(
                 setting=f"config_class = {config_class.__name__}",
             )
         )
+    parts += [
+        "# The constructors of heads look it up.\n"
+        f"AutoModel.register({config_class.__name__}, {kind.__name__})\n"
+        for auto, kind in models.items()
+        if auto is AutoModel and architecture.is_causal
+    ]
     return "\n".join(parts)
 
 
