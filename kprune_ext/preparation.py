@@ -42,7 +42,8 @@ from .common.processes import Processes
 from .config import KPruneConfig
 from .given import Given, given_model, require_module, with_problem
 from .guard import check_copy
-from .knowledge.measure import Signal, teacher_logits
+from .knowledge.measure import teacher_logits
+from .knowledge.signal import Signal
 from .modeling.copying import uneven_copy_within
 from .units.sublayers import SubLayer, layers_path, sublayers
 
