@@ -21,7 +21,7 @@ METRICS: tuple[Metric, ...] = get_args(Metric)
 
 def unit_flops(model: PreTrainedModel, sublayer: SubLayer, length: int) -> int:
     """FLOPs of one unit of a sub-layer on one sequence."""
-    hidden = sublayer.output.out_features
+    hidden = len(sublayer.weight)
     if sublayer.kind == "attention":
         extra = find_architecture(model).extra_head_flops(model.config, length)
         return cost.head_flops(hidden, sublayer.unit_size, length) + extra
@@ -33,7 +33,7 @@ def unit_parameters(sublayer: SubLayer) -> int:
     if not sublayer.units:
         return 0
     inputs = sum(p.numel() for linear in sublayer.inputs for p in linear.parameters())
-    return (inputs + sublayer.output.weight.numel()) // sublayer.units
+    return (inputs + sublayer.weight.numel()) // sublayer.units
 
 
 def cost_tables(

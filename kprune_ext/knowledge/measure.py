@@ -105,7 +105,7 @@ def measure_knowledge(
     predictive, squares = [], []
     for sublayer in sublayers:
         sensitivity, square, total = total.tensor_split(
-            [sublayer.units, sublayer.units + sublayer.output.in_features]
+            [sublayer.units, sublayer.units + sublayer.width]
         )
         predictive.append(sensitivity)
         squares.append(square)
@@ -127,7 +127,7 @@ def _sums(
     prediction reads counts less.
     """
     predictive = [_zeros(sublayer, sublayer.units) for sublayer in sublayers]
-    squares = [_zeros(sublayer, sublayer.output.in_features) for sublayer in sublayers]
+    squares = [_zeros(sublayer, sublayer.width) for sublayer in sublayers]
     samples = tokens = 0
     read = 0.0
     for stream in in_parts(streams, len(sublayers), stack, signal):
@@ -159,7 +159,7 @@ def stream_mean_square(hidden: Tensor) -> Tensor:
 
 
 def _output_energy(sublayer: SubLayer, mean_square: Tensor) -> Tensor:
-    weight = sublayer.output.weight.detach().to(mean_square)
+    weight = sublayer.weight.detach().to(mean_square)
     if sublayer.scale is not None:
         weight = sublayer.scale.to(weight).unsqueeze(1) * weight
     column = weight.square().mean(0)
@@ -167,4 +167,4 @@ def _output_energy(sublayer: SubLayer, mean_square: Tensor) -> Tensor:
 
 
 def _zeros(sublayer: SubLayer, size: int) -> Tensor:
-    return torch.zeros(size, dtype=torch.float64, device=sublayer.output.weight.device)
+    return torch.zeros(size, dtype=torch.float64, device=sublayer.weight.device)

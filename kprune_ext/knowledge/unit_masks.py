@@ -46,7 +46,7 @@ def unit_masks(sublayers: Sequence[SubLayer], batch: int) -> Iterator[list[Maske
     masked = []
     with ExitStack() as stack:
         for sublayer in sublayers:
-            weight = sublayer.output.weight
+            weight = sublayer.weight
             # In low precision, gradients that are summed over tokens would lose digits, or overflow.
             dtype = torch.promote_types(weight.dtype, torch.float32)
             mask = torch.ones(

@@ -47,7 +47,7 @@ def normal_equations(
     Raises:
         ValueError: If activations are NaN or infinite.
     """
-    weight = target.output.weight.detach()
+    weight = target.weight.detach()
     device = weight.device
     count = 2 if halves else 1
     found = [NormalEquations.zeros(weight.shape[1], len(weight), device) for _ in range(count)]
@@ -110,7 +110,7 @@ def tune(
     tune_bias: bool,
 ) -> TunedProjection:
     """Fits a shrunk sub-layer's output projection; the arguments are those of `fit_projection`."""
-    weight = target.output.weight.detach()
+    weight = target.weight.detach()
     held: Tensor | None = target.output.bias
     if held is None:
         held = weight.new_zeros(len(weight))
