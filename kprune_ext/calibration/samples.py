@@ -49,6 +49,18 @@ class Sample:
     keyed: frozenset[str] | None = None
     targets: Tensor | None = None
 
+    def first(self, most: int) -> Sample:
+        """Returns the first tokens of a text, which a causal model treats as it does in the whole."""
+        width = self.tokens.shape[1]
+        rows = {
+            name: value[:, :most]
+            if isinstance(value, Tensor) and value.shape[1:2] == (width,)
+            else value
+            for name, value in self.inputs.rows.items()
+        }
+        targets = None if self.targets is None else self.targets[:, :most]
+        return Sample(Inputs(rows, self.inputs.whole), self.tokens[:, :most], self.keyed, targets)
+
     @property
     def count(self) -> int:
         """Number of unmasked tokens."""

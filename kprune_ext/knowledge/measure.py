@@ -17,7 +17,7 @@ from ..calibration.layer_stack import LayerStack
 from ..calibration.streams import Stream
 from ..common.processes import Processes
 from ..units.sublayers import SubLayer
-from .passes import in_parts, passes_over
+from .passes import Passed, in_parts, passes_over
 from .signal import Signal
 
 
@@ -142,7 +142,7 @@ def _sums(
             last = sublayer.layer == sublayers[-1].layer
             counted = (weights if last else stream.tokens).to(square)
             if signal.relative:
-                counted = counted / stream_mean_square(passed.after).to(square)
+                counted = counted / token_scale(sublayer, passed).to(square)
             square += torch.einsum("btu,bt->u", passed.features.double().square(), counted)
     device = predictive[0].device
     counts = torch.tensor([samples, tokens, read], dtype=torch.float64, device=device)
@@ -150,18 +150,31 @@ def _sums(
     return [*(values.to(device) for pair in pairs for values in pair), counts]
 
 
-def stream_mean_square(hidden: Tensor) -> Tensor:
-    """Returns the mean square of each token's hidden state, `(batch, tokens)` in float64.
+@torch.no_grad()
+def token_scale(sublayer: SubLayer, passed: Passed) -> Tensor:
+    """Returns what the squared output of a sub-layer is divided by at each token, `(batch, tokens)`.
 
-    It is what the next norm divides by. A state of zeros counts as the smallest there is.
+    It is the mean square of the hidden state after the sub-layer, which the next norm divides by. Where
+    a norm follows the output projection itself, it is also the mean square of what that norm divides.
+    Zeros count as the smallest number there is.
     """
-    return hidden.double().square().mean(2).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = _mean_square(passed.after)
+    if sublayer.norm_after is not None:
+        output = passed.features @ sublayer.weight.t()
+        scale = scale * _mean_square(output).to(scale.device)
+    return scale
+
+
+def _mean_square(values: Tensor) -> Tensor:
+    tiny = torch.finfo(torch.float32).tiny
+    return values.double().square().mean(2).clamp(min=tiny)
 
 
 def _output_energy(sublayer: SubLayer, mean_square: Tensor) -> Tensor:
     weight = sublayer.weight.detach().to(mean_square)
-    if sublayer.scale is not None:
-        weight = sublayer.scale.to(weight).unsqueeze(1) * weight
+    for gain in (sublayer.scale, sublayer.gain_after):
+        if gain is not None:
+            weight = gain.to(weight).unsqueeze(1) * weight
     column = weight.square().mean(0)
     return (mean_square * column).reshape(-1, sublayer.unit_size).sum(1)
 
