@@ -109,6 +109,18 @@ class SubLayer:
         path = self.paths.norm_after
         return None if path is None else self.module.get_submodule(path)
 
+    @property
+    def gain_after(self) -> Tensor | None:
+        """Factors `(hidden,)` of that norm on what it has normed, or None without one."""
+        norm = self.norm_after
+        if norm is None:
+            return None
+        # Families store the gain itself or its difference from 1: so ask the norm what it does.
+        ones = self.weight.new_ones(1, len(self.weight))
+        with torch.no_grad():
+            found: Tensor = norm(ones)[0]
+        return found
+
     def run(self, hidden: Tensor, context: Context) -> Tensor:
         """Runs the sub-layer, with residual and norm.
 
