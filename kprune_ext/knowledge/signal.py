@@ -48,23 +48,29 @@ class Signal:
     relative: bool = False
 
 
+#: Memory for the activations of a layer-by-layer backward pass on a CPU, in bytes.
+_CPU_ACTIVATIONS = 2**27
+
+
 def depth_tokens_on(
     device: torch.device, sublayers: Sequence[SubLayer], least: int, layerwise: bool
 ) -> int:
-    """Returns `Signal.depth_tokens` for a device, whose activations take an eighth of a GPU's memory.
+    """Returns `Signal.depth_tokens` for a device, so that activations take an eighth of a GPU's memory.
 
     Args:
         device: The device.
         sublayers: The sub-layers of the model.
-        least: The number on a CPU, and the least on a GPU.
-        layerwise: Whether one sub-layer runs backward at a time.
+        least: The number on a CPU, and the least on a GPU, unless the passes are layer by layer.
+        layerwise: Whether one sub-layer runs backward at a time, and the hidden states after every
+            sub-layer are kept.
     """
     free = free_memory(device)
-    if free is None:
+    if free is None and not layerwise:
         return least
     hidden, widest = len(sublayers[0].weight), max(sublayer.width for sublayer in sublayers)
     size = sublayers[0].weight.element_size()
-    activations = size * (4 * hidden + 3 * widest)
+    of_one = size * (4 * hidden + 3 * widest)
     if layerwise:
-        activations += size * hidden * len(sublayers)
-    return max(least, free // 8 // activations)
+        room = _CPU_ACTIVATIONS if free is None else free // 8
+        return max(1, room // (of_one + size * hidden * len(sublayers)))
+    return max(least, (free or 0) // 8 // of_one)
