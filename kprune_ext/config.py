@@ -9,14 +9,22 @@ from typing import Any, Literal, get_args
 from .architectures.tasks import PROBLEM_TYPES, ProblemType
 from .budget.costs import METRICS, Metric
 from .common.memory import bytes_of
-from .config_checks import number, one_of, option, or_none, size, switch, whole_number
+from .config_checks import (
+    CPU_BATCH_TOKENS,
+    left_open,
+    number,
+    one_of,
+    option,
+    or_none,
+    size,
+    switch,
+    whole_number,
+)
 
-Schedule = Literal["per_layer", "per_sublayer"]
-SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+Schedule = Literal["per_layer", "per_sublayer", "once"]
 LambdaScale = Literal["relative", "absolute"]
-LAMBDA_SCALES: tuple[LambdaScale, ...] = get_args(LambdaScale)
 Sensitivity = Literal["fisher", "gradient"]
-SENSITIVITIES: tuple[Sensitivity, ...] = get_args(Sensitivity)
+Layout = Literal["free", "uniform"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,21 +40,35 @@ class KPruneConfig:
         0.5,
         number(
             "(0, 1)",
-            "It is the fraction of encoder FLOPs to remove: pass 0.5 to keep half of them.",
+            "It is the fraction of the layers' FLOPs or parameters to remove: pass 0.5 to keep half.",
         ),
-        "Fraction of the encoder's FLOPs (or of the quantity that metric names) to remove, strictly "
-        "between 0 and 1. For a model that was pruned before, it is a fraction of the present size.",
+        "Fraction of the quantity that metric names to remove, strictly between 0 and 1. For a model "
+        "that was pruned before, it is a fraction of the present size.",
     )
-    metric: Metric = option(
-        "flops",
-        one_of(*METRICS),
-        "Quantity that reduction refers to: 'flops', 'params' (parameters of heads and neurons), or "
-        "'latency' (measured on the model's device).",
+    metric: Metric | None = option(
+        None,
+        one_of(None, *METRICS),
+        "Quantity that reduction refers to: 'flops', 'params' (parameters of heads and neurons), "
+        "'latency' (measured on the model's device), or 'cache' (bytes of a decoder's key-value cache "
+        "per token; all neurons stay). None stands for FLOPs in encoders, parameters in decoders.",
     )
-    temperature: float = option(
-        2.0,
-        number("(0, inf)"),
-        "Temperature that softens the class probabilities from which scores are computed.",
+    layout: Layout = option(
+        "free",
+        one_of(*get_args(Layout)),
+        "Sizes of the layers: 'free' lets each keep as much as its units are worth, 'uniform' keeps "
+        "the same number of heads and of neurons in every layer, those of the most knowledge.",
+    )
+    round_to: int = option(
+        1,
+        whole_number(),
+        "Number of which every feed-forward network keeps a multiple of neurons, such as 64 for the "
+        "kernels of a GPU.",
+    )
+    temperature: float | None = option(
+        None,
+        or_none(number("(0, inf)")),
+        "Temperature that softens the class probabilities from which scores are computed. None stands "
+        "for 2, and for 1 for language models.",
     )
     lambda_rep: float = option(
         1.0,
@@ -59,7 +81,7 @@ class KPruneConfig:
     )
     lambda_scale: LambdaScale = option(
         "relative",
-        one_of(*LAMBDA_SCALES),
+        one_of(*get_args(LambdaScale)),
         "Scale of lambda_rep. 'relative' first scales both kinds of knowledge to the same sum over "
         "all units that are still to be pruned. 'absolute' takes them as measured (as in the paper).",
     )
@@ -75,43 +97,66 @@ class KPruneConfig:
         "Every sub-layer keeps at least this fraction of the units that it would keep if all "
         "sub-layers were pruned alike, whatever the scores are. 0 sets no lower bound.",
     )
+    min_head_share: float | None = option(
+        None,
+        or_none(number("[0, 1]", "Pass 0 to set no lower bound on heads.")),
+        "min_share of attention, where it is to differ from that of feed-forward networks.",
+    )
+    balance: float = option(
+        0.0,
+        number("[0, 1]", "Pass 0 to take the scores as they are."),
+        "How far the scores of each kind of sub-layer are scaled to one mean in all layers: 0 leaves "
+        "them as they are, 1 prunes all layers about alike.",
+    )
     mu: float | None = option(
         None,
         or_none(number("(0, inf)")),
         "Weight of an attention head's mean knowledge per dimension relative to a neuron's "
         "knowledge (mu). None stands for the head size, which turns the mean into a sum.",
     )
-    schedule: Schedule = option(
-        "per_layer",
-        one_of(*SCHEDULES),
-        "How often knowledge is measured again: 'per_layer' measures it before the attention of "
-        "each layer, 'per_sublayer' before every sub-layer (as in the paper, at twice the cost).",
+    relative_knowledge: bool | None = option(
+        None,
+        or_none(switch),
+        "Whether each token's representational knowledge is divided by the mean square of its hidden "
+        "state after the sub-layer, which grows through the layers where norms come before sub-layers. "
+        "None stands for True in decoders only.",
     )
-    score_fraction: float = option(
-        0.1,
-        number(
-            "(0, 1]",
-            "It is the fraction of the calibration samples on which knowledge is measured: pass 1.0 "
-            "to use all of them.",
+    schedule: Schedule | None = option(
+        None,
+        one_of(None, *get_args(Schedule)),
+        "How often knowledge is measured: 'once' measures it at the start, 'per_layer' before the "
+        "attention of each layer, 'per_sublayer' before every sub-layer (as in the paper, at twice the "
+        "cost). None stands for 'per_layer' in encoders, 'once' in decoders.",
+    )
+    score_fraction: float | None = option(
+        None,
+        or_none(
+            number(
+                "(0, 1]",
+                "It is the fraction of the calibration samples on which knowledge is measured: pass "
+                "1.0 to use all of them.",
+            )
         ),
-        "Fraction of the calibration samples on which knowledge is measured, in (0, 1]. "
-        "Weight tuning always uses all of them.",
+        "Fraction of the calibration samples on which knowledge is measured, in (0, 1]. Weight tuning "
+        "always uses all of them. None stands for 0.1 in encoders, 0.5 in decoders.",
     )
-    min_score_samples: int = option(
-        512,
-        whole_number(),
-        "Least number of samples on which knowledge is measured; all samples if there are fewer.",
+    min_score_samples: int | None = option(
+        None,
+        or_none(whole_number()),
+        "Least number of samples on which knowledge is measured; all samples if there are fewer. None "
+        "stands for 512 in encoders, 64 in decoders.",
     )
-    max_score_passes: int = option(
-        8,
-        whole_number(),
+    max_score_passes: int | None = option(
+        None,
+        or_none(whole_number()),
         "Largest number of backward passes per sample for predictive knowledge. The exact value takes "
         "one per class and position (a single one for two classes); where that is more than this "
-        "number, as many passes with random signs give an unbiased estimate.",
+        "number, as many passes with random signs give an unbiased estimate. Language models take this "
+        "number, each with next tokens of its own. None stands for 8, for them 1.",
     )
     sensitivity: Sensitivity = option(
         "fisher",
-        one_of(*SENSITIVITIES),
+        one_of(*get_args(Sensitivity)),
         "Measure of predictive knowledge: 'fisher' is the Fisher information of the predictive "
         "distribution; 'gradient' is the squared gradient of the divergence from the original "
         "model (as in the paper; zero at the first sub-layer).",
@@ -152,11 +197,17 @@ class KPruneConfig:
         "Largest number of unmasked calibration tokens: calibration stops before the sample that "
         "would exceed it (the first sample is always taken).",
     )
-    batch_tokens: int = option(
-        2048,
-        whole_number(),
+    batch_tokens: int | None = option(
+        None,
+        or_none(whole_number()),
         "Tokens per batch of a forward pass. Samples are regrouped by length, so the batch size of "
-        "the dataloader does not matter.",
+        "the dataloader does not matter. None stands for 2048 on a CPU, and for up to 16384 on a GPU, "
+        "as far as its memory allows.",
+    )
+    held_out: float = option(
+        0.05,
+        number("[0, 0.5]", "Pass 0 to hold out none."),
+        "Fraction of a language model's samples that only the report's perplexities are of.",
     )
     sequence_length: int | None = option(
         None,
@@ -213,6 +264,20 @@ class KPruneConfig:
             "unread_weight": 1.0,
         }
         return cls(reduction=reduction, **(paper | options))
+
+    def meant_for(
+        self, *, is_causal: bool, next_tokens: bool, batch_tokens: int = CPU_BATCH_TOKENS
+    ) -> KPruneConfig:
+        """Returns the configuration with None replaced by what it stands for.
+
+        Args:
+            is_causal: Whether the model is a decoder.
+            next_tokens: Whether its task is causal language modelling.
+            batch_tokens: Tokens per batch on the model's device.
+        """
+        pairs = left_open(is_causal, next_tokens) | {"batch_tokens": batch_tokens}
+        missing = {n: value for n, value in pairs.items() if getattr(self, n) is None}
+        return dataclasses.replace(self, **missing)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns every option by name."""

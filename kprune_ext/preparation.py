@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from .architectures.table import find_architecture
 from .architectures.tasks import Predict
-from .budget.costs import budget_for, cost_tables, least_units
+from .budget.costs import Budget, budget_for, cost_tables, least_units
 from .budget.latency import LatencyTable
 from .budget.latency_measurement import measure_latency
 from .calibration.device_map import (
@@ -27,7 +26,8 @@ from .calibration.device_map import (
 from .calibration.hooks import evaluating
 from .calibration.inputs import Entries, Inputs
 from .calibration.layer_stack import LayerStack, plain_outputs
-from .calibration.samples import CalibrationData
+from .calibration.next_tokens import MOST_IN_CHUNK, vocabulary
+from .calibration.samples import CalibrationData, Sample
 from .calibration.sharing import (
     own_model,
     processes_of,
@@ -40,28 +40,13 @@ from .calibration.streams import Stream, start_streams
 from .common.memory import without_onednn
 from .common.processes import Processes
 from .config import KPruneConfig
+from .config_checks import CPU_BATCH_TOKENS
 from .given import Given, given_model, require_module, with_problem
 from .guard import check_copy
-from .knowledge.measure import Signal, teacher_logits
+from .knowledge.measure import teacher_logits
+from .knowledge.signal import Signal, depth_tokens_on
 from .modeling.copying import uneven_copy_within
 from .units.sublayers import SubLayer, layers_path, sublayers
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Costs of the units, and the budget for those that are kept.
-
-    Attributes:
-        costs: Cost of keeping 0, 1, … of a sub-layer's units, per sub-layer, each `(units + 1,)`.
-        limit: Largest total cost of the kept units, in the unit of the run's metric.
-        least: Least number of units that a sub-layer keeps, per sub-layer.
-        length: Tokens per sequence at which FLOPs are counted.
-    """
-
-    costs: list[Tensor]
-    limit: float
-    least: list[int]
-    length: int
 
 
 @dataclass(frozen=True)
@@ -82,6 +67,7 @@ class PruningRun:
         streams: The hidden states of both models.
         signal: The signal by which predictive knowledge is measured.
         processes: The processes that prune the model jointly.
+        config: The options, none of which is left open.
     """
 
     given: Given
@@ -97,6 +83,7 @@ class PruningRun:
     streams: list[Stream]
     signal: Signal
     processes: Processes
+    config: KPruneConfig
 
     @property
     def scored(self) -> list[Stream]:
@@ -130,7 +117,7 @@ def prepared(
     with processes.error_barrier():
         copied = copied_student(model, config, predict, accelerator)
     given, whole, stack, device_map = copied.given, copied.whole, copied.stack, copied.device_map
-    own = given.model
+    own, config = given.model, given.options(config)
     architecture = find_architecture(own)
     others = {"predict": "given" if given.is_own else None, "latency": latency}
     require_one_task(processes, own, asdict(config), **others)
@@ -144,24 +131,28 @@ def prepared(
             dataloader,
             max_tokens=config.max_tokens,
             seed=config.seed,
-            scored=(config.score_fraction, config.min_score_samples),
+            scored=(config.score_fraction or 1.0, config.min_score_samples or 1),
             image_tokens=lambda inputs: image_tokens(stack, inputs),
             runs=(lambda inputs: run_whole(given, inputs)) if given.is_own else None,
             accelerator=accelerator,
             processes=processes,
+            causal=architecture.is_causal,
+            targets=given.predicts_next_tokens,
+            held_out=config.held_out if given.predicts_next_tokens else 0.0,
         )
         with processes.error_barrier():
-            first = data.samples[0] if data.samples else None
+            first = example(given, data.samples)
             check_copy(given, whole, layers_path(own, architecture), device_map, first)
         teacher = sublayers(own, architecture)
         budget = _budget(own, teacher, data, config, latency, processes)
         # Only now: latency is measured as the model will run.
         block.enter_context(without_onednn(whole))
-        signal = _signal(given, whole, config)
+        signal = _signal(given, whole, teacher, config)
         with processes.error_barrier():
-            asked = signal.predict if config.unread_weight < 1 else None
+            asks = config.unread_weight < 1 and not signal.next_tokens  # which read every token
+            asked = signal.predict if asks else None
             streams = start_streams(
-                stack, data, config.batch_tokens, memory, asked, each_sample=given.is_own
+                stack, data, config.batch_tokens or 1, memory, asked, each_sample=given.is_own
             )
         run = PruningRun(
             given=given,
@@ -177,6 +168,7 @@ def prepared(
             streams=streams,
             signal=signal,
             processes=processes,
+            config=config,
         )
         yield run if config.sensitivity == "fisher" else _with_teacher_logits(run)
 
@@ -252,24 +244,39 @@ def _budget(
             if processes.is_main:
                 latency = measure_latency(model, sequence_length=length)
         latency = processes.first(latency)
-    costs = cost_tables(model, targets, config.metric, length, latency)
+    costs = cost_tables(model, targets, config.metric or "flops", length, latency)
     limit = budget_for(costs, config.reduction)
-    return Budget(costs, limit, least_units(costs, limit, config.min_share), length)
+    heads = config.min_share if config.min_head_share is None else config.min_head_share
+    shares = [heads if each.kind == "attention" else config.min_share for each in targets]
+    return Budget(costs, limit, least_units(costs, limit, shares), length)
 
 
-def _signal(given: Given, whole: Any, config: KPruneConfig) -> Signal:
+def example(given: Given, samples: Sequence[Sample]) -> Sample | None:
+    """Returns a sample, for language models as short as their logits are to be."""
+    first = samples[0] if samples else None
+    if first is None or not given.predicts_next_tokens:
+        return first
+    return first.first(max(1, MOST_IN_CHUNK // vocabulary(given.model)))
+
+
+def _signal(given: Given, whole: Any, targets: Sequence[SubLayer], config: KPruneConfig) -> Signal:
+    is_causal, batch = given.architecture.is_causal, config.batch_tokens or CPU_BATCH_TOKENS
     return Signal(
         given.predict_with(whole),
         given.problem,
-        config.temperature,
-        config.max_score_passes,
-        depth_tokens=4 * config.batch_tokens,
+        config.temperature or 1.0,
+        config.max_score_passes or 1,
+        depth_tokens=depth_tokens_on(input_device(given.model), targets, 4 * batch, is_causal),
         unread_weight=config.unread_weight,
+        next_tokens=given.predicts_next_tokens,
+        layerwise=is_causal,
+        relative=bool(config.relative_knowledge),
     )
 
 
 @torch.no_grad()
 def _with_teacher_logits(run: PruningRun) -> PruningRun:
     with run.processes.error_barrier():
-        found = teacher_logits(run.student, run.stack, run.signal.predict, run.scored)
+        predict = None if run.signal.next_tokens else run.signal.predict
+        found = teacher_logits(run.student, run.stack, predict, run.scored)
     return replace(run, signal=replace(run.signal, teacher=found))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,21 +15,24 @@ from transformers import PreTrainedModel
 from .architectures.tasks import Predict
 from .budget.costs import unit_flops
 from .budget.latency import LatencyTable
-from .budget.search import search_masks
 from .calibration.device_map import dispatch
 from .common.memory import trim_memory
-from .common.placement import is_offloaded
 from .config import KPruneConfig
-from .knowledge.measure import measure_knowledge
-from .knowledge.scores import unit_scores
 from .modeling.copying import record_kept
 from .preparation import PruningRun, prepared
 from .progress import progress_over
-from .report.making import make_report
-from .tuning.least_squares import TunedProjection
+from .report.making import HeldOut, make_report
+from .steps import (
+    advance,
+    held_out_loss,
+    measured_scores,
+    measures_at,
+    original_of,
+    searched,
+    tuned,
+    uniform_numbers,
+)
 from .tuning.logit_scale import scale_logits
-from .tuning.projection import fit_projection, normal_equations
-from .units.sublayers import SubLayer
 from .units.surgery import set_output, shrink
 
 
@@ -63,8 +65,10 @@ def kprune(
             `(batch, tokens)`, or `pixel_values`, and any other input of the model. Labels and columns
             that the model does not take are ignored, except with `predict`. Entries with one value
             for each sample are cut into samples; others, such as an option, go with each as they are.
-            Batch size and padding do not matter.
-        config: The options; by default half of the encoder's FLOPs are removed.
+            Batch size and padding do not matter. For a causal language model, `labels` (batch, tokens)
+            of -100 mark tokens, such as those of a prompt, whose predictions do not count.
+        config: The options; by default half of an encoder's FLOPs, or of the parameters of a decoder's
+            layers, are removed.
         predict: Function `(model, batch) -> logits` that replaces the default of the model's task. The
             logits are `(batch, classes)`, or `(batch, positions, classes)` for several predictions
             per sample. It is called with what is given as `model`, or with its copy, which it must
@@ -84,7 +88,7 @@ def kprune(
         save, load and train. What a checkpoint cannot hold of it, such as another activation function
         or a forward of your own, is kept in memory, and a warning before the work names it. The
         `kprune_report` of the pruned model describes what was kept. The quantity that
-        `config.metric` names (by default FLOPs, where a multiply-add counts twice, see
+        `config.metric` names (in encoders by default FLOPs, where a multiply-add counts twice, see
         `kprune_ext.budget.flops`) is at most (1 − reduction) of the original model's.
 
     Raises:
@@ -102,123 +106,77 @@ def kprune(
                 model, dataloader, config, predict=predict, latency=latency, accelerator=accelerator
             )
         )
-        outcome = _prune(run, config, progress)
-        if config.scale_logits:
+        before = held_out_loss(run)
+        outcome = prune_sublayers(run, progress=progress)
+        if run.config.scale_logits and not run.signal.next_tokens:
             signal = run.signal
             outcome.logit_scale = scale_logits(
                 run.stack, run.streams, signal.predict, signal.problem, run.processes
             )
-    return _finished(run, outcome, config)
+        outcome.losses = (before, held_out_loss(run))
+    return _finished(run, outcome)
 
 
 @dataclass
-class _Outcome:
+class Outcome:
     """Result of the pruning loop.
 
     Attributes:
         kept: Indices of the units kept, per sub-layer.
         errors: Relative error of the fit, per sub-layer.
         logit_scale: The factor on all logits, or None.
+        losses: Loss on held-out tokens before and after, in nats a token; None for other tasks.
     """
 
     kept: list[list[int]] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
     logit_scale: float | None = None
+    losses: tuple[HeldOut | None, HeldOut | None] = (None, None)
 
 
-def _prune(run: PruningRun, config: KPruneConfig, progress: bool) -> _Outcome:
-    """Prunes the sub-layers bottom-up (algorithm 1); the student is changed in place."""
-    outcome, left = _Outcome(), run.budget.limit
+def prune_sublayers(
+    run: PruningRun, keep: Sequence[Sequence[int]] | None = None, *, progress: bool = False
+) -> Outcome:
+    """Prunes the sub-layers bottom-up (algorithm 1); the student is changed in place.
+
+    Args:
+        run: The run, from `prepared`.
+        keep: Numbers of the units to keep, per sub-layer, chosen by something else than knowledge; None
+            to measure knowledge and search.
+        progress: Whether to show a progress bar, in the main process.
+    """
+    outcome, left = Outcome(), run.budget.limit
     scores: list[Tensor] = []
+    sizes: dict[str, int] | None = None
     original = run.teacher[0]
+    measured = [keep is None and measures_at(run, step) for step in range(len(run.student))]
     silent = not (progress and run.processes.is_main)
-    for step in progress_over(run.student, config.schedule, disable=silent):
+    for step in progress_over(run.student, measured, disable=silent):
         target = run.student[step]
-        if target.kind == "attention" or config.schedule == "per_sublayer":
-            scores = _measure(run, step, config)
-        keep = _search(run, step, scores, left)
-        original = _original(run.teacher[step], target, original)
-        shrink(target, keep)
-        fit = _tune(run, original, target, config)
+        if measured[step]:
+            scores = measured_scores(run, step)
+        if keep is None:
+            sizes = uniform_numbers(run, scores) if step == 0 else sizes
+            chosen = searched(run, step, scores, left, sizes)
+        else:
+            chosen = list(keep[step])
+        original = original_of(run.teacher[step], target, original)
+        shrink(target, chosen)
+        fit = tuned(run, original, target)
         set_output(target, fit.weight, fit.bias)
-        _advance(run, target)
-        left -= float(run.budget.costs[step][len(keep)])
+        advance(run, target)
+        left -= float(run.budget.costs[step][len(chosen)])
         scores = scores[1:]
-        outcome.kept.append(keep)
+        outcome.kept.append(chosen)
         outcome.errors.append(fit.error)
         del fit  # before the next step allocates its own
         trim_memory()
     return outcome
 
 
-def _measure(run: PruningRun, step: int, config: KPruneConfig) -> list[Tensor]:
-    """Step 1: returns the scores of the units of this sub-layer and of all later ones."""
-    targets = run.student[step:]
-    knowledge = measure_knowledge(targets, run.stack, run.scored, run.signal, run.processes)
-    trim_memory()  # else freed blocks of many sizes fragment the heap
-    return unit_scores(
-        targets,
-        knowledge,
-        lambda_rep=config.lambda_rep,
-        relative=config.lambda_scale == "relative",
-        prior_samples=config.prior_samples,
-        mu=config.mu,
-    )
-
-
-def _search(run: PruningRun, step: int, scores: Sequence[Tensor], left: float) -> list[int]:
-    """Step 2: returns the units of this sub-layer that one global threshold keeps."""
-    budget = run.budget
-    masks = search_masks(scores, budget.costs[step:], left, budget.least[step:])
-    return run.processes.gather(masks[0].nonzero().flatten().tolist())[0]
-
-
-def _tune(
-    run: PruningRun, original: SubLayer, target: SubLayer, config: KPruneConfig
-) -> TunedProjection:
-    """Step 3: fits the output projection to the teacher, whose states advance past the sub-layer."""
-    with run.processes.error_barrier():
-        equations = normal_equations(
-            original,
-            target,
-            run.stack,
-            run.streams,
-            unread_weight=config.unread_weight if run.is_last_layer(target) else 1.0,
-            halves=config.ridge is None,
-        )
-    return fit_projection(
-        target, equations, run.processes, ridge=config.ridge, tune_bias=config.tune_bias
-    )
-
-
-@torch.no_grad()
-def _advance(run: PruningRun, target: SubLayer) -> None:
-    """Advances the student's hidden states past the pruned and tuned sub-layer."""
-    with run.processes.error_barrier():
-        for stream in run.streams:
-            context = stream.contexts_in(run.stack)[target.layer]
-            stream.student.copy_(target.run(stream.student, context))
-
-
-def _original(dense: SubLayer, target: SubLayer, before: SubLayer) -> SubLayer:
-    """Returns the teacher's sub-layer, with weights that need not be gathered for every batch.
-
-    Where the teacher's weights are offloaded, it is part of a copy of the student's layer, made before
-    any of that layer was pruned.
-
-    Args:
-        dense: The teacher's sub-layer.
-        target: The student's sub-layer at the same place.
-        before: The result of this function for the previous sub-layer.
-    """
-    if target.kind != "attention":
-        return replace(dense, module=before.module)
-    return replace(dense, module=deepcopy(target.module)) if is_offloaded(dense.module) else dense
-
-
-def _finished(run: PruningRun, outcome: _Outcome, config: KPruneConfig) -> Any:
+def _finished(run: PruningRun, outcome: Outcome) -> Any:
     """Returns the pruned model, with its record and report."""
-    kept, budget = outcome.kept, run.budget
+    kept, budget, config = outcome.kept, run.budget, run.config
     record_kept(run.pruned, zip(kept[::2], kept[1::2], strict=True))
     _copy_requires_grad(run.given.whole, run.whole)
     pruned: Any = dispatch(run.pruned, run.device_map)
@@ -227,7 +185,7 @@ def _finished(run: PruningRun, outcome: _Outcome, config: KPruneConfig) -> Any:
         run.model,
         pruned,
         zip(run.teacher, run.student, flops, outcome.errors, strict=True),
-        metric=config.metric,
+        metric=config.metric or "flops",
         reduction=config.reduction,
         costs=budget.costs,
         budget=budget.limit,
@@ -235,6 +193,7 @@ def _finished(run: PruningRun, outcome: _Outcome, config: KPruneConfig) -> Any:
         samples=run.data.count,
         tokens=run.data.tokens,
         logit_scale=outcome.logit_scale,
+        losses=outcome.losses,
     )
     return run.whole
 
