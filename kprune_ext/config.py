@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from .architectures.tasks import PROBLEM_TYPES, ProblemType
@@ -11,12 +11,28 @@ from .budget.costs import METRICS, Metric
 from .common.memory import bytes_of
 from .config_checks import number, one_of, option, or_none, size, switch, whole_number
 
-Schedule = Literal["per_layer", "per_sublayer"]
+Schedule = Literal["per_layer", "per_sublayer", "once"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 LambdaScale = Literal["relative", "absolute"]
 LAMBDA_SCALES: tuple[LambdaScale, ...] = get_args(LambdaScale)
 Sensitivity = Literal["fisher", "gradient"]
 SENSITIVITIES: tuple[Sensitivity, ...] = get_args(Sensitivity)
+Layout = Literal["free", "uniform"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+
+#: What None stands for: in encoders, and in decoders.
+_MEANT: dict[str, tuple[Any, Any]] = {
+    "metric": ("flops", "params"),
+    "schedule": ("per_layer", "once"),
+    "score_fraction": (0.1, 0.5),
+    "min_score_samples": (512, 64),
+    "relative_knowledge": (False, True),
+}
+#: Likewise, but for other tasks, and for causal language modelling.
+_MEANT_FOR_TOKENS: dict[str, tuple[Any, Any]] = {
+    "temperature": (2.0, 1.0),
+    "max_score_passes": (8, 1),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,21 +48,36 @@ class KPruneConfig:
         0.5,
         number(
             "(0, 1)",
-            "It is the fraction of encoder FLOPs to remove: pass 0.5 to keep half of them.",
+            "It is the fraction of the layers' FLOPs or parameters to remove: pass 0.5 to keep half.",
         ),
-        "Fraction of the encoder's FLOPs (or of the quantity that metric names) to remove, strictly "
-        "between 0 and 1. For a model that was pruned before, it is a fraction of the present size.",
+        "Fraction of the quantity that metric names to remove, strictly between 0 and 1. For a model "
+        "that was pruned before, it is a fraction of the present size.",
     )
-    metric: Metric = option(
-        "flops",
-        one_of(*METRICS),
-        "Quantity that reduction refers to: 'flops', 'params' (parameters of heads and neurons), or "
-        "'latency' (measured on the model's device).",
+    metric: Metric | None = option(
+        None,
+        one_of(None, *METRICS),
+        "Quantity that reduction refers to: 'flops', 'params' (parameters of heads and neurons), "
+        "'latency' (measured on the model's device), or 'cache' (bytes of a decoder's key-value cache "
+        "per token; neurons have none and stay). None stands for FLOPs in encoders, parameters in "
+        "decoders.",
     )
-    temperature: float = option(
-        2.0,
-        number("(0, inf)"),
-        "Temperature that softens the class probabilities from which scores are computed.",
+    layout: Layout = option(
+        "free",
+        one_of(*LAYOUTS),
+        "Sizes of the layers: 'free' lets each keep as much as its units are worth, 'uniform' keeps "
+        "the same number of heads and of neurons in every layer, those of the most knowledge.",
+    )
+    round_to: int = option(
+        1,
+        whole_number(),
+        "Number of which every feed-forward network keeps a multiple of neurons, such as 64 for the "
+        "kernels of a GPU.",
+    )
+    temperature: float | None = option(
+        None,
+        or_none(number("(0, inf)")),
+        "Temperature that softens the class probabilities from which scores are computed. None stands "
+        "for 2, and for 1 for language models.",
     )
     lambda_rep: float = option(
         1.0,
@@ -75,39 +106,63 @@ class KPruneConfig:
         "Every sub-layer keeps at least this fraction of the units that it would keep if all "
         "sub-layers were pruned alike, whatever the scores are. 0 sets no lower bound.",
     )
+    min_head_share: float | None = option(
+        None,
+        or_none(number("[0, 1]", "Pass 0 to set no lower bound on heads.")),
+        "min_share of attention, where it is to differ from that of feed-forward networks.",
+    )
+    balance: float = option(
+        0.0,
+        number("[0, 1]", "Pass 0 to take the scores as they are."),
+        "How far the scores of each kind of sub-layer are scaled to one mean in all layers: 0 leaves "
+        "them as they are, 1 prunes all layers about alike.",
+    )
     mu: float | None = option(
         None,
         or_none(number("(0, inf)")),
         "Weight of an attention head's mean knowledge per dimension relative to a neuron's "
         "knowledge (mu). None stands for the head size, which turns the mean into a sum.",
     )
-    schedule: Schedule = option(
-        "per_layer",
-        one_of(*SCHEDULES),
-        "How often knowledge is measured again: 'per_layer' measures it before the attention of "
-        "each layer, 'per_sublayer' before every sub-layer (as in the paper, at twice the cost).",
+    relative_knowledge: bool | None = option(
+        None,
+        or_none(switch),
+        "Whether each token's representational knowledge is divided by the mean square of its hidden "
+        "state after the sub-layer, which grows through the layers where norms come before sub-layers. "
+        "None stands for True in decoders only.",
     )
-    score_fraction: float = option(
-        0.1,
-        number(
-            "(0, 1]",
-            "It is the fraction of the calibration samples on which knowledge is measured: pass 1.0 "
-            "to use all of them.",
+    schedule: Schedule | None = option(
+        None,
+        one_of(None, *SCHEDULES),
+        "How often knowledge is measured: 'once' measures it at the start, 'per_layer' before the "
+        "attention of each layer, 'per_sublayer' before every sub-layer (as in the paper, at twice the "
+        "cost). None stands for 'per_layer' in encoders, 'once' in decoders.",
+    )
+    score_fraction: float | None = option(
+        None,
+        or_none(
+            number(
+                "(0, 1]",
+                "It is the fraction of the calibration samples on which knowledge is measured: pass "
+                "1.0 to use all of them.",
+            )
         ),
-        "Fraction of the calibration samples on which knowledge is measured, in (0, 1]. "
-        "Weight tuning always uses all of them.",
+        "Fraction of the calibration samples on which knowledge is measured, in (0, 1]. Weight tuning "
+        "always uses all of them. None stands for 0.1 in encoders, 0.5 in decoders.",
     )
-    min_score_samples: int = option(
-        512,
-        whole_number(),
-        "Least number of samples on which knowledge is measured; all samples if there are fewer.",
+    min_score_samples: int | None = option(
+        None,
+        or_none(whole_number()),
+        "Least number of samples on which knowledge is measured; all samples if there are fewer. None "
+        "stands for 512 in encoders, 64 in decoders.",
     )
-    max_score_passes: int = option(
-        8,
-        whole_number(),
+    max_score_passes: int | None = option(
+        None,
+        or_none(whole_number()),
         "Largest number of backward passes per sample for predictive knowledge. The exact value takes "
         "one per class and position (a single one for two classes); where that is more than this "
-        "number, as many passes with random signs give an unbiased estimate.",
+        "number, as many passes with random signs give an unbiased estimate. For language models it is "
+        "the number of passes, each with next tokens of its own. None stands for 8, and for 1 for "
+        "language models.",
     )
     sensitivity: Sensitivity = option(
         "fisher",
@@ -158,6 +213,12 @@ class KPruneConfig:
         "Tokens per batch of a forward pass. Samples are regrouped by length, so the batch size of "
         "the dataloader does not matter.",
     )
+    held_out: float = option(
+        0.05,
+        number("[0, 0.5]", "Pass 0 to hold out none."),
+        "Fraction of a language model's calibration samples that is used for nothing but the "
+        "perplexities in the report.",
+    )
     sequence_length: int | None = option(
         None,
         or_none(whole_number()),
@@ -184,6 +245,11 @@ class KPruneConfig:
     def state_bytes(self) -> int:
         """`max_state_memory` in bytes."""
         return bytes_of("max_state_memory", self.max_state_memory)
+
+    def min_shares(self, kinds: Sequence[str]) -> list[float]:
+        """Returns the lower bound of each sub-layer, given its kind."""
+        heads = self.min_share if self.min_head_share is None else self.min_head_share
+        return [heads if kind == "attention" else self.min_share for kind in kinds]
 
     @classmethod
     def paper(cls, reduction: float = 0.5, **options: Any) -> KPruneConfig:
@@ -213,6 +279,18 @@ class KPruneConfig:
             "unread_weight": 1.0,
         }
         return cls(reduction=reduction, **(paper | options))
+
+    def meant_for(self, *, is_causal: bool, next_tokens: bool) -> KPruneConfig:
+        """Returns the configuration with None replaced by what it stands for.
+
+        Args:
+            is_causal: Whether the model is a decoder.
+            next_tokens: Whether its task is causal language modelling.
+        """
+        pairs = {n: pair[is_causal] for n, pair in _MEANT.items()}
+        pairs |= {n: pair[next_tokens] for n, pair in _MEANT_FOR_TOKENS.items()}
+        missing = {n: value for n, value in pairs.items() if getattr(self, n) is None}
+        return dataclasses.replace(self, **missing)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns every option by name."""

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from .architectures.row import Architecture
 from .architectures.table import ROWS, find_architecture
 from .architectures.tasks import Predict, ProblemType, Task, problem_type
+from .config import KPruneConfig
 from .modeling.classes import model_task, stock_class
 
 
@@ -45,6 +46,17 @@ class Given:
     def architecture(self) -> Architecture:
         """Table row of the model's family."""
         return find_architecture(self.model)
+
+    @property
+    def predicts_next_tokens(self) -> bool:
+        """Whether it is a causal language model, judged by all of its next tokens."""
+        return self.task is not None and self.task.is_causal and not self.is_own
+
+    def options(self, config: KPruneConfig) -> KPruneConfig:
+        """Returns the options with those left open set to what is best for the model."""
+        return config.meant_for(
+            is_causal=self.architecture.is_causal, next_tokens=self.predicts_next_tokens
+        )
 
     def predict_with(self, whole: nn.Module) -> Predict:
         """Returns the predictions as a function of the model inside a copy of the given object."""

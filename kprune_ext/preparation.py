@@ -27,7 +27,8 @@ from .calibration.device_map import (
 from .calibration.hooks import evaluating
 from .calibration.inputs import Entries, Inputs
 from .calibration.layer_stack import LayerStack, plain_outputs
-from .calibration.samples import CalibrationData
+from .calibration.next_tokens import MOST_IN_CHUNK, vocabulary
+from .calibration.samples import CalibrationData, Sample
 from .calibration.sharing import (
     own_model,
     processes_of,
@@ -42,7 +43,8 @@ from .common.processes import Processes
 from .config import KPruneConfig
 from .given import Given, given_model, require_module, with_problem
 from .guard import check_copy
-from .knowledge.measure import Signal, teacher_logits
+from .knowledge.measure import teacher_logits
+from .knowledge.signal import Signal
 from .modeling.copying import uneven_copy_within
 from .units.sublayers import SubLayer, layers_path, sublayers
 
@@ -82,6 +84,7 @@ class PruningRun:
         streams: The hidden states of both models.
         signal: The signal by which predictive knowledge is measured.
         processes: The processes that prune the model jointly.
+        config: The options, none of which is left open.
     """
 
     given: Given
@@ -97,6 +100,7 @@ class PruningRun:
     streams: list[Stream]
     signal: Signal
     processes: Processes
+    config: KPruneConfig
 
     @property
     def scored(self) -> list[Stream]:
@@ -130,7 +134,7 @@ def prepared(
     with processes.error_barrier():
         copied = copied_student(model, config, predict, accelerator)
     given, whole, stack, device_map = copied.given, copied.whole, copied.stack, copied.device_map
-    own = given.model
+    own, config = given.model, given.options(config)
     architecture = find_architecture(own)
     others = {"predict": "given" if given.is_own else None, "latency": latency}
     require_one_task(processes, own, asdict(config), **others)
@@ -144,14 +148,17 @@ def prepared(
             dataloader,
             max_tokens=config.max_tokens,
             seed=config.seed,
-            scored=(config.score_fraction, config.min_score_samples),
+            scored=(config.score_fraction or 1.0, config.min_score_samples or 1),
             image_tokens=lambda inputs: image_tokens(stack, inputs),
             runs=(lambda inputs: run_whole(given, inputs)) if given.is_own else None,
             accelerator=accelerator,
             processes=processes,
+            causal=architecture.is_causal,
+            targets=given.predicts_next_tokens,
+            held_out=config.held_out if given.predicts_next_tokens else 0.0,
         )
         with processes.error_barrier():
-            first = data.samples[0] if data.samples else None
+            first = example(given, data.samples)
             check_copy(given, whole, layers_path(own, architecture), device_map, first)
         teacher = sublayers(own, architecture)
         budget = _budget(own, teacher, data, config, latency, processes)
@@ -159,7 +166,8 @@ def prepared(
         block.enter_context(without_onednn(whole))
         signal = _signal(given, whole, config)
         with processes.error_barrier():
-            asked = signal.predict if config.unread_weight < 1 else None
+            asks = config.unread_weight < 1 and not signal.next_tokens  # which read every token
+            asked = signal.predict if asks else None
             streams = start_streams(
                 stack, data, config.batch_tokens, memory, asked, each_sample=given.is_own
             )
@@ -177,6 +185,7 @@ def prepared(
             streams=streams,
             signal=signal,
             processes=processes,
+            config=config,
         )
         yield run if config.sensitivity == "fisher" else _with_teacher_logits(run)
 
@@ -252,24 +261,37 @@ def _budget(
             if processes.is_main:
                 latency = measure_latency(model, sequence_length=length)
         latency = processes.first(latency)
-    costs = cost_tables(model, targets, config.metric, length, latency)
+    costs = cost_tables(model, targets, config.metric or "flops", length, latency)
     limit = budget_for(costs, config.reduction)
-    return Budget(costs, limit, least_units(costs, limit, config.min_share), length)
+    kinds = [target.kind for target in targets]
+    return Budget(costs, limit, least_units(costs, limit, config.min_shares(kinds)), length)
+
+
+def example(given: Given, samples: Sequence[Sample]) -> Sample | None:
+    """Returns a sample, for language models as short as their logits are to be."""
+    first = samples[0] if samples else None
+    if first is None or not given.predicts_next_tokens:
+        return first
+    return first.first(max(1, MOST_IN_CHUNK // vocabulary(given.model)))
 
 
 def _signal(given: Given, whole: Any, config: KPruneConfig) -> Signal:
     return Signal(
         given.predict_with(whole),
         given.problem,
-        config.temperature,
-        config.max_score_passes,
+        config.temperature or 1.0,
+        config.max_score_passes or 1,
         depth_tokens=4 * config.batch_tokens,
         unread_weight=config.unread_weight,
+        next_tokens=given.predicts_next_tokens,
+        layerwise=given.architecture.is_causal,
+        relative=bool(config.relative_knowledge),
     )
 
 
 @torch.no_grad()
 def _with_teacher_logits(run: PruningRun) -> PruningRun:
     with run.processes.error_barrier():
-        found = teacher_logits(run.student, run.stack, run.signal.predict, run.scored)
+        predict = None if run.signal.next_tokens else run.signal.predict
+        found = teacher_logits(run.student, run.stack, predict, run.scored)
     return replace(run, signal=replace(run.signal, teacher=found))

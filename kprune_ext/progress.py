@@ -6,14 +6,13 @@ from collections.abc import Iterator, Sequence
 
 from accelerate.utils import tqdm
 
-from .config import Schedule
 from .units.sublayers import SubLayer
 
 _FORMAT = "{desc} {percentage:3.0f}%|{bar}| {postfix}[{elapsed}<{remaining}]"
 
 
 def progress_over(
-    sublayers: Sequence[SubLayer], schedule: Schedule, *, disable: bool = False
+    sublayers: Sequence[SubLayer], measured: Sequence[bool], *, disable: bool = False
 ) -> Iterator[int]:
     """Yields the indices of the sub-layers, with a bar that names the one being pruned.
 
@@ -22,18 +21,14 @@ def progress_over(
 
     Args:
         sublayers: The sub-layers to prune, bottom-up.
-        schedule: How often knowledge is measured again.
+        measured: Whether knowledge is measured before each sub-layer.
         disable: Whether to show no bar.
 
     Yields:
         The index of the next sub-layer.
     """
     count = len(sublayers)
-    work = [
-        3
-        + (count - step if schedule == "per_sublayer" or sublayers[step].kind == "attention" else 0)
-        for step in range(count)
-    ]
+    work = [3 + (count - step if measured[step] else 0) for step in range(count)]
     bar = tqdm(total=sum(work), desc="K-prune", bar_format=_FORMAT, disable=disable)
     try:
         for step, sublayer in enumerate(sublayers):

@@ -16,17 +16,19 @@ from transformers import PreTrainedModel
 from .architectures.tasks import Predict
 from .budget.costs import unit_flops
 from .budget.latency import LatencyTable
-from .budget.search import search_masks
+from .budget.selection import selected
+from .budget.uniform import uniform_sizes
 from .calibration.device_map import dispatch
+from .calibration.next_tokens import token_loss
 from .common.memory import trim_memory
 from .common.placement import is_offloaded
 from .config import KPruneConfig
 from .knowledge.measure import measure_knowledge
-from .knowledge.scores import unit_scores
+from .knowledge.scores import balanced, unit_scores
 from .modeling.copying import record_kept
 from .preparation import PruningRun, prepared
 from .progress import progress_over
-from .report.making import make_report
+from .report.making import HeldOut, make_report
 from .tuning.least_squares import TunedProjection
 from .tuning.logit_scale import scale_logits
 from .tuning.projection import fit_projection, normal_equations
@@ -63,8 +65,10 @@ def kprune(
             `(batch, tokens)`, or `pixel_values`, and any other input of the model. Labels and columns
             that the model does not take are ignored, except with `predict`. Entries with one value
             for each sample are cut into samples; others, such as an option, go with each as they are.
-            Batch size and padding do not matter.
-        config: The options; by default half of the encoder's FLOPs are removed.
+            Batch size and padding do not matter. For a causal language model, `labels` (batch, tokens)
+            of -100 mark tokens, such as those of a prompt, whose predictions do not count.
+        config: The options; by default half of an encoder's FLOPs, or of the parameters of a decoder's
+            layers, are removed.
         predict: Function `(model, batch) -> logits` that replaces the default of the model's task. The
             logits are `(batch, classes)`, or `(batch, positions, classes)` for several predictions
             per sample. It is called with what is given as `model`, or with its copy, which it must
@@ -84,7 +88,7 @@ def kprune(
         save, load and train. What a checkpoint cannot hold of it, such as another activation function
         or a forward of your own, is kept in memory, and a warning before the work names it. The
         `kprune_report` of the pruned model describes what was kept. The quantity that
-        `config.metric` names (by default FLOPs, where a multiply-add counts twice, see
+        `config.metric` names (in encoders by default FLOPs, where a multiply-add counts twice, see
         `kprune_ext.budget.flops`) is at most (1 − reduction) of the original model's.
 
     Raises:
@@ -102,61 +106,87 @@ def kprune(
                 model, dataloader, config, predict=predict, latency=latency, accelerator=accelerator
             )
         )
-        outcome = _prune(run, config, progress)
-        if config.scale_logits:
+        before = held_out_loss(run)
+        outcome = prune_sublayers(run, progress=progress)
+        if run.config.scale_logits and not run.signal.next_tokens:
             signal = run.signal
             outcome.logit_scale = scale_logits(
                 run.stack, run.streams, signal.predict, signal.problem, run.processes
             )
-    return _finished(run, outcome, config)
+        outcome.losses = (before, held_out_loss(run))
+    return _finished(run, outcome)
 
 
 @dataclass
-class _Outcome:
+class Outcome:
     """Result of the pruning loop.
 
     Attributes:
         kept: Indices of the units kept, per sub-layer.
         errors: Relative error of the fit, per sub-layer.
         logit_scale: The factor on all logits, or None.
+        losses: Loss on held-out tokens before and after, in nats a token; None for other tasks.
     """
 
     kept: list[list[int]] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
     logit_scale: float | None = None
+    losses: tuple[HeldOut | None, HeldOut | None] = (None, None)
 
 
-def _prune(run: PruningRun, config: KPruneConfig, progress: bool) -> _Outcome:
-    """Prunes the sub-layers bottom-up (algorithm 1); the student is changed in place."""
-    outcome, left = _Outcome(), run.budget.limit
+def prune_sublayers(
+    run: PruningRun, keep: Sequence[Sequence[int]] | None = None, *, progress: bool = False
+) -> Outcome:
+    """Prunes the sub-layers bottom-up (algorithm 1); the student is changed in place.
+
+    Args:
+        run: The run, from `prepared`.
+        keep: Numbers of the units to keep, per sub-layer, chosen by something else than knowledge; None
+            to measure knowledge and search.
+        progress: Whether to show a progress bar, in the main process.
+    """
+    outcome, left = Outcome(), run.budget.limit
     scores: list[Tensor] = []
+    sizes: dict[str, int] | None = None
     original = run.teacher[0]
+    measured = [keep is None and _measures_at(run, step) for step in range(len(run.student))]
     silent = not (progress and run.processes.is_main)
-    for step in progress_over(run.student, config.schedule, disable=silent):
+    for step in progress_over(run.student, measured, disable=silent):
         target = run.student[step]
-        if target.kind == "attention" or config.schedule == "per_sublayer":
-            scores = _measure(run, step, config)
-        keep = _search(run, step, scores, left)
+        if measured[step]:
+            scores = _measure(run, step)
+        if keep is None:
+            sizes = _sizes(run, scores) if step == 0 else sizes
+            chosen = _search(run, step, scores, left, sizes)
+        else:
+            chosen = list(keep[step])
         original = _original(run.teacher[step], target, original)
-        shrink(target, keep)
-        fit = _tune(run, original, target, config)
+        shrink(target, chosen)
+        fit = _tune(run, original, target)
         set_output(target, fit.weight, fit.bias)
         _advance(run, target)
-        left -= float(run.budget.costs[step][len(keep)])
+        left -= float(run.budget.costs[step][len(chosen)])
         scores = scores[1:]
-        outcome.kept.append(keep)
+        outcome.kept.append(chosen)
         outcome.errors.append(fit.error)
         del fit  # before the next step allocates its own
         trim_memory()
     return outcome
 
 
-def _measure(run: PruningRun, step: int, config: KPruneConfig) -> list[Tensor]:
+def _measures_at(run: PruningRun, step: int) -> bool:
+    """Whether the schedule measures knowledge before a sub-layer."""
+    if step == 0 or run.config.schedule == "per_sublayer":
+        return True
+    return run.config.schedule == "per_layer" and run.student[step].kind == "attention"
+
+
+def _measure(run: PruningRun, step: int) -> list[Tensor]:
     """Step 1: returns the scores of the units of this sub-layer and of all later ones."""
-    targets = run.student[step:]
+    targets, config = run.student[step:], run.config
     knowledge = measure_knowledge(targets, run.stack, run.scored, run.signal, run.processes)
     trim_memory()  # else freed blocks of many sizes fragment the heap
-    return unit_scores(
+    scores = unit_scores(
         targets,
         knowledge,
         lambda_rep=config.lambda_rep,
@@ -164,19 +194,45 @@ def _measure(run: PruningRun, step: int, config: KPruneConfig) -> list[Tensor]:
         prior_samples=config.prior_samples,
         mu=config.mu,
     )
+    return balanced(targets, scores, config.balance)
 
 
-def _search(run: PruningRun, step: int, scores: Sequence[Tensor], left: float) -> list[int]:
-    """Step 2: returns the units of this sub-layer that one global threshold keeps."""
+def _sizes(run: PruningRun, scores: Sequence[Tensor]) -> dict[str, int] | None:
+    """Returns the number of units that every sub-layer keeps, by kind, if all layers are alike."""
+    if run.config.layout != "uniform":
+        return None
+    budget, kinds = run.budget, [target.kind for target in run.student]
+    heads, neurons = uniform_sizes(
+        scores, kinds, budget.costs, budget.limit, run.config.round_to, budget.least
+    )
+    heads, neurons = run.processes.gather((heads, neurons))[0]
+    return {"attention": heads, "ffn": neurons}
+
+
+def _search(
+    run: PruningRun,
+    step: int,
+    scores: Sequence[Tensor],
+    left: float,
+    sizes: dict[str, int] | None,
+) -> list[int]:
+    """Step 2: returns the units of this sub-layer that fit the budget with the most knowledge."""
     budget = run.budget
-    masks = search_masks(scores, budget.costs[step:], left, budget.least[step:])
-    return run.processes.gather(masks[0].nonzero().flatten().tolist())[0]
+    units = selected(
+        scores,
+        budget.costs[step:],
+        left,
+        budget.least[step:],
+        kind=run.student[step].kind,
+        sizes=sizes,
+        round_to=run.config.round_to,
+    )
+    return run.processes.gather(units)[0]
 
 
-def _tune(
-    run: PruningRun, original: SubLayer, target: SubLayer, config: KPruneConfig
-) -> TunedProjection:
+def _tune(run: PruningRun, original: SubLayer, target: SubLayer) -> TunedProjection:
     """Step 3: fits the output projection to the teacher, whose states advance past the sub-layer."""
+    config = run.config
     with run.processes.error_barrier():
         equations = normal_equations(
             original,
@@ -200,6 +256,17 @@ def _advance(run: PruningRun, target: SubLayer) -> None:
             stream.student.copy_(target.run(stream.student, context))
 
 
+def held_out_loss(run: PruningRun) -> HeldOut | None:
+    """Returns the student's loss on the samples that are held out, or None if there are none."""
+    with run.processes.error_barrier():
+        total, count = token_loss(
+            run.stack, run.student, run.data.held_out, run.config.batch_tokens
+        )
+    sums = torch.tensor([total, count], dtype=torch.float64)
+    total, tokens = run.processes.add(sums).tolist()
+    return HeldOut(total / tokens, int(tokens)) if tokens else None
+
+
 def _original(dense: SubLayer, target: SubLayer, before: SubLayer) -> SubLayer:
     """Returns the teacher's sub-layer, with weights that need not be gathered for every batch.
 
@@ -216,9 +283,9 @@ def _original(dense: SubLayer, target: SubLayer, before: SubLayer) -> SubLayer:
     return replace(dense, module=deepcopy(target.module)) if is_offloaded(dense.module) else dense
 
 
-def _finished(run: PruningRun, outcome: _Outcome, config: KPruneConfig) -> Any:
+def _finished(run: PruningRun, outcome: Outcome) -> Any:
     """Returns the pruned model, with its record and report."""
-    kept, budget = outcome.kept, run.budget
+    kept, budget, config = outcome.kept, run.budget, run.config
     record_kept(run.pruned, zip(kept[::2], kept[1::2], strict=True))
     _copy_requires_grad(run.given.whole, run.whole)
     pruned: Any = dispatch(run.pruned, run.device_map)
@@ -227,7 +294,7 @@ def _finished(run: PruningRun, outcome: _Outcome, config: KPruneConfig) -> Any:
         run.model,
         pruned,
         zip(run.teacher, run.student, flops, outcome.errors, strict=True),
-        metric=config.metric,
+        metric=config.metric or "flops",
         reduction=config.reduction,
         costs=budget.costs,
         budget=budget.limit,
@@ -235,6 +302,7 @@ def _finished(run: PruningRun, outcome: _Outcome, config: KPruneConfig) -> Any:
         samples=run.data.count,
         tokens=run.data.tokens,
         logit_scale=outcome.logit_scale,
+        losses=outcome.losses,
     )
     return run.whole
 

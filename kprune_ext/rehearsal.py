@@ -15,7 +15,7 @@ from .budget.latency import LatencyTable
 from .calibration.samples import collect_samples
 from .config import KPruneConfig
 from .guard import check_copy
-from .preparation import contexts_of, copied_student, image_tokens, run_whole
+from .preparation import contexts_of, copied_student, example, image_tokens, run_whole
 from .units.sublayers import layers_path, sublayers
 
 # Tokens per sequence at which FLOPs are counted before the data are known.
@@ -44,6 +44,7 @@ def rehearse(
         block.enter_context(torch.random.fork_rng(devices=[]))
         copied = copied_student(model, config, predict, accelerator)
         given, stack = copied.given, copied.stack
+        config = given.options(config)
         for context in contexts_of(copied):
             block.enter_context(context)
         sample = None
@@ -56,16 +57,17 @@ def rehearse(
                 lambda inputs: image_tokens(stack, inputs),
                 needed=first is None,
                 runs=(lambda inputs: run_whole(given, inputs)) if given.is_own else None,
+                causal=given.architecture.is_causal,
+                targets=given.predicts_next_tokens,
             )
-            sample = samples[0] if samples else None
+            sample = example(given, samples)
         architecture = given.architecture
         layers = layers_path(given.model, architecture)
         check_copy(given, copied.whole, layers, copied.device_map, sample)
-        if config.metric != "latency" or latency is not None:
+        metric = config.metric or "flops"
+        if metric != "latency" or latency is not None:
             length = config.sequence_length or _LENGTH
             targets = sublayers(given.model, architecture)
-            budget_for(
-                cost_tables(given.model, targets, config.metric, length, latency), config.reduction
-            )
+            budget_for(cost_tables(given.model, targets, metric, length, latency), config.reduction)
         unsaved: str | None = getattr(stack.model, "kprune_unsaved", None)
         return unsaved

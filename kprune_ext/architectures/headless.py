@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertSelfAttention
 from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention
 from transformers.models.mpnet.modeling_mpnet import MPNetSelfAttention
+from transformers.pytorch_utils import Conv1D
 
 
 def take_over(new: nn.Module, old: nn.Module) -> None:
@@ -100,6 +101,17 @@ class KeptMPNetSelfAttention(MPNetSelfAttention):
             hidden_states, attention_mask, position_bias, **kwargs
         )
         return outputs
+
+
+class EmptyConv1D(Conv1D):
+    """A `Conv1D` of no input dimensions, which transformers' own cannot reshape; it returns the bias."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        take_over(self, linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns `(..., outputs)` for an input `(..., 0)`."""
+        return self.bias.expand(*x.shape[:-1], self.nf)
 
 
 def headless_bert(attention: nn.Module, kept: tuple[int, ...]) -> nn.Module:

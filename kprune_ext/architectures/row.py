@@ -1,6 +1,6 @@
 """Description of one model family: the modules that hold its heads and neurons.
 
-`layers` is a path in the base model (the encoder without a task's head). All other paths are relative
+`layers` is a path in the base model (the model without a task's head). All other paths are relative
 to one transformer layer.
 """
 
@@ -31,12 +31,18 @@ class SubLayerPaths:
     """Modules that hold the units of one kind of sub-layer.
 
     Attributes:
-        inputs: Paths of the linear modules whose output dimensions belong to the units.
+        inputs: Paths of the linear modules whose output dimensions belong to the units. They, and
+            `output`, are `nn.Linear` or transformers' `Conv1D`.
         output: Path of the linear module whose input dimensions belong to the units.
         run: Runs the sub-layer with residual and norm, `(layer, hidden, context) -> hidden`.
         stacked: Number of matrices that each of `inputs` stacks along its output dimension: 3 for a
             fused query, key and value, 2 for a fused gate and input.
+        parts: For attention whose units are key-value groups, the matrices that each of `inputs` stacks,
+            in the order of their rows: `q` for queries, `k` for keys, `v` for values. `("q", "k", "v")`
+            are three separate projections, `("qkv",)` is a fused one. A group has as many rows of
+            queries as columns of `output`, and one head's rows of keys and of values.
         scale: Path of a vector `(hidden,)` that multiplies the output before the residual is added.
+        norm_after: Path of a norm that the output passes through before the residual is added.
         counter: For attention, path of the module that stores the number of heads.
         adapt: For attention, a function `(module, kept) -> module` that returns the replacement of the
             `counter` module when only the heads numbered `kept` are left. It may be the same module.
@@ -48,7 +54,9 @@ class SubLayerPaths:
     output: str
     run: Run
     stacked: int = 1
+    parts: tuple[str, ...] | None = None
     scale: str | None = None
+    norm_after: str | None = None
     counter: str | None = None
     adapt: Callable[[nn.Module, tuple[int, ...]], nn.Module] | None = None
     adapt_classes: tuple[type, ...] = ()
@@ -68,6 +76,8 @@ class Architecture:
         extra_head_flops: Returns the FLOPs of a head on one sequence other than those of projections
             and of the products of queries, keys and values, given `(config, length)`.
         refusal: Returns why a model with this config cannot be pruned, or None if it can.
+        is_causal: Whether it is a decoder, in which a token sees only the tokens before it, and whose
+            attention is pruned by key-value groups.
         transformers: Oldest version of transformers whose modules the row describes.
     """
 
@@ -78,6 +88,7 @@ class Architecture:
     neurons: Callable[[Any], int] = lambda config: int(config.intermediate_size)
     extra_head_flops: Callable[[Any, int], int] = lambda config, length: 0
     refusal: Callable[[Any], str | None] = lambda config: None
+    is_causal: bool = False
     transformers: str = "5.0"
 
     @property

@@ -1,8 +1,8 @@
 """Table of the model families that can be pruned, and look-up of a model's row.
 
-To add a family, add a row to `text_encoders` or `image_encoders`: the paths of its projections, and a
-function that runs one sub-layer (`blocks` has the common ones). Its model classes for all tasks follow
-from transformers' own tables. Nothing outside of `architectures` names a family.
+To add a family, add a row to `text_encoders`, `image_encoders` or `decoders`: the paths of its
+projections, and a function that runs one sub-layer (`blocks` has the common ones). Its model classes for
+all tasks follow from transformers' own tables. Nothing outside of `architectures` names a family.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING,
 )
 
+from .decoders import DECODERS
 from .image_encoders import IMAGE_ENCODERS
 from .row import Architecture
 from .text_encoders import TEXT_ENCODERS
 
-ARCHITECTURES: tuple[Architecture, ...] = (*TEXT_ENCODERS, *IMAGE_ENCODERS)
+ARCHITECTURES: tuple[Architecture, ...] = (*TEXT_ENCODERS, *IMAGE_ENCODERS, *DECODERS)
 #: Row by model type, both of the dense and of the pruned family.
 ROWS = {row.pruned_type: row for row in ARCHITECTURES} | {
     row.model_type: row for row in ARCHITECTURES
@@ -80,9 +81,9 @@ def _refuse(row: Architecture, model: PreTrainedModel) -> None:
             f"Pruning {row.model_type} models needs transformers {row.transformers} or newer, but "
             f"{transformers.__version__} is installed. Update it: pip install -U transformers"
         )
-    if is_decoder(model):
+    if is_decoder(model) and not row.is_causal:
         raise ValueError(
-            "Cannot prune a decoder (config.is_decoder=True). Supported are encoders: load the "
+            f"Cannot prune a {row.model_type} model as a decoder (config.is_decoder=True). Load the "
             "model with is_decoder=False."
         )
     reason = row.refusal(model.config)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
@@ -39,6 +40,7 @@ class Task:
         mapping: Model classes of the task, by config class of the family.
         predict: Computes the predictions, `(model, batch) -> logits`.
         problem: Problem type of the logits; None to take it from the model's config.
+        is_causal: Whether it is a task of decoders alone.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Task:
     mapping: Mapping[Any, Any]
     predict: Predict
     problem: ProblemType | None = None
+    is_causal: bool = False
 
 
 def _logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
@@ -103,6 +106,14 @@ TASKS: tuple[Task, ...] = (
         modeling_auto.MODEL_FOR_MASKED_LM_MAPPING,
         _logits,
         "single_label_classification",
+    ),
+    Task(
+        "causal language modelling",
+        AutoModelForCausalLM,
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+        _logits,
+        "single_label_classification",
+        is_causal=True,
     ),
     Task("embeddings", AutoModel, modeling_auto.MODEL_MAPPING, _mean_pooled, "regression"),
 )

@@ -13,17 +13,22 @@ from transformers import PreTrainedModel
 from ..architectures.table import find_architecture
 from ..units.sublayers import SubLayer
 from . import flops as cost
+from .key_value_cache import cache_bytes
 from .latency import LatencyTable
 
-Metric = Literal["flops", "params", "latency"]
+Metric = Literal["flops", "params", "latency", "cache"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 
 
 def unit_flops(model: PreTrainedModel, sublayer: SubLayer, length: int) -> int:
     """FLOPs of one unit of a sub-layer on one sequence."""
-    hidden = sublayer.output.out_features
+    hidden = len(sublayer.weight)
     if sublayer.kind == "attention":
-        extra = find_architecture(model).extra_head_flops(model.config, length)
+        row = find_architecture(model)
+        if row.is_causal:
+            rows = sum(sum(sizes) for sizes in sublayer.rows) + sublayer.unit_size
+            return cost.group_flops(rows * hidden, sublayer.unit_size, length)
+        extra = row.extra_head_flops(model.config, length)
         return cost.head_flops(hidden, sublayer.unit_size, length) + extra
     return cost.neuron_flops(hidden, length, sublayer.projections)
 
@@ -33,7 +38,14 @@ def unit_parameters(sublayer: SubLayer) -> int:
     if not sublayer.units:
         return 0
     inputs = sum(p.numel() for linear in sublayer.inputs for p in linear.parameters())
-    return (inputs + sublayer.output.weight.numel()) // sublayer.units
+    return (inputs + sublayer.weight.numel()) // sublayer.units
+
+
+def unit_cost(model: PreTrainedModel, sublayer: SubLayer, metric: Metric, length: int) -> int:
+    """Cost of one unit of a sub-layer in FLOPs, parameters, or bytes of cache per token."""
+    if metric == "params":
+        return unit_parameters(sublayer)
+    return cache_bytes(sublayer) if metric == "cache" else unit_flops(model, sublayer, length)
 
 
 def cost_tables(
@@ -48,7 +60,8 @@ def cost_tables(
     Args:
         model: The model that the sub-layers belong to.
         targets: Its sub-layers.
-        metric: Unit of the costs: FLOPs, parameters, or latency in nanoseconds.
+        metric: Unit of the costs: FLOPs, parameters, bytes of a key-value cache per token, or latency
+            in nanoseconds.
         length: Tokens per sequence, at which FLOPs are counted.
         latency: Latency table, required for latency.
 
@@ -56,15 +69,19 @@ def cost_tables(
         Per sub-layer, `(units + 1,)` in float64.
 
     Raises:
-        ValueError: If the latency table is missing, or too small for the model.
+        ValueError: If the latency table is missing, or too small for the model, or the model has no
+            cache.
     """
+    if metric == "cache" and not find_architecture(model).is_causal:
+        raise ValueError(
+            f"metric='cache' is the key-value cache of decoders, which a {type(model).__name__} does "
+            "not have. Pass metric='flops' or metric='params'."
+        )
     tables = []
     for sublayer in targets:
         counts = torch.arange(sublayer.units + 1, dtype=torch.float64)
-        if metric == "flops":
-            tables.append(counts * unit_flops(model, sublayer, length))
-        elif metric == "params":
-            tables.append(counts * unit_parameters(sublayer))
+        if metric != "latency":
+            tables.append(counts * unit_cost(model, sublayer, metric, length))
         elif latency is not None:
             tables.append(1e9 * latency.costs(sublayer.kind, sublayer.units))
         else:
@@ -85,7 +102,8 @@ def budget_for(tables: Sequence[Tensor], reduction: float) -> float:
     """
     total = sum(float(table[-1]) for table in tables)
     fixed = sum(float(table[0]) for table in tables)
-    steps = [float(table[1] - table[0]) for table in tables if len(table) > 1]
+    # A sub-layer that costs nothing, such as neurons in a cache, is kept and is no step.
+    steps = [float(t[1] - t[0]) for t in tables if len(t) > 1 and t[-1] > t[0]]
     if not steps or total <= 0:
         raise ValueError(
             "The model has no heads or neurons left to prune. Pass the original model."
@@ -101,7 +119,9 @@ def budget_for(tables: Sequence[Tensor], reduction: float) -> float:
     return budget
 
 
-def least_units(costs: Sequence[Tensor], budget: float, min_share: float) -> list[int]:
+def least_units(
+    costs: Sequence[Tensor], budget: float, min_share: float | Sequence[float]
+) -> list[int]:
     """Least number of units to keep: `min_share` of those kept if all sub-layers were pruned alike.
 
     All scores of a sub-layer can be close to zero, where a model is certain of its predictions or has
@@ -110,12 +130,16 @@ def least_units(costs: Sequence[Tensor], budget: float, min_share: float) -> lis
     Args:
         costs: Cost of keeping 0, 1, … units, per sub-layer.
         budget: Largest total cost of the kept units.
-        min_share: Fraction of the units kept under uniform pruning.
+        min_share: Fraction of the units kept under uniform pruning, for all or per sub-layer.
 
     Returns:
         Number of units, per sub-layer.
     """
     fixed = sum(float(table[0]) for table in costs)
     removable = sum(float(table[-1]) for table in costs) - fixed
-    part = min_share * max(budget - fixed, 0.0) / max(removable, 1e-300)
-    return [int(part * (len(table) - 1)) for table in costs]
+    shares = [min_share] * len(costs) if isinstance(min_share, int | float) else min_share
+    room = max(budget - fixed, 0.0)
+    return [
+        int(share * room / max(removable, 1e-300) * (len(table) - 1))
+        for share, table in zip(shares, costs, strict=True)
+    ]

@@ -22,6 +22,20 @@ def head_flops(hidden_size: int, head_size: int, sequence_length: int) -> int:
     return 2 * (projections + attention)
 
 
+def group_flops(weights: int, query_size: int, sequence_length: int) -> int:
+    """FLOPs of one key-value group of a decoder on one sequence.
+
+    Both products of attention are counted for every pair of tokens, as they are computed under eager
+    attention; kernels that skip the masked half compute about half as many.
+
+    Args:
+        weights: Elements of the group's rows and columns in the projections.
+        query_size: Dimensions of the group's query heads together.
+        sequence_length: Tokens per sequence.
+    """
+    return 2 * (weights * sequence_length + 2 * query_size * sequence_length**2)
+
+
 def neuron_flops(hidden_size: int, sequence_length: int, projections: int = 2) -> int:
     """FLOPs of one feed-forward neuron on one sequence.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from ..architectures.table import find_architecture
 from ..calibration.hooks import evaluating
 from ..calibration.layer_stack import LayerStack, plain_outputs
-from ..units.sublayers import SubLayer, sublayers
+from ..units.sublayers import sublayers
 from ..units.surgery import shrink
 from .latency import LatencyTable, median_seconds, sizes_to_measure
 
@@ -60,7 +61,7 @@ def measure_latency(
             runs = []
             for units in sizes:
                 layer = copy.deepcopy(whole.module)
-                part = SubLayer(0, whole.kind, whole.name, layer, whole.paths, whole.unit_size)
+                part = replace(whole, layer=0, module=layer)
                 shrink(part, range(units))
                 # The layer itself: `SubLayer.run` would also look up devices and move tensors.
                 runs.append(partial(part.paths.run, layer, hidden, contexts[whole.layer]))

@@ -48,7 +48,7 @@ def search_masks(
         for cost, size, scores in zip(costs, sizes, knowledge, strict=True)
     ]
     ratios = [
-        scores.double() / ((table[-1] - table[0]).clamp(min=1e-300) / max(size, 1))
+        scores.double() / _step(table, size)
         for scores, table, size in zip(knowledge, tables, sizes, strict=True)
     ]
     scores = torch.cat(ratios)
@@ -59,6 +59,8 @@ def search_masks(
     steps = torch.empty_like(scores)
     start = 0
     for ratio, table, count in zip(ratios, tables, least or [0] * len(sizes), strict=True):
+        if len(table) > 1 and table[-1] == table[0]:  # units that cost nothing
+            count = len(ratio)
         best_first = start + ratio.argsort(descending=True, stable=True)
         steps[best_first] = table.diff()
         ranked[best_first[:count]] = torch.inf
@@ -68,6 +70,12 @@ def search_masks(
     keep = torch.zeros_like(scores, dtype=torch.bool)
     keep[order] = spent <= budget
     return list(keep.split(sizes))
+
+
+def _step(table: Tensor, size: int) -> Tensor:
+    """Mean cost of a unit; 1 for units that cost nothing, which rank before all others anyway."""
+    whole = table[-1] - table[0]
+    return torch.where(whole > 0, whole, size).clamp(min=1e-300) / max(size, 1)
 
 
 def _table(cost: float | Tensor, size: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,12 +33,15 @@ class Batch:
         tokens: Bool mask, True at unmasked tokens, `(rows, tokens)`.
         shared: Names of the entries that are the very objects of the first batch.
         images: Whether the samples are images, whose tokens are not those of any entry.
+        targets: For language models, the labels `(rows, tokens)`: each position's own token, or -100
+            where its prediction does not count.
     """
 
     entries: Mapping[str, Any]
     tokens: Tensor
     shared: frozenset[str]
     images: bool
+    targets: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -85,7 +88,7 @@ def entries_of(batch: Any, accepted: set[str], *, every: bool) -> dict[str, Any]
         if value is not None and (name == "past_key_values" or isinstance(value, Cache)):
             raise ValueError(
                 f"A calibration batch has {name!r}, a cache that the model would fill with every "
-                "forward pass. Leave it out: an encoder is pruned on whole inputs."
+                "forward pass. Leave it out: a model is pruned on whole inputs."
             )
         value = _converted(value)
         wrong = not isinstance(value, Tensor) if name in _MAIN else isinstance(value, list | tuple)
@@ -167,6 +170,40 @@ def text_batch(entries: dict[str, Any], shared: frozenset[str]) -> Batch:
     if mask is None:
         mask = torch.ones(main.shape[:2], dtype=torch.long, device=main.device)
     return Batch({**entries, "attention_mask": mask}, mask != 0, shared, images=False)
+
+
+def with_targets(whole: Batch, batch: Mapping[str, Any]) -> Batch:
+    """Returns a batch of token sequences with the labels of a causal language model.
+
+    Without labels, every unmasked token is to be predicted from those before it.
+
+    Args:
+        whole: The batch, from `text_batch`.
+        batch: The user's batch, which may have `labels`: -100 marks tokens, such as those of a prompt,
+            whose predictions do not count.
+
+    Raises:
+        ValueError: If the labels are not one per token.
+    """
+    given = batch.get("labels")
+    ids = whole.entries.get("input_ids")
+    if given is None:
+        if ids is None:
+            raise ValueError(
+                "A calibration batch of 'inputs_embeds' needs 'labels' (batch, tokens), the tokens that "
+                "a language model predicts, or pass 'input_ids'."
+            )
+        return replace(whole, targets=torch.where(whole.tokens, ids, -100))
+    labels = _converted(given)
+    shape = getattr(labels, "shape", ())
+    if shape != whole.tokens.shape or labels.is_floating_point():
+        raise ValueError(
+            f"The labels of a calibration batch have shape {tuple(shape)}, but the inputs have "
+            f"{tuple(whole.tokens.shape)} (batch, tokens). Pass one token number per token, -100 "
+            "where the prediction does not count, or leave labels out."
+        )
+    tokens = whole.tokens.to(labels.device)
+    return replace(whole, targets=torch.where(tokens, labels, -100).long())
 
 
 def image_batch(

@@ -203,13 +203,19 @@ def _bind(
         if parameter.kind is parameter.VAR_KEYWORD:
             arguments |= arguments.pop(parameter.name, {})
     hidden = arguments.pop(next(iter(signature.parameters)))
+    arguments.pop("past_key_values", None)  # a cache would grow with every run of a sub-layer
     return hidden, arguments
 
 
 @contextmanager
 def plain_outputs(config: Any) -> Iterator[None]:
-    """Makes a model return named outputs without hidden states and attention weights."""
-    wanted = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
+    """Makes a model return named outputs without hidden states, attention weights and a cache."""
+    wanted = {
+        "output_hidden_states": False,
+        "output_attentions": False,
+        "return_dict": True,
+        "use_cache": False,
+    }
     before = dict(vars(config))
     for name in wanted:
         if hasattr(config, name):

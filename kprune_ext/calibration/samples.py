@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +23,9 @@ from .batches import (
     padding_can_go,
     split,
     text_batch,
+    with_targets,
 )
-from .inputs import Inputs, content, fingerprint
+from .inputs import Inputs
 from .layer_stack import arguments_of
 
 logger = logging.getLogger(__name__)
@@ -34,18 +33,33 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence without the padding after it.
+    """One sequence without the padding after it; for causal models, without that before it, too.
 
     Attributes:
         inputs: The model's arguments, or all entries that `predict` may read. Its rows are
             `(1, tokens, …)`, or `(1, …)` where they do not run along the sequence.
         tokens: Bool mask, True at unmasked tokens, `(1, tokens)`.
         keyed: Names of the rows that the sample's key depends on, all tensors; None for all rows.
+        targets: For language models, the labels `(1, tokens)`: each position's own token, or -100 where
+            its prediction does not count.
     """
 
     inputs: Inputs
     tokens: Tensor
     keyed: frozenset[str] | None = None
+    targets: Tensor | None = None
+
+    def first(self, most: int) -> Sample:
+        """Returns the first tokens of a text, which a causal model treats as it does in the whole."""
+        width = self.tokens.shape[1]
+        rows = {
+            name: value[:, :most]
+            if isinstance(value, Tensor) and value.shape[1:2] == (width,)
+            else value
+            for name, value in self.inputs.rows.items()
+        }
+        targets = None if self.targets is None else self.targets[:, :most]
+        return Sample(Inputs(rows, self.inputs.whole), self.tokens[:, :most], self.keyed, targets)
 
     @property
     def count(self) -> int:
@@ -63,6 +77,7 @@ class CalibrationData:
         largest_scored: Largest key of the samples on which knowledge is measured.
         count: Number of samples of all processes.
         tokens: Number of unmasked tokens of all processes.
+        held_out: Samples of this process that are used for nothing but judging the result.
     """
 
     samples: Sequence[Sample]
@@ -70,6 +85,7 @@ class CalibrationData:
     largest_scored: int
     count: int
     tokens: int
+    held_out: Sequence[Sample] = ()
 
 
 def collect_samples(
@@ -79,6 +95,9 @@ def collect_samples(
     image_tokens: ImageTokens | None = None,
     needed: bool = True,
     runs: Callable[[Inputs], Any] | None = None,
+    *,
+    causal: bool = False,
+    targets: bool = False,
 ) -> list[Sample]:
     """Takes samples from the dataloader, in its order, up to `max_tokens` unmasked tokens.
 
@@ -97,6 +116,8 @@ def collect_samples(
         needed: Whether data without any unmasked token are an error.
         runs: Runs the user's `predict` on one sample, to find out whether it takes all entries of a
             batch; None if the model is called with the batch.
+        causal: Whether padding before a sequence is removed, too, as no token depends on it.
+        targets: Whether samples have the labels of a causal language model.
 
     Raises:
         TypeError: If a batch is not a mapping of tensors.
@@ -124,11 +145,13 @@ def collect_samples(
             whole = image_batch(entries, shared, image_tokens)
         else:
             whole = text_batch(entries, shared)
+        if targets:
+            whole = with_targets(whole, batch)
         rows, total, full = _rows_within(whole, total, max_tokens)
         found.append((whole, rows))
         if full:
             break
-    samples = _cut(found, accepted)
+    samples = _cut(found, accepted, causal)
     if needed:
         _require_samples(samples, seen)
     return samples
@@ -147,7 +170,9 @@ def _rows_within(batch: Batch, total: int, most: int) -> tuple[list[int], int, b
     return rows, total, False
 
 
-def _cut(found: Sequence[tuple[Batch, list[int]]], accepted: set[str]) -> list[Sample]:
+def _cut(
+    found: Sequence[tuple[Batch, list[int]]], accepted: set[str], causal: bool
+) -> list[Sample]:
     """Cuts batches into the samples of the chosen rows."""
     samples = []
     every_own = entries_with_rows([batch for batch, _ in found])
@@ -155,18 +180,20 @@ def _cut(found: Sequence[tuple[Batch, list[int]]], accepted: set[str]) -> list[S
         inputs, width = split(batch.entries, own), batch.tokens.shape[1]
         positions = torch.arange(1, width + 1, device=batch.tokens.device)
         lengths = (batch.tokens * positions).amax(1).tolist()
+        firsts = batch.tokens.long().argmax(1).tolist() if causal else [0] * batch.rows
         keyed = frozenset(n for n in own & accepted if isinstance(batch.entries[n], Tensor))
         cuts = not batch.images and padding_can_go(batch, own)
         for row in rows:
-            length = lengths[row] if cuts else width
+            part = slice(firsts[row], lengths[row]) if cuts else slice(width)
             cut = {
-                name: value[:, :length]
+                name: value[:, part]
                 if cuts and isinstance(value, Tensor) and value.shape[1:2] == (width,)
                 else value
                 for name, value in inputs.part(slice(row, row + 1)).rows.items()
             }
-            tokens = batch.tokens[row : row + 1, :length]
-            samples.append(Sample(Inputs(cut, inputs.whole), tokens, keyed))
+            tokens = batch.tokens[row : row + 1, part]
+            wanted = None if batch.targets is None else batch.targets[row : row + 1, part]
+            samples.append(Sample(Inputs(cut, inputs.whole), tokens, keyed, wanted))
     return samples
 
 
@@ -218,56 +245,6 @@ def _require_samples(samples: Sequence[Sample], batches: int) -> None:
             f"The calibration data hold no unmasked token: attention_mask is 0 everywhere, or there "
             f"is no input, in {batches} batches. Check the collator: 1 marks tokens, 0 marks padding."
         )
-
-
-def sample_keys(samples: Sequence[Sample], seed: int) -> list[int]:
-    """Returns a 63-bit number per sample that depends only on its content and the seed.
-
-    Random draws for a sample are thus the same in any process and any order of samples. Entries that
-    only `predict` reads count only where samples do not differ in anything else.
-    """
-    keys = [_key(sample, seed) for sample in samples]
-    alike = {key for key, count in Counter(keys).items() if count > 1}
-    full = {n: _key(samples[n], seed, full=True) for n, key in enumerate(keys) if key in alike}
-    several: dict[int, set[int]] = defaultdict(set)
-    for number, other in full.items():
-        several[keys[number]].add(other)
-    return [full[n] if len(several.get(key, ())) > 1 else key for n, key in enumerate(keys)]
-
-
-def _key(sample: Sample, seed: int, *, full: bool = False) -> int:
-    digest = hashlib.blake2b(str(seed).encode(), digest_size=8)
-    rows = sample.inputs.rows
-    keyed = rows.keys() if sample.keyed is None else sample.keyed
-    end = int(sample.tokens[0].nonzero().amax()) + 1 if sample.count else 0
-    for name in sorted(keyed):
-        value = rows[name]
-        if name == "attention_mask":  # of any dtype
-            value = value.long()
-        if value.shape[:2] == sample.tokens.shape:  # masked tokens make no difference
-            value = value.clone()
-            value[~sample.tokens] = 0
-            value = value[:, :end]  # nor does padding that could not be removed
-        digest.update(f"{name}{tuple(value.shape)}".encode())
-        digest.update(content(value))
-    if full:
-        others = {name: value for name, value in sample.inputs.items() if name not in keyed}
-        digest.update(repr(fingerprint(others, objects=False)).encode())
-    return int.from_bytes(digest.digest(), "little") >> 1
-
-
-def largest_scored(keys: Sequence[int], fraction: float, least: int) -> int:
-    """Returns the largest key of the samples on which knowledge is measured, -1 without any.
-
-    Keys are pseudo-random, so the samples with keys up to a bound are a random subset.
-
-    Args:
-        keys: Keys of all samples.
-        fraction: Fraction of the samples to choose.
-        least: Smallest number of samples to choose, if there are as many.
-    """
-    count = max(round(fraction * len(keys)), min(len(keys), least))
-    return sorted(keys)[count - 1] if count else -1
 
 
 def require_finite(values: Tensor, name: str) -> None:

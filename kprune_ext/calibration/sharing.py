@@ -18,8 +18,9 @@ from ..common.placement import is_dtensor, is_offloaded, is_partitioned
 from ..common.processes import Processes
 from ..units.finite import not_finite
 from .batches import ImageTokens
+from .choice import largest_scored, least_held_out, sample_keys
 from .inputs import Inputs
-from .samples import CalibrationData, collect_samples, largest_scored, sample_keys
+from .samples import CalibrationData, collect_samples
 
 # Options that each process may set as its own memory requires; they do not change the result.
 _OF_EACH_PROCESS = ("max_state_memory", "batch_tokens")
@@ -127,6 +128,9 @@ def shared_data(
     runs: Callable[[Inputs], Any] | None = None,
     accelerator: Accelerator | None = None,
     processes: Processes | None = None,
+    causal: bool = False,
+    targets: bool = False,
+    held_out: float = 0.0,
 ) -> CalibrationData:
     """Collects this process's samples, with totals over all processes.
 
@@ -140,6 +144,9 @@ def shared_data(
         runs: Runs the user's `predict`, as for `collect_samples`.
         accelerator: Accelerator whose processes share the data; None for this process alone.
         processes: The processes; the accelerator's if None.
+        causal, targets: Whether the model is causal, and whether its labels are the next tokens, as for
+            `collect_samples`.
+        held_out: Fraction of the samples that are held out to judge the result by.
 
     Raises:
         TypeError: As in `collect_samples`.
@@ -154,8 +161,14 @@ def shared_data(
             image_tokens,
             needed=processes.count == 1,
             runs=runs,
+            causal=causal,
+            targets=targets,
         )
         keys = sample_keys(samples, seed)
+    first = least_held_out([key for own in processes.gather(keys) for key in own], held_out)
+    pairs = [pair for pair in zip(samples, keys, strict=True) if pair[1] < first]
+    held = [sample for sample, key in zip(samples, keys, strict=True) if key >= first]
+    samples, keys = [sample for sample, _ in pairs], [key for _, key in pairs]
     parts = processes.gather((keys, sum(sample.count for sample in samples)))
     every_key = [key for own, _ in parts for key in own]
     if not every_key:
@@ -164,4 +177,5 @@ def shared_data(
             "Pass a dataloader over a few hundred inputs."
         )
     bound = largest_scored(every_key, *scored)
-    return CalibrationData(samples, keys, bound, len(every_key), sum(tokens for _, tokens in parts))
+    tokens = sum(tokens for _, tokens in parts)
+    return CalibrationData(samples, keys, bound, len(every_key), tokens, held)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ class Stream:
         teacher: Hidden states of the dense model, `(batch, tokens, hidden)`; written to in place.
         student: Hidden states of the model being pruned, of the same shape.
         contexts: Per layer its other arguments, if they take little memory.
+        targets: For language models, the labels `(batch, tokens)`, -100 where none counts.
     """
 
     keys: tuple[int, ...]
@@ -44,6 +45,20 @@ class Stream:
     teacher: Tensor
     student: Tensor
     contexts: list[Context] | None = None
+    targets: Tensor | None = None
+
+    def part(self, rows: slice) -> Stream:
+        """Returns the stream of some of the samples, whose states are written to in place, too."""
+        return Stream(
+            self.keys[rows],
+            self.inputs.part(rows),
+            self.tokens[rows],
+            self.scored,
+            self.read[rows],
+            self.teacher[rows],
+            self.student[rows],
+            targets=None if self.targets is None else self.targets[rows],
+        )
 
     def contexts_in(self, stack: LayerStack) -> list[Context]:
         """Returns each layer's other arguments, stored or recomputed."""
@@ -74,20 +89,34 @@ def start_streams(
     Raises:
         ValueError: If hidden states are NaN or infinite.
     """
-    groups: dict[tuple[Any, ...], list[tuple[int, Sample]]] = defaultdict(list)
-    for key, sample in zip(data.keys, data.samples, strict=True):
-        kind = sample.inputs.kind()
-        groups[sample.tokens.shape[1], key <= data.largest_scored, kind].append((key, sample))
+    scored = [key <= data.largest_scored for key in data.keys]
     reading: Reading = "all"
     if predict is not None:
         reading = "each" if each_sample else reading_of(stack, data.samples, predict)
     streams = []
-    for (length, is_scored, _), members in sorted(groups.items(), key=lambda item: item[0][:2]):
+    for members, is_scored in alike(data.samples, scored, batch_tokens):
+        own, part = zip(*((data.keys[n], data.samples[n]) for n in members), strict=True)
+        streams.append(_enter(stack, own, part, is_scored, memory, reading, predict))
+    return streams
+
+
+def alike(
+    samples: Sequence[Sample], marks: Sequence[bool], batch_tokens: int
+) -> Iterator[tuple[list[int], bool]]:
+    """Yields batches of samples of equal length, kind and mark, as their numbers and the mark.
+
+    Args:
+        samples: The samples.
+        marks: A mark per sample.
+        batch_tokens: Largest number of tokens per batch, which has at least one sample.
+    """
+    groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for number, (sample, mark) in enumerate(zip(samples, marks, strict=True)):
+        groups[sample.tokens.shape[1], mark, sample.inputs.kind()].append(number)
+    for (length, mark, _), members in sorted(groups.items(), key=lambda item: item[0][:2]):
         size = max(1, batch_tokens // length)
         for start in range(0, len(members), size):
-            own, part = zip(*members[start : start + size], strict=True)
-            streams.append(_enter(stack, own, part, is_scored, memory, reading, predict))
-    return streams
+            yield members[start : start + size], mark
 
 
 def _enter(
@@ -118,7 +147,16 @@ def _enter(
         read = tokens & first_position(tokens)
     elif reading == "each" and predict is not None:
         read = tokens & read_by_each(stack, inputs, hidden, predict).to(device)
-    return Stream(keys, inputs, tokens, scored, read, teacher, student, contexts if small else None)
+    kept = contexts if small else None
+    return Stream(
+        keys, inputs, tokens, scored, read, teacher, student, kept, joined_targets(part, device)
+    )
+
+
+def joined_targets(samples: Sequence[Sample], device: torch.device) -> Tensor | None:
+    """Returns the labels of samples of equal length, `(batch, tokens)`; None without any."""
+    found = [sample.targets for sample in samples if sample.targets is not None]
+    return torch.cat(found).to(device) if found else None
 
 
 def _bytes_in(contexts: Sequence[Context]) -> int:

@@ -6,21 +6,19 @@ its contribution to its sub-layer's output.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..architectures.tasks import Predict, ProblemType
+from ..architectures.tasks import Predict
 from ..calibration.layer_stack import LayerStack
-from ..calibration.read_tokens import MOST_LOGITS
-from ..calibration.samples import require_finite
 from ..calibration.streams import Stream
 from ..common.processes import Processes
 from ..units.sublayers import SubLayer
-from .fisher import directions, divergence_gradient
-from .unit_masks import MaskedUnits, unit_masks
+from .passes import Passed, in_parts, passes_over
+from .signal import Signal
 
 
 @dataclass(frozen=True)
@@ -40,42 +38,24 @@ class Knowledge:
     samples: int
 
 
-@dataclass(frozen=True)
-class Signal:
-    """Predictions and settings with which predictive knowledge is measured.
-
-    Attributes:
-        predict: Computes the predictions, `(model, batch) -> logits`.
-        problem: Problem type of the logits.
-        temperature: Temperature T.
-        passes: Largest number of backward passes per sample.
-        teacher: Logits of the dense model, by key of the sample. If given, the gradient of the
-            distance from them is squared, as in the paper; otherwise the expected square is used.
-        depth_tokens: Largest number of tokens times sub-layers in one backward pass (but at least one
-            sample), so that memory does not grow with depth.
-        unread_weight: Weight, in the last layer, of tokens that no prediction reads.
-    """
-
-    predict: Predict
-    problem: ProblemType
-    temperature: float
-    passes: int
-    teacher: Mapping[int, Tensor] | None = None
-    depth_tokens: int = 8192
-    unread_weight: float = 1.0
-
-
 @torch.no_grad()
 def teacher_logits(
-    sublayers: Sequence[SubLayer], stack: LayerStack, predict: Predict, streams: Sequence[Stream]
+    sublayers: Sequence[SubLayer],
+    stack: LayerStack,
+    predict: Predict | None,
+    streams: Sequence[Stream],
 ) -> dict[int, Tensor]:
-    """Returns logits `(positions, classes)` by key of the sample."""
+    """Returns logits `(positions, classes)` by key of the sample.
+
+    Without `predict`, as for a language model, they are the hidden states `(tokens, hidden)` that logits
+    are made of.
+    """
     found: dict[int, Tensor] = {}
     for stream in streams:
         hidden, contexts = stack.enter(stream.inputs)
         for sublayer in sublayers:
             hidden = sublayer.run(hidden, contexts[sublayer.layer])
-        logits = stack.predict(predict, stream.inputs, hidden)
+        logits = hidden if predict is None else stack.predict(predict, stream.inputs, hidden)
         found |= dict(zip(stream.keys, logits, strict=True))
     return found
 
@@ -95,8 +75,14 @@ def measure_knowledge(
     ½ Σ_v (vᵀ ∂z/∂m)² over the vectors v of `directions`. It is valid at the first sub-layer,
     too. With `signal.teacher` it is the paper's own quantity.
 
+    For a causal language model (`signal.next_tokens`) it is the Fisher information about whole
+    sequences, from sampled next tokens: `kprune_ext.knowledge.next_token`.
+
     Representational (equations 6 and 7): mean over unmasked tokens of Σ_i f_i² · mean_j W_ji² over
-    the dimensions i of the unit, where f is the input of the output projection W.
+    the dimensions i of the unit, where f is the input of the output projection W. With
+    `signal.relative` each token's is divided by the mean square of its hidden state after the
+    sub-layer, which the next norm divides by: where a residual stream grows through the layers, sums
+    of squares alone would leave nothing of the early ones.
 
     Args:
         sublayers: The target and all later sub-layers, from bottom to top.
@@ -119,7 +105,7 @@ def measure_knowledge(
     predictive, squares = [], []
     for sublayer in sublayers:
         sensitivity, square, total = total.tensor_split(
-            [sublayer.units, sublayer.units + sublayer.output.in_features]
+            [sublayer.units, sublayer.units + sublayer.width]
         )
         predictive.append(sensitivity)
         squares.append(square)
@@ -141,103 +127,57 @@ def _sums(
     prediction reads counts less.
     """
     predictive = [_zeros(sublayer, sublayer.units) for sublayer in sublayers]
-    squares = [_zeros(sublayer, sublayer.output.in_features) for sublayer in sublayers]
+    squares = [_zeros(sublayer, sublayer.width) for sublayer in sublayers]
     samples = tokens = 0
     read = 0.0
-    for stream in _in_parts(streams, len(sublayers), stack, signal):
-        batch = len(stream.student)
-        samples += batch
+    for stream in in_parts(streams, len(sublayers), stack, signal):
+        samples += len(stream.student)
         tokens += int(stream.tokens.sum())
         weights = stream.read + signal.unread_weight * (stream.tokens & ~stream.read)
         read += float(weights.sum())
-        with torch.enable_grad(), unit_masks(sublayers, batch) as masked:
-            for total, gradient in _gradients(sublayers, stack, stream, signal, masked):
-                predictive[total] += gradient.double().square().sum(0)
-        for square, entry, sublayer in zip(squares, masked, sublayers, strict=True):
-            if entry.features is None:
-                raise RuntimeError(f"No forward pass reached {sublayer.name}.")
+        for passed in passes_over(sublayers, stack, stream, signal):
+            sublayer, square = sublayers[passed.number], squares[passed.number]
+            for gradient in passed.gradients:
+                predictive[passed.number] += gradient.double().square().sum(0)
             last = sublayer.layer == sublayers[-1].layer
             counted = (weights if last else stream.tokens).to(square)
-            square += torch.einsum("btu,bt->u", entry.features.double().square(), counted)
+            if signal.relative:
+                counted = counted / token_scale(sublayer, passed).to(square)
+            square += torch.einsum("btu,bt->u", passed.features.double().square(), counted)
     device = predictive[0].device
     counts = torch.tensor([samples, tokens, read], dtype=torch.float64, device=device)
     pairs = zip(predictive, squares, strict=True)
     return [*(values.to(device) for pair in pairs for values in pair), counts]
 
 
-def _gradients(
-    sublayers: Sequence[SubLayer],
-    stack: LayerStack,
-    stream: Stream,
-    signal: Signal,
-    masked: list[MaskedUnits],
-) -> Iterator[tuple[int, Tensor]]:
-    """Yields a sub-layer's number and gradients `(batch, units)`, per direction and sub-layer."""
-    contexts = stream.contexts_in(stack)
-    hidden = stream.student
-    for sublayer in sublayers:
-        hidden = sublayer.run(hidden, contexts[sublayer.layer])
-        counted = stream.tokens.to(hidden.device)
-        require_finite(hidden.detach()[counted], f"the output of {sublayer.name}")
-    z = stack.predict(signal.predict, stream.inputs, hidden)
-    z = z if z.dtype == torch.float64 else z.float()
-    require_finite(z.detach(), "the logits")
-    masks = [entry.mask for entry in masked]
-    for direction in _directions(z.detach(), stream, signal):
-        found = torch.autograd.grad(
-            (z * direction).sum(), masks, retain_graph=True, materialize_grads=True
-        )
-        yield from enumerate(found)
+@torch.no_grad()
+def token_scale(sublayer: SubLayer, passed: Passed) -> Tensor:
+    """Returns what the squared output of a sub-layer is divided by at each token, `(batch, tokens)`.
+
+    It is the mean square of the hidden state after the sub-layer, which the next norm divides by. Where
+    a norm follows the output projection itself, it is also the mean square of what that norm divides.
+    Zeros count as the smallest number there is.
+    """
+    scale = _mean_square(passed.after)
+    if sublayer.norm_after is not None:
+        output = passed.features @ sublayer.weight.t()
+        scale = scale * _mean_square(output).to(scale.device)
+    return scale
 
 
-def _directions(z: Tensor, stream: Stream, signal: Signal) -> Iterator[Tensor]:
-    counted = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
-    if z.shape[1] == stream.tokens.shape[1]:  # a prediction for every token
-        counted = stream.tokens.to(z.device) if z.shape[1] > 1 else counted
-    if signal.teacher is not None:
-        teacher = torch.stack([signal.teacher[key] for key in stream.keys]).to(z)
-        gradient = divergence_gradient(z, teacher, signal.problem, signal.temperature)
-        yield gradient * counted.unsqueeze(2)
-        return
-    yield from directions(
-        z, counted, signal.problem, signal.temperature, signal.passes, list(stream.keys)
-    )
-
-
-def _in_parts(
-    streams: Sequence[Stream], depth: int, stack: LayerStack, signal: Signal
-) -> Iterator[Stream]:
-    """Yields the streams, split where activations of all sub-layers, or logits, need much memory."""
-    for stream in streams:
-        with torch.no_grad():
-            one = stream.inputs.part(slice(1))
-            first = stream.student[:1].to(stream.tokens.device)
-            size = stack.predict(signal.predict, one, first).numel()
-        length = stream.tokens.shape[1]
-        rows = max(1, min(MOST_LOGITS // size, signal.depth_tokens // (length * depth)))
-        if rows >= len(stream.keys):
-            yield stream
-            continue
-        for start in range(0, len(stream.keys), rows):
-            part = slice(start, start + rows)
-            yield Stream(
-                stream.keys[part],
-                stream.inputs.part(part),
-                stream.tokens[part],
-                stream.scored,
-                stream.read[part],
-                stream.teacher[part],
-                stream.student[part],
-            )
+def _mean_square(values: Tensor) -> Tensor:
+    tiny = torch.finfo(torch.float32).tiny
+    return values.double().square().mean(2).clamp(min=tiny)
 
 
 def _output_energy(sublayer: SubLayer, mean_square: Tensor) -> Tensor:
-    weight = sublayer.output.weight.detach().to(mean_square)
-    if sublayer.scale is not None:
-        weight = sublayer.scale.to(weight).unsqueeze(1) * weight
+    weight = sublayer.weight.detach().to(mean_square)
+    for gain in (sublayer.scale, sublayer.gain_after):
+        if gain is not None:
+            weight = gain.to(weight).unsqueeze(1) * weight
     column = weight.square().mean(0)
     return (mean_square * column).reshape(-1, sublayer.unit_size).sum(1)
 
 
 def _zeros(sublayer: SubLayer, size: int) -> Tensor:
-    return torch.zeros(size, dtype=torch.float64, device=sublayer.output.weight.device)
+    return torch.zeros(size, dtype=torch.float64, device=sublayer.weight.device)

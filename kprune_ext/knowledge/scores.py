@@ -51,3 +51,22 @@ def unit_scores(
         weight = (mu or 1.0) / sublayer.unit_size if is_head else 1.0
         scores.append(weight * (known.predictive + share * known.representational))
     return scores
+
+
+def balanced(targets: Sequence[SubLayer], scores: Sequence[Tensor], balance: float) -> list[Tensor]:
+    """Scales the scores of each kind of sub-layer towards one mean in all layers.
+
+    Args:
+        targets: The sub-layers.
+        scores: Scores of the units of each sub-layer, of at least 0.
+        balance: Power of the factor that would make the means equal: 0 changes nothing.
+    """
+    if not balance:
+        return list(scores)
+    found = []
+    for sublayer, own in zip(targets, scores, strict=True):
+        alike = [s for t, s in zip(targets, scores, strict=True) if t.kind == sublayer.kind]
+        mean = sum(float(s.sum()) for s in alike) / max(sum(len(s) for s in alike), 1)
+        of_own = float(own.sum()) / max(len(own), 1)
+        found.append(own * (mean / of_own) ** balance if mean > 0 and of_own > 0 else own)
+    return found

@@ -46,9 +46,11 @@ def unit_masks(sublayers: Sequence[SubLayer], batch: int) -> Iterator[list[Maske
     masked = []
     with ExitStack() as stack:
         for sublayer in sublayers:
-            weight = sublayer.output.weight
+            weight = sublayer.weight
+            # In low precision, gradients that are summed over tokens would lose digits, or overflow.
+            dtype = torch.promote_types(weight.dtype, torch.float32)
             mask = torch.ones(
-                batch, sublayer.units, dtype=weight.dtype, device=weight.device, requires_grad=True
+                batch, sublayer.units, dtype=dtype, device=weight.device, requires_grad=True
             )
             entry = MaskedUnits(mask)
             hook = _masking_hook(entry, sublayer.unit_size)
@@ -60,6 +62,7 @@ def unit_masks(sublayers: Sequence[SubLayer], batch: int) -> Iterator[list[Maske
 def _masking_hook(entry: MaskedUnits, unit_size: int) -> Any:
     def multiply(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         entry.features = args[0].detach()
-        return (args[0] * entry.mask.repeat_interleave(unit_size, dim=1).unsqueeze(1), *args[1:])
+        masked = args[0] * entry.mask.repeat_interleave(unit_size, dim=1).unsqueeze(1)
+        return (masked.to(args[0].dtype), *args[1:])
 
     return multiply

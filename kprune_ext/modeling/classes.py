@@ -85,7 +85,7 @@ def _define_all() -> None:
         models: dict[Any, Any] = {}
         for task in TASKS:
             dense: Any = task.mapping.get(dense_config, None)
-            if dense is None:
+            if dense is None or (task.is_causal and not architecture.is_causal):
                 continue
             MODEL_TASKS[dense] = task
             pruned = _pruned_model(

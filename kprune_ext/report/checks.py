@@ -29,8 +29,10 @@ def check_fields(values: dict[str, Any], metrics: tuple[str, ...]) -> None:
         _check_whole(name, values[name])
     for name in _AMOUNTS:
         _check_number(name, values[name])
-    if values["logit_scale"] is not None:
-        _check_number("logit_scale", values["logit_scale"])
+    for name in ("logit_scale", "perplexity", "perplexity_before"):
+        if values[name] is not None:
+            _check_number(name, values[name])
+    _check_whole("held_out_tokens", values["held_out_tokens"])
     if values["metric"] not in metrics:
         raise ValueError(f"metric is {_shown(values['metric'])}, not one of {', '.join(metrics)}")
     if not values["cost_before"] > 0:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -10,6 +12,19 @@ from transformers import PreTrainedModel
 from ..units.sublayers import SubLayer
 from .report import KPruneReport
 from .rows import SubLayerReport
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Loss of a language model on tokens that are held out.
+
+    Attributes:
+        loss: Mean loss, in nats a token.
+        tokens: Number of tokens.
+    """
+
+    loss: float
+    tokens: int
 
 
 def make_report(
@@ -25,6 +40,7 @@ def make_report(
     samples: int,
     tokens: int,
     logit_scale: float | None,
+    losses: tuple[HeldOut | None, HeldOut | None] = (None, None),
 ) -> KPruneReport:
     """Returns the report of a run.
 
@@ -39,7 +55,9 @@ def make_report(
         length: Tokens per sequence at which FLOPs are counted.
         samples, tokens: Amount of calibration data used.
         logit_scale: The factor from `kprune_ext.tuning.logit_scale.scale_logits`.
+        losses: Losses of the model before and after on held-out tokens.
     """
+    old, new = losses
     sublayers = tuple(
         sublayer_row(before, after, flops, error) for before, after, flops, error in rows
     )
@@ -56,7 +74,15 @@ def make_report(
         parameters=pruned.num_parameters(),
         parameters_before=model.num_parameters(),
         logit_scale=logit_scale,
+        perplexity=None if new is None else perplexity(new.loss),
+        perplexity_before=None if old is None else perplexity(old.loss),
+        held_out_tokens=0 if old is None else old.tokens,
     )
+
+
+def perplexity(loss: float) -> float:
+    """Returns the exponential of a loss in nats; that of a ruined model has an upper limit."""
+    return math.exp(min(loss, 60.0))
 
 
 def sublayer_row(

@@ -24,7 +24,8 @@ REPORT_FILE = "kprune_report.json"
 _METRIC_NAMES = {
     "flops": "FLOPs",
     "params": "parameters of heads and neurons",
-    "latency": "measured latency of the encoder",
+    "latency": "measured latency of the layers",
+    "cache": "bytes of the key-value cache per token",
 }
 
 
@@ -34,7 +35,8 @@ class KPruneReport:
 
     Attributes:
         sublayers: The rows of the sub-layers, bottom-up.
-        metric: Quantity that the budget limits: `"flops"`, `"params"` or `"latency"` (nanoseconds).
+        metric: Quantity that the budget limits: `"flops"`, `"params"`, `"latency"` (nanoseconds) or
+            `"cache"` (bytes of a key-value cache per token).
         reduction: Fraction of it that was to be removed.
         budget: Largest amount of it that the result was allowed.
         cost, cost_before: Amount of it in the result and in the original.
@@ -43,6 +45,9 @@ class KPruneReport:
         parameters, parameters_before: Parameters of the entire model, including embeddings and head.
         logit_scale: Factor on the classifier's weight and bias; None if there was none or it is
             unknown.
+        perplexity, perplexity_before: Of a language model's result and original, on samples that were
+            held out from calibration; None if there were none.
+        held_out_tokens: Number of tokens that these are the perplexities of.
     """
 
     sublayers: tuple[SubLayerReport, ...]
@@ -57,6 +62,9 @@ class KPruneReport:
     parameters: int
     parameters_before: int
     logit_scale: float | None = None
+    perplexity: float | None = None
+    perplexity_before: float | None = None
+    held_out_tokens: int = 0
 
     @property
     def flops(self) -> int:
@@ -87,8 +95,9 @@ class KPruneReport:
         Raises:
             KeyError, TypeError, ValueError: If a field is missing, or has a value that no report has.
         """
-        old = {"logit_scale": None} | values  # absent in older reports
-        fields = {field.name: old[field.name] for field in dataclasses.fields(cls)}
+        every = dataclasses.fields(cls)  # those with a default are absent in older reports
+        old = {f.name: f.default for f in every if f.default is not dataclasses.MISSING} | values
+        fields = {field.name: old[field.name] for field in every}
         check_fields(fields, tuple(_METRIC_NAMES))
         check_rows(fields["sublayers"])
         fields["sublayers"] = tuple(SubLayerReport(**row) for row in fields["sublayers"])
@@ -187,14 +196,21 @@ class KPruneReport:
             if self.logit_scale is not None
             else ""
         )
+        predicted = (
+            f"\nperplexity on {self.held_out_tokens:,} held-out tokens: {self.perplexity:.2f}, "
+            f"before {self.perplexity_before:.2f}"
+            if self.perplexity is not None and self.perplexity_before is not None
+            else ""
+        )
         return (
-            f"encoder: {self.flops / 1e6:.2f} of {self.flops_before / 1e6:.2f} MFLOPs per "
+            f"layers: {self.flops / 1e6:.2f} of {self.flops_before / 1e6:.2f} MFLOPs per "
             f"{self.sequence_length}-token sequence kept ({share:.1%})\n"
             f"{_METRIC_NAMES[self.metric]}: {self.cost / self.cost_before:.1%} kept, budget "
             f"{self.budget / self.cost_before:.1%}\n"
             f"model: {self.parameters:,} of {self.parameters_before:,} parameters kept"
             + calibration
             + scaled
+            + predicted
         )
 
     def __str__(self) -> str:

@@ -30,7 +30,9 @@ def normal_equations(
     """Sums the normal equations of a target's output projection; advances the teacher's states past it.
 
     The projection is fitted to the output of the teacher's sub-layer plus the difference of the two
-    residual streams, which is divided by the scale after the projection, if any.
+    residual streams, which is divided by the scale after the projection, if any. Where a norm follows
+    the projection, it is fitted to the teacher's projection alone: the norm has no room for a
+    difference of the streams.
 
     Args:
         dense: The teacher's sub-layer.
@@ -47,7 +49,7 @@ def normal_equations(
     Raises:
         ValueError: If activations are NaN or infinite.
     """
-    weight = target.output.weight.detach()
+    weight = target.weight.detach()
     device = weight.device
     count = 2 if halves else 1
     found = [NormalEquations.zeros(weight.shape[1], len(weight), device) for _ in range(count)]
@@ -60,7 +62,9 @@ def normal_equations(
             features, given = student.taken()[0], teacher.taken()[1].to(device)
             require_finite(after[tokens], f"the output of {dense.name}")
             require_finite(features[tokens], f"the input of {target.name}")
-            wanted = given + _unscaled(above - own, target.scale)
+            wanted = given
+            if target.norm_after is None:
+                wanted = given + _unscaled(above - own, target.scale)
             require_finite(wanted[tokens], f"the output of {target.name}")
             read = stream.read.to(device)
             parts = [(tokens & read, 1.0), (tokens & ~read, unread_weight)]
@@ -110,7 +114,7 @@ def tune(
     tune_bias: bool,
 ) -> TunedProjection:
     """Fits a shrunk sub-layer's output projection; the arguments are those of `fit_projection`."""
-    weight = target.output.weight.detach()
+    weight = target.weight.detach()
     held: Tensor | None = target.output.bias
     if held is None:
         held = weight.new_zeros(len(weight))

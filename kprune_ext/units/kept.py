@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..architectures.table import ROWS
+from .grouped_query import attention_sizes
 
 FORMAT = 1
-#: Sizes beyond those of any encoder, so that a hostile config cannot fill the memory.
+#: Sizes beyond those of any model, so that a hostile config cannot fill the memory.
 MOST_LAYERS = 10_000
 MOST_UNITS = 2**22
 MOST_IN_ALL = 2**23
@@ -17,7 +18,12 @@ MOST_IN_ALL = 2**23
 
 @dataclass(frozen=True)
 class KeptUnits:
-    """Numbers of the units of the original model that one layer keeps, ascending."""
+    """Numbers of the units of the original model that one layer keeps, ascending.
+
+    Attributes:
+        heads: The attention heads; in a decoder the key-value groups, each numbered as its key head.
+        neurons: The neurons of the feed-forward network.
+    """
 
     heads: tuple[int, ...]
     neurons: tuple[int, ...]
@@ -65,11 +71,11 @@ def decode_indices(text: str, limit: int = 2**22) -> tuple[int, ...]:
 def read_kept(
     stored: Any, limits: Sequence[tuple[int, int]]
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Returns the heads and neurons that each layer keeps.
+    """Returns the heads, or key-value groups, and neurons that each layer keeps.
 
     Args:
         stored: The field `kprune` of a config.
-        limits: Numbers of heads and neurons of each layer of the original model.
+        limits: Numbers of these units of each layer of the original model.
 
     Raises:
         ValueError: If the field is inconsistent, in itself or with the original model.
@@ -83,10 +89,11 @@ def read_kept(
         if not isinstance(rows, list | tuple) or len(rows) != len(limits):
             raise ValueError(f"it lists {len(rows)} layers")
         kept = []
-        left = 2**23  # more than any encoder has, and little memory
+        left = 2**23  # more than any model has, and little memory
         for number, (row, most) in enumerate(zip(rows, limits, strict=True)):
             found = []
-            for kind, limit in zip(("heads", "neurons"), most, strict=True):
+            heads_name = "key_value_heads" if "key_value_heads" in row else "heads"
+            for kind, limit in zip((heads_name, "neurons"), most, strict=True):
                 try:
                     indices = decode_indices(row[kind], min(limit, left))
                 except ValueError as error:
@@ -129,7 +136,7 @@ def kept_units(config: Any) -> list[KeptUnits]:
 
 
 def _sizes(config: Any) -> tuple[int, int, int]:
-    """Returns the numbers of layers, and of heads and neurons of a layer that is not pruned."""
+    """Returns the numbers of layers, and of heads or groups and neurons of an unpruned layer."""
     try:
         neurons: Any = ROWS[config.model_type].neurons(config)
     except (TypeError, ValueError, OverflowError) as error:
@@ -148,7 +155,14 @@ def _sizes(config: Any) -> tuple[int, int, int]:
                 f"The config says that the model has {str(count)[:40]} {name}. Expected a whole "
                 f"number from {least} to {most:,}. Restore config.json from the checkpoint."
             )
-    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    try:
+        heads = attention_sizes(config)[0]
+    except ValueError as error:
+        raise ValueError(
+            f"The config describes attention that no model has: {error}. Restore config.json from the "
+            "checkpoint."
+        ) from None
+    layers = config.num_hidden_layers
     if layers * (heads + neurons) > MOST_IN_ALL:
         raise ValueError(
             f"The config says that the model has {layers} layers of {heads} attention heads and "
@@ -160,13 +174,14 @@ def _sizes(config: Any) -> tuple[int, int, int]:
 
 def store_kept_units(config: Any, kept: Iterable[KeptUnits]) -> None:
     """Writes the kept units into a config, from which `kept_units` reads them."""
+    name = "key_value_heads" if ROWS[config.model_type].is_causal else "heads"
     config.kprune = {
         "format": FORMAT,
         "layers": [
             {
-                "num_heads": len(row.heads),
+                f"num_{name}": len(row.heads),
                 "num_neurons": len(row.neurons),
-                "heads": encode_indices(row.heads),
+                name: encode_indices(row.heads),
                 "neurons": encode_indices(row.neurons),
             }
             for row in kept

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from ..architectures.row import Architecture, Context, SubLayerPaths
 from ..common.placement import execution_device
-from .projections import check_linear, linear_at
+from .grouped_query import attention_sizes, rows_per_unit
+from .projections import Projection, check_linear, linear_at, weight_of
 
 Kind = Literal["attention", "ffn"]
 
@@ -28,7 +29,9 @@ class SubLayer:
         name: Path of the output projection in the model.
         module: The transformer layer.
         paths: Paths of the sub-layer's modules in the transformer layer.
-        unit_size: Dimensions per unit: the head size, or 1 for a neuron.
+        unit_size: Columns of a unit in the output projection: the head size, that of all query heads
+            of a key-value group together, or 1 for a neuron.
+        head_size: Dimensions of one head, or 1 for a neuron.
     """
 
     layer: int
@@ -37,14 +40,35 @@ class SubLayer:
     module: nn.Module
     paths: SubLayerPaths
     unit_size: int
+    head_size: int = 1
 
     @property
-    def output(self) -> nn.Linear:
+    def output(self) -> Projection:
         """The projection from the units to the residual stream."""
         return linear_at(self.module, self.paths.output)
 
     @property
-    def inputs(self) -> list[nn.Linear]:
+    def weight(self) -> Tensor:
+        """Weight of the output projection, `(hidden, width)`, whatever the module's layout."""
+        return weight_of(self.output)
+
+    @property
+    def width(self) -> int:
+        """Dimensions of all units: columns of the output projection."""
+        return self.weight.shape[1]
+
+    @property
+    def queries(self) -> int:
+        """Query heads per unit, which share keys and values; 1 for a neuron."""
+        return self.unit_size // self.head_size
+
+    @property
+    def rows(self) -> tuple[tuple[int, ...], ...]:
+        """Rows of one unit in each matrix that an input projection stacks, per input projection."""
+        return rows_per_unit(self.paths, self.unit_size, self.head_size)
+
+    @property
+    def inputs(self) -> list[Projection]:
         """The projections from the residual stream to the units."""
         return [linear_at(self.module, path) for path in self.paths.inputs]
 
@@ -55,8 +79,8 @@ class SubLayer:
 
     @property
     def units(self) -> int:
-        """Number of heads or neurons."""
-        return self.output.in_features // self.unit_size
+        """Number of heads, key-value groups or neurons."""
+        return self.width // self.unit_size
 
     @property
     def projections(self) -> int:
@@ -78,6 +102,24 @@ class SubLayer:
         if self.paths.scale is None:
             return None
         return self.module.get_parameter(self.paths.scale).detach()
+
+    @property
+    def norm_after(self) -> nn.Module | None:
+        """Norm that the output passes through before the residual is added, or None."""
+        path = self.paths.norm_after
+        return None if path is None else self.module.get_submodule(path)
+
+    @property
+    def gain_after(self) -> Tensor | None:
+        """Factors `(hidden,)` of that norm on what it has normed, or None without one."""
+        norm = self.norm_after
+        if norm is None:
+            return None
+        # Families store the gain itself or its difference from 1: so ask the norm what it does.
+        ones = self.weight.new_ones(1, len(self.weight))
+        with torch.no_grad():
+            found: Tensor = norm(ones)[0]
+        return found
 
     def run(self, hidden: Tensor, context: Context) -> Tensor:
         """Runs the sub-layer, with residual and norm.
@@ -102,11 +144,6 @@ def layers_path(model: PreTrainedModel, architecture: Architecture) -> str:
     return base + architecture.layers
 
 
-def head_size(model: PreTrainedModel) -> int:
-    """Returns the dimensions of one attention head."""
-    return int(model.config.hidden_size // model.config.num_attention_heads)
-
-
 def sublayers(model: PreTrainedModel, architecture: Architecture) -> list[SubLayer]:
     """Returns the sub-layers of a model from bottom to top: attention 0, ffn 0, attention 1, …
 
@@ -115,18 +152,19 @@ def sublayers(model: PreTrainedModel, architecture: Architecture) -> list[SubLay
         ValueError: If the layers lack modules that the table row names.
     """
     path = layers_path(model, architecture)
-    kinds: tuple[tuple[Kind, tuple[SubLayerPaths, ...], int], ...] = (
-        ("attention", architecture.attention, head_size(model)),
-        ("ffn", architecture.ffn, 1),
+    _, queries, head = attention_sizes(model.config)
+    kinds: tuple[tuple[Kind, tuple[SubLayerPaths, ...], int, int], ...] = (
+        ("attention", architecture.attention, queries * head, head),
+        ("ffn", architecture.ffn, 1, 1),
     )
     found = []
     for number, layer in enumerate(_layers(model, path).children()):
         prefix = f"{path}.{number}."
-        for kind, variants, size in kinds:
+        for kind, variants, *sizes in kinds:
             paths = _variant(layer, variants, prefix)
             for projection in (*paths.inputs, paths.output):
                 check_linear(layer, projection, prefix)
-            found.append(SubLayer(number, kind, prefix + paths.output, layer, paths, size))
+            found.append(SubLayer(number, kind, prefix + paths.output, layer, paths, *sizes))
     return found
 
 

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .projections import replace_module, set_linear, unit_dimensions
+from .grouped_query import rows_of
+from .projections import replace_module, set_linear, unit_dimensions, weight_of
 from .sublayers import SubLayer
 
-# Attributes of attention modules that hold the number of heads, and the dimensions of all heads.
-_HEAD_COUNTS = ("num_attention_heads", "n_heads")
-_HEAD_DIMENSIONS = ("all_head_size", "dim")
+# Attributes of attention modules: the number of heads, that of key-value groups, and the dimensions of
+# all heads.
+_HEAD_COUNTS = ("num_attention_heads", "n_heads", "num_heads")
+_GROUP_COUNTS = ("num_key_value_heads",)
+_HEAD_DIMENSIONS = ("all_head_size", "dim", "split_size")
 
 
 def shrink(sublayer: SubLayer, units: Sequence[int]) -> None:
@@ -23,13 +26,14 @@ def shrink(sublayer: SubLayer, units: Sequence[int]) -> None:
         sublayer: The sub-layer to shrink, in place.
         units: Numbers of the units to keep among its present ones, ascending.
     """
-    output, paths, size = sublayer.output, sublayer.paths, sublayer.unit_size
-    numbers = torch.tensor(units, dtype=torch.long, device=output.weight.device)
-    rows = unit_dimensions(numbers, size, paths.stacked, output.in_features)
-    for path, linear in zip(paths.inputs, sublayer.inputs, strict=True):
+    output, paths, total = sublayer.output, sublayer.paths, sublayer.units
+    weight = sublayer.weight.detach()
+    numbers = torch.tensor(units, dtype=torch.long, device=weight.device)
+    for path, linear, sizes in zip(paths.inputs, sublayer.inputs, sublayer.rows, strict=True):
+        rows = rows_of(numbers, sizes, total)
         bias = None if linear.bias is None else linear.bias.detach()[rows]
-        set_linear(sublayer.module, path, linear.weight.detach()[rows], bias)
-    columns = output.weight.detach()[:, unit_dimensions(numbers, size)]
+        set_linear(sublayer.module, path, weight_of(linear).detach()[rows], bias)
+    columns = weight[:, unit_dimensions(numbers, sublayer.unit_size)]
     bias = None if output.bias is None else output.bias.detach().clone()
     set_linear(sublayer.module, paths.output, columns.contiguous(), bias)
     if paths.counter is not None:
@@ -45,7 +49,7 @@ def set_output(sublayer: SubLayer, weight: Tensor, bias: Tensor | None) -> None:
         bias: The bias, `(hidden,)`; ignored if the projection has none.
     """
     with torch.no_grad():
-        sublayer.output.weight.copy_(weight)
+        sublayer.weight.copy_(weight)
         if bias is not None and sublayer.output.bias is not None:
             sublayer.output.bias.copy_(bias)
 
@@ -58,7 +62,8 @@ def _count_heads(sublayer: SubLayer, path: str, kept: tuple[int, ...]) -> None:
             replace_module(sublayer.module, path, adapted)
             counter = adapted
     for names, count in (
-        (_HEAD_COUNTS, len(kept)),
+        (_HEAD_COUNTS, len(kept) * sublayer.queries),
+        (_GROUP_COUNTS, len(kept)),
         (_HEAD_DIMENSIONS, len(kept) * sublayer.unit_size),
     ):
         for name in names:

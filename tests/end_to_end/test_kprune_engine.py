@@ -13,7 +13,9 @@ from kprune_ext.architectures.table import find_architecture
 from kprune_ext.calibration.layer_stack import LayerStack
 from kprune_ext.calibration.state_memory import StateMemory
 from kprune_ext.calibration.streams import start_streams
-from kprune_ext.knowledge.measure import Signal, _in_parts, measure_knowledge, teacher_logits
+from kprune_ext.knowledge.measure import measure_knowledge, teacher_logits
+from kprune_ext.knowledge.passes import in_parts
+from kprune_ext.knowledge.signal import Signal
 from kprune_ext.modeling.classes import model_task
 from kprune_ext.units.sublayers import sublayers
 from tests.helpers.kprune import data_of, padded, run, sequences, tiny_bert
@@ -198,7 +200,7 @@ def test_what_goes_backward_at_a_time_does_not_grow_with_depth(depth: int) -> No
     streams = start_streams(encoder, data, config.batch_tokens, StateMemory(2**30, Path()))
     predict = model_task(model).predict
     signal = Signal(predict, "single_label_classification", 2.0, 8, depth_tokens=1000)
-    parts = list(_in_parts(streams, depth, encoder, signal))
+    parts = list(in_parts(streams, depth, encoder, signal))
     assert sorted(key for part in parts for key in part.keys) == sorted(data.keys)
     for part in parts:
         assert part.tokens.numel() * depth <= 1000

@@ -14,7 +14,8 @@ from kprune_ext.budget.search import search_masks
 from kprune_ext.calibration.layer_stack import LayerStack
 from kprune_ext.calibration.state_memory import StateMemory
 from kprune_ext.calibration.streams import start_streams
-from kprune_ext.knowledge.measure import Knowledge, Signal, measure_knowledge
+from kprune_ext.knowledge.measure import Knowledge, measure_knowledge
+from kprune_ext.knowledge.signal import Signal
 from kprune_ext.modeling.classes import model_task
 from kprune_ext.tuning.least_squares import NormalEquations, tune_projection
 from kprune_ext.units.sublayers import sublayers

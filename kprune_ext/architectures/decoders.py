@@ -1,0 +1,135 @@
+"""Rows of decoders: families that predict each token from the tokens before it.
+
+Their units of attention are key-value groups: a key head, a value head and the query heads that read
+them. So the number of query heads of a group stays as it is, and the cache becomes smaller.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from transformers.models.phi3.modeling_phi3 import Phi3Attention
+
+from .blocks import opt_attention, opt_ffn, pre_norm
+from .headless import EmptyConv1D
+from .headless_decoders import (
+    HeadlessDecoderAttention,
+    KeptPhi3Attention,
+    WithHeads,
+    headless_decoder,
+    kept_phi3_groups,
+)
+from .row import Architecture, SubLayerPaths
+
+#: Arguments of a decoder's attention other than the hidden states.
+_ARGUMENTS = ("attention_mask", "position_embeddings", "position_ids")
+
+
+def _llama_attention(norm_after: str | None = None) -> SubLayerPaths:
+    return SubLayerPaths(
+        inputs=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        parts=("q", "k", "v"),
+        output="self_attn.o_proj",
+        run=pre_norm("input_layernorm", "self_attn", norm_after, *_ARGUMENTS),
+        norm_after=norm_after,
+        counter="self_attn",
+        adapt=headless_decoder,
+        adapt_classes=(HeadlessDecoderAttention,),
+    )
+
+
+def _llama_ffn(norm: str, norm_after: str | None = None) -> SubLayerPaths:
+    return SubLayerPaths(
+        inputs=("mlp.gate_proj", "mlp.up_proj"),
+        output="mlp.down_proj",
+        run=pre_norm(norm, "mlp", norm_after),
+        norm_after=norm_after,
+    )
+
+
+LLAMA = Architecture(
+    model_type="llama",
+    layers="layers",
+    attention=(_llama_attention(),),
+    ffn=(_llama_ffn("post_attention_layernorm"),),
+    is_causal=True,
+)
+
+PHI3 = replace(
+    LLAMA,
+    model_type="phi3",
+    attention=(
+        replace(
+            LLAMA.attention[0],
+            inputs=("self_attn.qkv_proj",),
+            parts=("qkv",),
+            adapt=kept_phi3_groups,
+            adapt_classes=(Phi3Attention, HeadlessDecoderAttention, WithHeads, KeptPhi3Attention),
+        ),
+    ),
+    ffn=(replace(LLAMA.ffn[0], inputs=("mlp.gate_up_proj",), stacked=2),),
+)
+
+GEMMA = replace(
+    LLAMA,
+    model_type="gemma2",
+    attention=(_llama_attention("post_attention_layernorm"),),
+    ffn=(_llama_ffn("pre_feedforward_layernorm", "post_feedforward_layernorm"),),
+)
+
+
+def _gpt2_refusal(config: Any) -> str | None:
+    if getattr(config, "add_cross_attention", False):
+        return "its layers have cross-attention to an encoder (add_cross_attention=True)"
+    return None
+
+
+GPT2 = Architecture(
+    model_type="gpt2",
+    layers="h",
+    attention=(
+        SubLayerPaths(
+            inputs=("attn.c_attn",),
+            parts=("qkv",),
+            output="attn.c_proj",
+            run=pre_norm("ln_1", "attn", None, *_ARGUMENTS),
+            counter="attn",
+            adapt=headless_decoder,
+            adapt_classes=(HeadlessDecoderAttention, EmptyConv1D),
+        ),
+    ),
+    ffn=(SubLayerPaths(inputs=("mlp.c_fc",), output="mlp.c_proj", run=pre_norm("ln_2", "mlp")),),
+    neurons=lambda config: int(config.n_inner or 4 * config.hidden_size),
+    refusal=_gpt2_refusal,
+    is_causal=True,
+)
+
+OPT = Architecture(
+    model_type="opt",
+    layers="decoder.layers",
+    attention=(
+        SubLayerPaths(
+            inputs=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            parts=("q", "k", "v"),
+            output="self_attn.out_proj",
+            run=opt_attention,
+            counter="self_attn",
+            adapt=headless_decoder,
+            adapt_classes=(HeadlessDecoderAttention,),
+        ),
+    ),
+    ffn=(SubLayerPaths(inputs=("fc1",), output="fc2", run=opt_ffn),),
+    neurons=lambda config: int(config.ffn_dim),
+    is_causal=True,
+)
+
+DECODERS: tuple[Architecture, ...] = (
+    LLAMA,
+    *(replace(LLAMA, model_type=name) for name in ("mistral", "qwen2", "qwen3")),
+    PHI3,
+    GEMMA,
+    replace(GEMMA, model_type="gemma3_text"),
+    GPT2,
+    OPT,
+)
