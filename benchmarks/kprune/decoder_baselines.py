@@ -120,12 +120,14 @@ def global_masks(scores: Sequence[Tensor], costs: Sequence[int], reduction: floa
 def uniform_sizes(layers: Sequence[SubLayer], reduction: float) -> tuple[int, int]:
     """The numbers of groups and neurons that every layer keeps.
 
-    Groups lose the share asked for, rounded to whole groups, and at least one stays. Neurons make up
-    the rest.
+    Groups lose the share asked for, rounded to whole groups, at least one stays, and they take no more
+    than the whole layer is to lose. Neurons make up the rest.
     """
     attention, mlp = layers[:2]
-    groups = max(1, attention.units - int(reduction * attention.units + 0.5))
     whole = attention.units * attention.cost + mlp.units * mlp.cost
+    removed = min(attention.units - 1, int(reduction * attention.units + 0.5))
+    removed = min(removed, int(reduction * whole // attention.cost))
+    groups = attention.units - removed
     left = (1 - reduction) * whole * (1 + 1e-12) - groups * attention.cost
     return groups, max(0, min(mlp.units, int(left // mlp.cost)))
 

@@ -97,7 +97,7 @@ def answered(texts: Texts, name: str, split: str, limit: int | None = None) -> l
 
 
 def encoded(texts: Texts, question: str, answer: str | Sequence[str]) -> Sample:
-    """One question and its first answer, with the token that ends it."""
+    """One question and its first answer, without a token that ends it."""
     answer = answer if isinstance(answer, str) else answer[0]
     tokenizer = texts.tokenizer
     if texts.form == "chat":
@@ -108,7 +108,7 @@ def encoded(texts: Texts, question: str, answer: str | Sequence[str]) -> Sample:
     else:
         before = tokenizer(f"Question: {question}\nAnswer:").input_ids
         answer = f" {answer}"
-    after = [*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    after = tokenizer(answer, add_special_tokens=False).input_ids
     return before + after, [IGNORED] * len(before) + after
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kprune_ext import KPruneConfig
+from kprune_ext.modeling.copying import record_kept
 from kprune_ext.preparation import prepared
 from kprune_ext.pruning import prune_sublayers
 from kprune_ext.tuning.least_squares import NormalEquations, choose_ridge, tune_projection
@@ -33,6 +34,7 @@ def tune_by_engine(
     keep = [mask.nonzero().flatten().tolist() for mask in masks]
     with prepared(model, batches, config) as run:
         prune_sublayers(run, keep=keep)
+        record_kept(run.pruned, zip(keep[::2], keep[1::2], strict=True))
         return run.whole
 
 

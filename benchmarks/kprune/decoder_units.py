@@ -129,23 +129,28 @@ def sublayers(model: PreTrainedModel) -> list[SubLayer]:
     Raises:
         SystemExit: If the decoder is built otherwise than Llama or Gemma.
     """
-    config, found = model.config, []
-    for layer in layers_of(model):
-        try:
-            groups = config.num_key_value_heads
-            attention = SubLayer(layer, "attention", 1, groups)
-            width = attention.output.in_features // groups
-            neurons = layer.mlp.down_proj.in_features
-            pair = (SubLayer(layer, "attention", width, groups), SubLayer(layer, "mlp", 1, neurons))
-            for sublayer in pair:
-                _ = sublayer.cost, sublayer.norms()
-        except AttributeError as error:
-            raise SystemExit(
-                f"The baselines know decoders that are built like Llama or Gemma; "
-                f"{type(model).__name__} is not ({error})."
-            ) from error
-        found.extend(pair)
+    try:
+        found = [
+            sublayer
+            for layer in layers_of(model)
+            for sublayer in _pair(layer, model.config.num_key_value_heads)
+        ]
+    except AttributeError as error:
+        raise SystemExit(
+            "The baselines know decoders that are built like Llama or Gemma; "
+            f"{type(model).__name__} is not ({error})."
+        ) from error
     return found
+
+
+def _pair(layer: nn.Module, groups: int) -> tuple[SubLayer, SubLayer]:
+    """Attention and MLP of a layer, whose modules are all found."""
+    width = layer.self_attn.o_proj.in_features // groups
+    attention = SubLayer(layer, "attention", width, groups)
+    mlp = SubLayer(layer, "mlp", 1, layer.mlp.down_proj.in_features)
+    for sublayer in (attention, mlp):
+        _ = sublayer.cost, sublayer.norms()
+    return attention, mlp
 
 
 @dataclass
