@@ -147,11 +147,12 @@ def flap_choice(
     layers = sublayers(model)
     walk, scores, means = Walk.start(model, batches), [], []
     for number, sublayer in enumerate(layers):
-        found = moments(walk.features(number, sublayer), walk.tokens)
+        features = walk.features(number, sublayer)
+        found = moments(features, walk.tokens)
         weight = sublayer.output.weight.detach()
         scores.append(flap_scores(found.variance, weight, sublayer.unit_size))
         means.append(found.mean)
-        walk.advance(number, sublayer)
+        walk.advance(sublayer, features)
     return global_masks(scores, [s.cost for s in layers], reduction), means
 
 
@@ -177,11 +178,12 @@ def prune_by_wanda(
     sizes = uniform_sizes(layers, reduction)
     walk, masks = Walk.start(model, batches), []
     for number, sublayer in enumerate(layers):
-        found = moments(walk.features(number, sublayer), walk.tokens)
+        features = walk.features(number, sublayer)
+        found = moments(features, walk.tokens)
         scores = wanda_scores(found.square, sublayer.output.weight.detach(), sublayer.unit_size)
         masks.append(best(scores, sizes[number % 2]))
         sublayer.remove(masks[-1])
-        walk.advance(number, sublayer)
+        walk.advance(sublayer, features)
     return masks
 
 

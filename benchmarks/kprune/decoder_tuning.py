@@ -45,10 +45,9 @@ def refit_locally(
     """Removes units, and fits the others to each layer's own dense output."""
     walk = Walk.start(model, batches)
     for number, (sublayer, keep) in enumerate(zip(sublayers(model), masks, strict=True)):
-        found = list(walk.features(number, sublayer))
+        found = walk.features(number, sublayer)
         wanted = [sublayer.output(x) for x in found]
-        for index, x in enumerate(found):
-            walk.states[index] = sublayer.after(walk.states[index], x)
+        walk.advance(sublayer, found)
         _fit(sublayer, keep, walk.tokens, found, wanted)
 
 

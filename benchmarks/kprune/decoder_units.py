@@ -11,7 +11,7 @@ Shapes: states are `(batch, tokens, hidden)`, features (the inputs of an output 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -187,14 +187,14 @@ class Walk:
             decoder.layers = layers
         return walk
 
-    def features(self, number: int, sublayer: SubLayer) -> Iterator[Tensor]:
+    def features(self, number: int, sublayer: SubLayer) -> list[Tensor]:
         """The features of a sub-layer, per batch; `number` counts the sub-layers."""
-        for state, contexts in zip(self.states, self.contexts, strict=True):
-            yield sublayer.features(state, contexts[number // 2])
+        pairs = zip(self.states, self.contexts, strict=True)
+        return [sublayer.features(state, contexts[number // 2]) for state, contexts in pairs]
 
-    def advance(self, number: int, sublayer: SubLayer) -> None:
+    def advance(self, sublayer: SubLayer, features: Sequence[Tensor]) -> None:
         """Puts the states after a sub-layer in the place of those before it."""
-        for index, found in enumerate(self.features(number, sublayer)):
+        for index, found in enumerate(features):
             self.states[index] = sublayer.after(self.states[index], found)
 
 

@@ -98,10 +98,10 @@ def test_a_walk_is_the_models_own_forward(model, batches):
     layers, walk = sublayers(model), Walk.start(model, batches)
     wanted = inputs_of(deepcopy(model), batches)
     for number, sublayer in enumerate(layers):
-        found = list(walk.features(number, sublayer))
+        found = walk.features(number, sublayer)
         got = torch.cat([x[mask] for x, mask in zip(found, walk.tokens, strict=True)])
         torch.testing.assert_close(got, wanted[number])
-        walk.advance(number, sublayer)
+        walk.advance(sublayer, found)
     for state, batch in zip(walk.states, batches, strict=True):
         with torch.no_grad():
             last = model.get_decoder()(**batch).last_hidden_state
