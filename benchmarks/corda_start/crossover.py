@@ -22,7 +22,7 @@ from peft_corda.decomposition.covariance import damped
 from peft_corda.decomposition.directions import Directions, decompose
 
 from ..common.command_line import add_results, add_threads, make_parser
-from ..common.models import DAMPING
+from ..common.linear_layers import DAMPING
 from ..common.records import provenance, table, write_report
 from .layers import make_covariance, make_weight
 

@@ -35,7 +35,7 @@ from peft_corda.base_model.weights import decomposable, dense_weight
 from peft_corda.decomposition.covariance import damped
 from peft_corda.decomposition.directions import decompose
 
-from ..common import corpora, models, records
+from ..common import corpora, linear_layers, models, records
 from ..common.command_line import add_language_model, add_results, add_threads, make_parser
 
 CORPORA = ("wikitext", "nq")
@@ -68,7 +68,7 @@ def weighted_by(covariances: Mapping[str, Tensor], root: bool) -> Factor:
     """
 
     def factor(name: str, weight: Tensor) -> Tensor:
-        covariance = damped(covariances[name], models.DAMPING)
+        covariance = damped(covariances[name], linear_layers.DAMPING)
         return torch.linalg.cholesky(covariance) if root else covariance
 
     return factor
@@ -268,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     model = models.load_model(args.model, getattr(torch, args.dtype))
     tokenizer = models.load_tokenizer(args.model)
-    targets = models.linear_layers(model)
+    targets = linear_layers.linear_layers(model)
     methods: dict[str, Factor] = {"svd": plain}
     evaluation = {}
     for corpus in CORPORA:
@@ -277,14 +277,14 @@ def main(argv: list[str] | None = None) -> None:
             for path in getattr(args, corpus)
         )
         sample = corpora.drawn(train, args.calibration_windows, args.seed)
-        found = models.covariances(model, targets, sample, args.batch_size)
+        found = linear_layers.covariances(model, targets, sample, args.batch_size)
         methods[f"corda({corpus})"] = weighted_by(found, root=False)
         methods[f"sqrt({corpus})"] = weighted_by(found, root=True)
         evaluation[corpus] = corpora.spread(test, args.test_windows)
     weights = {name: dense_weight(name, module) for name, module in targets.items()}
     losses = measure_all(model, weights, methods, evaluation, args)
     kept = ("dtype", "length", "calibration_windows", "test_windows", "batch_size", "seed")
-    settings = {"model": records.model_label(args.model), "damping": models.DAMPING}
+    settings = {"model": records.model_label(args.model), "damping": linear_layers.DAMPING}
     settings |= {name: getattr(args, name) for name in kept}
     origin = records.provenance(__spec__.name, argv or sys.argv[1:])
     report = as_report(losses, weights, settings, origin)

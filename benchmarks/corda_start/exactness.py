@@ -36,7 +36,7 @@ from peft_corda.decomposition.covariance import damped
 from peft_corda.decomposition.directions import decompose
 from peft_corda.decomposition.starting_factors import starting_factors
 
-from ..common import corpora, models, records
+from ..common import corpora, linear_layers, models, records
 from ..common.command_line import add_language_model, add_results, add_threads, make_parser
 from . import peft_reference
 
@@ -60,7 +60,7 @@ def energy_errors(weight: Tensor, covariance: Tensor) -> dict[Case, float]:
 
     They are negative only where rounding has made a vector too long or too short.
     """
-    damped_covariance = damped(covariance, models.DAMPING)
+    damped_covariance = damped(covariance, linear_layers.DAMPING)
     product = weight.double() @ damped_covariance
     left, values, _ = torch.linalg.svd(product, full_matrices=False)
     theirs = peft_reference.eigens_of(weight, covariance).U_WC
@@ -125,7 +125,7 @@ def norm_ratios(weight: Tensor, covariance: Tensor) -> dict[tuple[str, str], flo
     """`‖A‖ / ‖B‖` of the starting factors, by method and scaling."""
     ratios = {}
     for method in METHODS:
-        found, _ = decompose(weight, damped(covariance, models.DAMPING), NORM_RANK, method)
+        found, _ = decompose(weight, damped(covariance, linear_layers.DAMPING), NORM_RANK, method)
         for scaling in ("balanced", "paper"):
             a, b = starting_factors(weight, found.U, found.S, scaling, adapter_scale=1.0)
             ratios[method, scaling] = float(a.norm() / b.norm())
@@ -148,7 +148,7 @@ def norm_rows(
     """The factor between `‖A‖ / ‖B‖` after two calibrations, worst and median over the layers."""
     found: dict[str, dict[tuple[str, str], dict[str, float]]] = {}
     for length, windows in lengths.items():
-        ours = models.covariances(model, targets, windows, batch_size=1)
+        ours = linear_layers.covariances(model, targets, windows, batch_size=1)
         theirs = peft_reference.covariances(model, targets, windows)
         for name, module in targets.items():
             weight = decomposable(dense_weight(name, module))
@@ -251,12 +251,12 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     start = time.perf_counter()
     model = models.load_model(args.model, torch.float32)
-    targets = models.linear_layers(model)
+    targets = linear_layers.linear_layers(model)
     weights = {name: dense_weight(name, module) for name, module in targets.items()}
     for_energy, for_norms = calibrations(args)
     energy, raised = [], {}
     for calibration, windows in for_energy.items():
-        found = models.covariances(model, targets, windows)
+        found = linear_layers.covariances(model, targets, windows)
         raised[calibration] = sum(peft_reference.raises_damping(found[name]) for name in targets)
         energy += energy_rows(calibration, weights, found)
         print(f"{calibration}: {time.perf_counter() - start:.0f} s", flush=True)
@@ -265,7 +265,7 @@ def main(argv: list[str] | None = None) -> None:
         "settings": {
             "model": records.model_label(args.model),
             "seed": args.seed,
-            "damping": models.DAMPING,
+            "damping": linear_layers.DAMPING,
             "tokens": {n: w.numel() for n, w in (for_energy | for_norms).items()},
             "synthetic": {"weight_power": WEIGHT_POWER, "covariance_power": COVARIANCE_POWER},
         },

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from peft_corda.decomposition.covariance import damped
 from peft_corda.decomposition.directions import decompose
 
-from ..common.models import DAMPING
+from ..common.linear_layers import DAMPING
 from ..common.stopwatch import Seconds, Stopwatch
 from .sides import in_turn
 

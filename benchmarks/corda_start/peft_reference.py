@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from peft_corda.decomposition.covariance import damped
 
-from ..common.models import DAMPING
+from ..common.linear_layers import DAMPING
 
 
 def eigens_of(weight: Tensor, covariance: Tensor) -> CordaEigens:

@@ -28,7 +28,7 @@ def test_errors_are_those_of_the_wanted_end() -> None:
 
 def test_norms_of_starting_factors_are_compared_between_calibrations() -> None:
     model = make_model("llama")
-    targets = exactness.models.linear_layers(model)
+    targets = exactness.linear_layers.linear_layers(model)
     windows = torch.randint(3, VOCABULARY, (4, 16))
     rows = exactness.norm_rows(model, targets, {"short": windows[:1], "long": windows})
     ratios = {(row["method"], row["scaling"]): row for row in rows}
