@@ -27,8 +27,8 @@ from peft_corda import CordaConfig, calibrate
 from peft_corda.decomposition.covariance import CovarianceAccumulator, damped
 from peft_corda.decomposition.directions import decompose
 
+from ..common.linear_layers import DAMPING
 from ..common.memory import MIB
-from ..common.models import DAMPING
 from ..common.records import table
 from ..corda_start.layers import make_covariance, make_weight
 from ..corda_start.peft_reference import eigens_of

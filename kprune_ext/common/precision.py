@@ -9,6 +9,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
+# Rows of 16-bit factors to sum up at a time: matrix units lose a little in each step, and so a relative
+# error of 1e-5 does not grow with the number of rows.
+NARROW_ROWS = 2048
+
 
 @contextmanager
 def exact_products(device: torch.device, lossless: bool = False) -> Iterator[None]:
@@ -56,9 +60,31 @@ def adds_narrow(total: Tensor, factors: Tensor) -> bool:
     The products and sums are then in float32, at the rate of the 16-bit matrix units: only CUDA devices
     have such products, in recent versions of PyTorch.
     """
-    if total.device.type != "cuda" or total.dtype != torch.float32 or factors.device != total.device:
+    same = total.dtype == torch.float32 and factors.device == total.device
+    return same and multiplies_narrow(factors)
+
+
+def multiplies_narrow(factors: Tensor) -> bool:
+    """Whether 16-bit factors can be multiplied with a result in float32, on their device."""
+    if factors.device.type != "cuda" or factors.dtype not in (torch.bfloat16, torch.float16):
         return False
-    return factors.dtype in (torch.bfloat16, torch.float16) and _tried(total.device, factors.dtype)
+    return _tried(factors.device, factors.dtype)
+
+
+def full_product(left: Tensor, right: Tensor) -> Tensor:
+    """`leftᵀ @ right` with sums and result in float32 or better.
+
+    Args:
+        left: The matrix `(rows, m)`. If it is in 16 bits, `multiplies_narrow` must hold for it.
+        right: The matrix `(rows, n)`; a dtype other than that of `left` is converted to it.
+    """
+    right = right.to(left.dtype)
+    if left.dtype not in (torch.bfloat16, torch.float16):
+        return left.T @ right
+    total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float32, device=left.device)
+    for one, other in zip(left.split(NARROW_ROWS), right.split(NARROW_ROWS), strict=True):
+        add_product(total, one.T, other)
+    return total
 
 
 @cache

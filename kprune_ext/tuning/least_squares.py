@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..common.precision import exact_products
+from ..common.precision import exact_products, full_product, multiplies_narrow
 
 # Smallest ridge relative to the mean square activation: the first keeps float64 sums positive
 # definite when units are copies of one another, the second covers the rounding of products, whose
@@ -68,16 +68,17 @@ class NormalEquations:
             targets: Their targets, `(tokens, outputs)`.
             weight: Weight of each token.
         """
-        if features.dtype in (torch.float16, torch.bfloat16):
+        if features.dtype in (torch.float16, torch.bfloat16) and not multiplies_narrow(features):
             features, targets = features.float(), targets.float()
         with exact_products(features.device):
-            self.gram.add_((features.T @ features).double(), alpha=weight)
-            self.cross.add_((features.T @ targets).double(), alpha=weight)
+            self.gram.add_(full_product(features, features).double(), alpha=weight)
+            self.cross.add_(full_product(features, targets).double(), alpha=weight)
         self.feature_sum.add_(features.sum(0, dtype=torch.float64), alpha=weight)
         self.target_sum.add_(targets.sum(0, dtype=torch.float64), alpha=weight)
         self.target_square += weight * float(targets.square().sum(dtype=torch.float64))
         self.tokens += weight * len(features)
-        self.epsilon = max(self.epsilon, torch.finfo(features.dtype).eps)
+        precision = torch.promote_types(features.dtype, torch.float32)
+        self.epsilon = max(self.epsilon, torch.finfo(precision).eps)
 
     def plus(self, other: NormalEquations) -> NormalEquations:
         """Returns the equations of both sets of tokens; this object's memory is reused."""

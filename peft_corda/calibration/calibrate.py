@@ -53,8 +53,9 @@ def calibrate(
             run the full model again). If the statistics need more, the layers are calibrated in
             several passes over the data, with the same result. A pass starts at the block where the
             last one ended, if the model's blocks form a plain chain and the hidden states also fit;
-            otherwise it starts at the first block. The data must be the same in every pass (an
-            iterator is kept in memory for this).
+            otherwise it starts at the first block. The hidden states of a model on an accelerator are
+            kept in host memory and do not count. The data must be the same in every pass (an iterator
+            is kept in memory for this).
         methods: Methods to find directions for: `"kpm"`, `"ipm"` or both. The default is the method
             of the config.
         checkpoint_dir: Folder for finished passes and, every `checkpoint_seconds`, partial sums. If

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kprune_ext.common.precision import add_product, adds_narrow, exact_products
+from kprune_ext.common.precision import NARROW_ROWS, add_product, adds_narrow, exact_products
 
 from .eigen import add_lower_gram, energy_of, mirror_lower
-
-_ROWS = 2048  # of 16-bit inputs that a GPU adds up at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,10 +160,9 @@ def damped_cross(cross: CrossCovariance, weight: Tensor, damping: float) -> Tens
 def _addable_parts(total: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
     """Returns the rows in a dtype in which their products can be added to the sum.
 
-    Matrix units add up 16-bit products in steps that each lose a little: a relative error of 4e-5 for
-    8192 rows. So that it does not grow with a batch, only so many rows are taken at a time.
+    16-bit rows come in parts, so that the rounding of the products does not grow with a batch.
     """
-    return rows.split(_ROWS) if adds_narrow(total, rows) else (rows.to(total.dtype),)
+    return rows.split(NARROW_ROWS) if adds_narrow(total, rows) else (rows.to(total.dtype),)
 
 
 def _rounded_like(inputs: Tensor) -> AbstractContextManager[None]:

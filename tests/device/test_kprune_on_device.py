@@ -8,6 +8,7 @@ from accelerate import cpu_offload
 from transformers import AutoModelForSequenceClassification
 
 from kprune_ext import KPruneConfig, kprune
+from kprune_ext.tuning.least_squares import NormalEquations
 from tests.helpers.kprune import padded, sequences, tiny_bert
 from tests.helpers.kprune_models import FAMILIES, batches_for, outputs_of, tiny
 
@@ -120,3 +121,16 @@ def test_training_goes_on(device):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_equations_of_16_bit_features_keep_their_digits(device, dtype):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(5000, 60, generator=generator).to(dtype)
+    targets = torch.randn(5000, 20, generator=generator).to(dtype)
+    equations = NormalEquations.zeros(60, 20, device)
+    equations.update(features.to(device), targets.to(device))
+    exact = features.double().T @ features.double()
+    assert difference(equations.gram.cpu(), exact) < 2e-5
+    assert difference(equations.cross.cpu(), features.double().T @ targets.double()) < 2e-5
+    assert equations.epsilon == torch.finfo(torch.float32).eps
