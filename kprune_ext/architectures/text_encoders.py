@@ -53,7 +53,7 @@ BERT = Architecture(
             run=bert_attention,
             counter="attention.self",
             adapt=headless_bert,
-            adapt_classes=(BertSelfAttention, HeadlessBertSelfAttention),
+            adapt_parts=(BertSelfAttention, HeadlessBertSelfAttention),
         ),
     ),
     ffn=(SubLayerPaths(inputs=("intermediate.dense",), output="output.dense", run=bert_ffn),),
@@ -69,7 +69,7 @@ DISTILBERT = Architecture(
             run=distilbert_attention,
             counter="attention",
             adapt=headless,
-            adapt_classes=(HeadlessAttention,),
+            adapt_parts=(HeadlessAttention,),
         ),
     ),
     ffn=(SubLayerPaths(inputs=("ffn.lin1",), output="ffn.lin2", run=distilbert_ffn),),
@@ -87,7 +87,7 @@ MPNET = replace(
             run=bert_attention,
             counter="attention.attn",
             adapt=kept_mpnet_heads,
-            adapt_classes=(KeptMPNetSelfAttention,),
+            adapt_parts=(KeptMPNetSelfAttention,),
         ),
     ),
 )
@@ -98,7 +98,7 @@ DEBERTA_SHARED = SubLayerPaths(
     run=bert_attention,
     counter="attention.self",
     adapt=headless_deberta,
-    adapt_classes=(HeadlessDisentangledSelfAttention,),
+    adapt_parts=(HeadlessDisentangledSelfAttention,),
 )
 
 DEBERTA_POSITIONS = tuple(
@@ -129,7 +129,7 @@ MODERNBERT = Architecture(
             run=pre_norm("attn_norm", "attn", None, "attention_mask", "position_embeddings"),
             counter="attn",
             adapt=headless,
-            adapt_classes=(HeadlessAttention,),
+            adapt_parts=(HeadlessAttention,),
         ),
     ),
     ffn=(

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..architectures import headless
-from .classes import stock_class
+from ..architectures import headless, headless_decoders
+from .classes import is_stock, stock_class
 from .copying import head_options
 from .twins import own_attributes
 
@@ -116,10 +116,15 @@ def _name(module: nn.Module) -> tuple[str, str]:
 
 
 def _same_kind(mine: nn.Module, built: nn.Module) -> bool:
-    """Whether a module is what the config makes, or that with some of its heads, by our own class."""
-    if type(mine).__module__ == headless.__name__:
+    """Whether a module is what the config makes, or that with some of its heads, by our own class.
+
+    The body that the config makes for some heads is of a pruned class itself.
+    """
+    if type(mine).__module__ in (headless.__name__, headless_decoders.__name__):
         return isinstance(mine, type(built))
-    return _name(mine) == _name(built)
+    return _name(mine) == _name(built) or (
+        is_stock(type(mine)) and stock_class(type(mine)) is type(built)
+    )
 
 
 def _at(path: str, name: str) -> str:

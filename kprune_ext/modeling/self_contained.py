@@ -6,15 +6,17 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from ..architectures import headless
 from ..architectures.row import Architecture, SubLayerPaths
 from ..common.version import installed_version
+from ..units.grouped_query import attention_sizes
 from ..units.kept import decode_indices, read_kept
 from . import standalone
 
 MODELING_FILE = "modeling_kprune_ext.py"
+_OURS = headless.__name__.rpartition(".")[0] + "."
 
 _HEADER = '''\
 """Layers of uneven size for a {family} model that was pruned with kprune_ext.
@@ -58,23 +60,27 @@ def modeling_source(
     dense = {kind: kind.__bases__[1] for kind in models.values()}
     attention_code, imports = _attention_code(architecture)
     names = sorted({dense_config.__name__, *(kind.__name__ for kind in dense.values())})
+    names += ["AutoModel"] if architecture.is_causal else []
     parts = [
         _HEADER.format(family=architecture.model_type, version=installed_version()),
         "from __future__ import annotations\n",
         "from collections.abc import Sequence",
         "from typing import Any\n",
+        "import torch",
         "from torch import Tensor, nn",
         "from transformers import (\n    " + ",\n    ".join(names) + ",\n)",
         *imports,
         "",
+        inspect.getsource(attention_sizes),
         inspect.getsource(decode_indices),
         inspect.getsource(read_kept),
         *attention_code,
         f"LAYERS = {architecture.layers!r}",
         _table(architecture),
+        f"EMPTY = {'EmptyConv1D' if any('EmptyConv1D' in part for part in attention_code) else None}\n",
         inspect.getsource(standalone.UnevenLayers),
         inspect.getsource(standalone.paths_in),
-        inspect.getsource(standalone.units),
+        inspect.getsource(standalone.width),
         inspect.getsource(standalone.set_units),
         inspect.getsource(standalone.set_size),
         inspect.getsource(standalone.replace_module),
@@ -94,18 +100,25 @@ def modeling_source(
                 setting=f"config_class = {config_class.__name__}",
             )
         )
+    parts += [
+        "# The constructors of heads look it up.\n"
+        f"AutoModel.register({config_class.__name__}, {kind.__name__})\n"
+        for auto, kind in models.items()
+        if auto is AutoModel and architecture.is_causal
+    ]
     return "\n".join(parts)
 
 
 def _attention_code(architecture: Architecture) -> tuple[list[str], list[str]]:
     """Returns the source of the family's own attention modules, and the imports that it needs."""
     adapted = [paths for paths in architecture.attention if paths.adapt is not None]
-    classes = dict.fromkeys(kind for paths in adapted for kind in paths.adapt_classes)
-    own = [kind for kind in classes if kind.__module__ == headless.__name__]
-    imports = {_import(kind) for kind in classes if kind not in own}
-    imports.update(_import(base) for kind in own for base in kind.__bases__)
+    parts = dict.fromkeys(part for paths in adapted for part in paths.adapt_parts)
+    own = [part for part in parts if part.__module__.startswith(_OURS)]
+    imports = {_import(part) for part in parts if part not in own}
+    bases = {base for part in own if isinstance(part, type) for base in part.__bases__}
+    imports.update(_import(base) for base in bases if base not in (object, *own))
     code = [inspect.getsource(headless.take_over)] if own else []
-    code += [inspect.getsource(kind) for kind in own]
+    code += [inspect.getsource(part) for part in own]
     code += [
         inspect.getsource(adapt)
         for adapt in dict.fromkeys(paths.adapt for paths in adapted)
@@ -114,7 +127,7 @@ def _attention_code(architecture: Architecture) -> tuple[list[str], list[str]]:
     return code, sorted(imports)
 
 
-def _import(kind: type) -> str:
+def _import(kind: Any) -> str:
     return f"from {kind.__module__} import {kind.__name__}"
 
 
@@ -130,6 +143,7 @@ def _table(architecture: Architecture) -> str:
                 f"            'inputs': {paths.inputs!r},",
                 f"            'output': {paths.output!r},",
                 f"            'stacked': {paths.stacked},",
+                f"            'parts': {paths.parts!r},",
                 f"            'counter': {paths.counter!r},",
                 f"            'adapt': {adapt},",
                 "        },",

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
+from ..units.grouped_query import attention_sizes
 from ..units.kept import read_kept
 
 LAYERS = ""
 SUBLAYERS: dict[str, Any] = {}
+EMPTY: Any = None
 
 
 class UnevenLayers:
@@ -23,13 +26,17 @@ class UnevenLayers:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         model: Any = self
-        size = config.hidden_size // config.num_attention_heads
+        if model.base_model is not self and isinstance(model.base_model, UnevenLayers):
+            return  # the head's constructor has built it from the config, through AutoModel
+        _, queries, size = attention_sizes(config)
         layers = list(model.base_model.get_submodule(LAYERS).children())
-        limits = [(units(layer, "attention") // size, units(layer, "ffn")) for layer in layers]
+        limits = [
+            (width(layer, "attention") // (queries * size), width(layer, "ffn")) for layer in layers
+        ]
         kept = read_kept(getattr(config, "kprune", None), limits)
         for layer, (heads, neurons) in zip(layers, kept, strict=True):
-            set_units(layer, "attention", heads, size)
-            set_units(layer, "ffn", neurons, 1)
+            set_units(layer, "attention", heads, queries, size)
+            set_units(layer, "ffn", neurons, 1, 1)
 
 
 def paths_in(layer: Any, kind: str) -> Any:
@@ -38,19 +45,22 @@ def paths_in(layer: Any, kind: str) -> Any:
     return next(p for p in SUBLAYERS[kind] if names.issuperset((*p["inputs"], p["output"])))
 
 
-def units(layer: Any, kind: str) -> int:
+def width(layer: Any, kind: str) -> int:
     """Returns the number of dimensions of a sub-layer's units."""
-    return int(layer.get_submodule(paths_in(layer, kind)["output"]).in_features)
+    weight = layer.get_submodule(paths_in(layer, kind)["output"]).weight
+    return int(weight.shape[0 if EMPTY else 1])
 
 
-def set_units(layer: Any, kind: str, kept: tuple[int, ...], size: int) -> None:
-    """Shrinks a sub-layer to the units that are kept, of `size` dimensions each."""
+def set_units(layer: Any, kind: str, kept: tuple[int, ...], queries: int, size: int) -> None:
+    """Shrinks a sub-layer to the units that are kept, of `queries` heads of `size` dimensions each."""
     paths = paths_in(layer, kind)
-    dims = len(kept) * size
-    if dims == layer.get_submodule(paths["output"]).in_features:
+    dims = len(kept) * queries * size
+    if dims == width(layer, kind):
         return
-    for path in paths["inputs"]:
-        set_size(layer, path, rows=paths["stacked"] * dims)
+    parts = paths["parts"] or ("q" * paths["stacked"],) * len(paths["inputs"])
+    for path, matrices in zip(paths["inputs"], parts, strict=True):
+        rows = sum(dims if matrix == "q" else len(kept) * size for matrix in matrices)
+        set_size(layer, path, rows=rows)
     set_size(layer, paths["output"], columns=dims)
     if paths["counter"] is None:
         return
@@ -59,8 +69,9 @@ def set_units(layer: Any, kind: str, kept: tuple[int, ...], size: int) -> None:
         counter = paths["adapt"](counter, kept)
         replace_module(layer, paths["counter"], counter)
     for names_of, count in (
-        (("num_attention_heads", "n_heads"), len(kept)),
-        (("all_head_size", "dim"), dims),
+        (("num_attention_heads", "n_heads", "num_heads"), len(kept) * queries),
+        (("num_key_value_heads",), len(kept)),
+        (("all_head_size", "dim", "split_size"), dims),
     ):
         for name in names_of:
             if isinstance(getattr(counter, name, None), int):
@@ -72,12 +83,18 @@ def set_size(
 ) -> None:
     """Cuts a linear module down to its first rows and columns; its weights are loaded later."""
     old: Any = layer.get_submodule(path)
-    new = nn.Linear(1, 1, bias=old.bias is not None, device="meta")
-    new.weight = nn.Parameter(old.weight.detach()[:rows, :columns].clone())
+    weight = old.weight.detach()
+    with torch.device("meta"):
+        new: Any = type(old)(1, 1) if EMPTY else nn.Linear(1, 1, bias=old.bias is not None)
+    if EMPTY:  # a Conv1D, whose weight is transposed
+        new.weight = nn.Parameter(weight[:columns, :rows].clone())
+        new.nx, new.nf = new.weight.shape
+    else:
+        new.weight = nn.Parameter(weight[:rows, :columns].clone())
+        new.out_features, new.in_features = new.weight.shape
     if old.bias is not None:
         new.bias = nn.Parameter(old.bias.detach()[:rows].clone())
-    new.out_features, new.in_features = new.weight.shape
-    replace_module(layer, path, new)
+    replace_module(layer, path, EMPTY(new) if EMPTY and not new.nx else new)
 
 
 def replace_module(layer: nn.Module, path: str, new: nn.Module) -> None:
