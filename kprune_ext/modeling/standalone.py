@@ -26,7 +26,8 @@ class UnevenLayers:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         model: Any = self
-        if model.base_model is not self and isinstance(model.base_model, UnevenLayers):
+        base = model.base_model
+        if base is not self and isinstance(base, UnevenLayers):
             return  # the head's constructor has built it from the config, through AutoModel
         _, queries, size = attention_sizes(config)
         layers = list(model.base_model.get_submodule(LAYERS).children())
