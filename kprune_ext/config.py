@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from .architectures.tasks import PROBLEM_TYPES, ProblemType
 from .budget.costs import METRICS, Metric
 from .common.memory import bytes_of
-from .config_checks import number, one_of, option, or_none, size, switch, whole_number
+from .config_checks import (
+    CPU_BATCH_TOKENS,
+    left_open,
+    number,
+    one_of,
+    option,
+    or_none,
+    size,
+    switch,
+    whole_number,
+)
 
 Schedule = Literal["per_layer", "per_sublayer", "once"]
-SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 LambdaScale = Literal["relative", "absolute"]
-LAMBDA_SCALES: tuple[LambdaScale, ...] = get_args(LambdaScale)
 Sensitivity = Literal["fisher", "gradient"]
-SENSITIVITIES: tuple[Sensitivity, ...] = get_args(Sensitivity)
 Layout = Literal["free", "uniform"]
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
-
-#: What None stands for: in encoders, and in decoders.
-_MEANT: dict[str, tuple[Any, Any]] = {
-    "metric": ("flops", "params"),
-    "schedule": ("per_layer", "once"),
-    "score_fraction": (0.1, 0.5),
-    "min_score_samples": (512, 64),
-    "relative_knowledge": (False, True),
-}
-#: Likewise, but for other tasks, and for causal language modelling.
-_MEANT_FOR_TOKENS: dict[str, tuple[Any, Any]] = {
-    "temperature": (2.0, 1.0),
-    "max_score_passes": (8, 1),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +50,11 @@ class KPruneConfig:
         one_of(None, *METRICS),
         "Quantity that reduction refers to: 'flops', 'params' (parameters of heads and neurons), "
         "'latency' (measured on the model's device), or 'cache' (bytes of a decoder's key-value cache "
-        "per token; neurons have none and stay). None stands for FLOPs in encoders, parameters in "
-        "decoders.",
+        "per token; all neurons stay). None stands for FLOPs in encoders, parameters in decoders.",
     )
     layout: Layout = option(
         "free",
-        one_of(*LAYOUTS),
+        one_of(*get_args(Layout)),
         "Sizes of the layers: 'free' lets each keep as much as its units are worth, 'uniform' keeps "
         "the same number of heads and of neurons in every layer, those of the most knowledge.",
     )
@@ -90,7 +81,7 @@ class KPruneConfig:
     )
     lambda_scale: LambdaScale = option(
         "relative",
-        one_of(*LAMBDA_SCALES),
+        one_of(*get_args(LambdaScale)),
         "Scale of lambda_rep. 'relative' first scales both kinds of knowledge to the same sum over "
         "all units that are still to be pruned. 'absolute' takes them as measured (as in the paper).",
     )
@@ -132,7 +123,7 @@ class KPruneConfig:
     )
     schedule: Schedule | None = option(
         None,
-        one_of(None, *SCHEDULES),
+        one_of(None, *get_args(Schedule)),
         "How often knowledge is measured: 'once' measures it at the start, 'per_layer' before the "
         "attention of each layer, 'per_sublayer' before every sub-layer (as in the paper, at twice the "
         "cost). None stands for 'per_layer' in encoders, 'once' in decoders.",
@@ -160,13 +151,12 @@ class KPruneConfig:
         or_none(whole_number()),
         "Largest number of backward passes per sample for predictive knowledge. The exact value takes "
         "one per class and position (a single one for two classes); where that is more than this "
-        "number, as many passes with random signs give an unbiased estimate. For language models it is "
-        "the number of passes, each with next tokens of its own. None stands for 8, and for 1 for "
-        "language models.",
+        "number, as many passes with random signs give an unbiased estimate. Language models take this "
+        "number, each with next tokens of its own. None stands for 8, for them 1.",
     )
     sensitivity: Sensitivity = option(
         "fisher",
-        one_of(*SENSITIVITIES),
+        one_of(*get_args(Sensitivity)),
         "Measure of predictive knowledge: 'fisher' is the Fisher information of the predictive "
         "distribution; 'gradient' is the squared gradient of the divergence from the original "
         "model (as in the paper; zero at the first sub-layer).",
@@ -207,17 +197,17 @@ class KPruneConfig:
         "Largest number of unmasked calibration tokens: calibration stops before the sample that "
         "would exceed it (the first sample is always taken).",
     )
-    batch_tokens: int = option(
-        2048,
-        whole_number(),
+    batch_tokens: int | None = option(
+        None,
+        or_none(whole_number()),
         "Tokens per batch of a forward pass. Samples are regrouped by length, so the batch size of "
-        "the dataloader does not matter.",
+        "the dataloader does not matter. None stands for 2048 on a CPU, and for up to 16384 on a GPU, "
+        "as far as its memory allows.",
     )
     held_out: float = option(
         0.05,
         number("[0, 0.5]", "Pass 0 to hold out none."),
-        "Fraction of a language model's calibration samples that is used for nothing but the "
-        "perplexities in the report.",
+        "Fraction of a language model's samples that only the report's perplexities are of.",
     )
     sequence_length: int | None = option(
         None,
@@ -245,11 +235,6 @@ class KPruneConfig:
     def state_bytes(self) -> int:
         """`max_state_memory` in bytes."""
         return bytes_of("max_state_memory", self.max_state_memory)
-
-    def min_shares(self, kinds: Sequence[str]) -> list[float]:
-        """Returns the lower bound of each sub-layer, given its kind."""
-        heads = self.min_share if self.min_head_share is None else self.min_head_share
-        return [heads if kind == "attention" else self.min_share for kind in kinds]
 
     @classmethod
     def paper(cls, reduction: float = 0.5, **options: Any) -> KPruneConfig:
@@ -280,15 +265,17 @@ class KPruneConfig:
         }
         return cls(reduction=reduction, **(paper | options))
 
-    def meant_for(self, *, is_causal: bool, next_tokens: bool) -> KPruneConfig:
+    def meant_for(
+        self, *, is_causal: bool, next_tokens: bool, batch_tokens: int = CPU_BATCH_TOKENS
+    ) -> KPruneConfig:
         """Returns the configuration with None replaced by what it stands for.
 
         Args:
             is_causal: Whether the model is a decoder.
             next_tokens: Whether its task is causal language modelling.
+            batch_tokens: Tokens per batch on the model's device.
         """
-        pairs = {n: pair[is_causal] for n, pair in _MEANT.items()}
-        pairs |= {n: pair[next_tokens] for n, pair in _MEANT_FOR_TOKENS.items()}
+        pairs = left_open(is_causal, next_tokens) | {"batch_tokens": batch_tokens}
         missing = {n: value for n, value in pairs.items() if getattr(self, n) is None}
         return dataclasses.replace(self, **missing)
 

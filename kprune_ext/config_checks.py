@@ -1,4 +1,4 @@
-"""Checks of the options of `KPruneConfig`; each error says what to pass instead."""
+"""Checks of the options of `KPruneConfig`, whose errors say what to pass, and what None stands for."""
 
 from __future__ import annotations
 
@@ -11,6 +11,33 @@ from .common.memory import bytes_of
 
 #: Called with `(name, value)`; raises a ValueError or TypeError if the value is invalid.
 Check = Callable[[str, Any], None]
+
+#: Tokens per batch of a forward pass on a CPU.
+CPU_BATCH_TOKENS = 2048
+#: What None stands for: in encoders, and in decoders.
+_BY_MODEL: dict[str, tuple[Any, Any]] = {
+    "metric": ("flops", "params"),
+    "schedule": ("per_layer", "once"),
+    "score_fraction": (0.1, 0.5),
+    "min_score_samples": (512, 64),
+    "relative_knowledge": (False, True),
+}
+#: Likewise, but for other tasks, and for causal language modelling.
+_BY_TASK: dict[str, tuple[Any, Any]] = {
+    "temperature": (2.0, 1.0),
+    "max_score_passes": (8, 1),
+}
+
+
+def left_open(is_causal: bool, next_tokens: bool) -> dict[str, Any]:
+    """Returns what options that are None stand for, by name.
+
+    Args:
+        is_causal: Whether the model is a decoder.
+        next_tokens: Whether its task is causal language modelling.
+    """
+    found = {name: pair[is_causal] for name, pair in _BY_MODEL.items()}
+    return found | {name: pair[next_tokens] for name, pair in _BY_TASK.items()}
 
 
 def option(default: Any, check: Check, text: str) -> Any:

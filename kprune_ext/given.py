@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from .architectures.row import Architecture
 from .architectures.table import ROWS, find_architecture
 from .architectures.tasks import Predict, ProblemType, Task, problem_type
+from .calibration.device_map import input_device
+from .calibration.state_memory import batch_tokens_on
 from .config import KPruneConfig
 from .modeling.classes import model_task, stock_class
 
@@ -55,7 +57,9 @@ class Given:
     def options(self, config: KPruneConfig) -> KPruneConfig:
         """Returns the options with those left open set to what is best for the model."""
         return config.meant_for(
-            is_causal=self.architecture.is_causal, next_tokens=self.predicts_next_tokens
+            is_causal=self.architecture.is_causal,
+            next_tokens=self.predicts_next_tokens,
+            batch_tokens=batch_tokens_on(input_device(self.model), self.model),
         )
 
     def predict_with(self, whole: nn.Module) -> Predict:

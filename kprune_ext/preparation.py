@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from .architectures.table import find_architecture
 from .architectures.tasks import Predict
-from .budget.costs import budget_for, cost_tables, least_units
+from .budget.costs import Budget, budget_for, cost_tables, least_units
 from .budget.latency import LatencyTable
 from .budget.latency_measurement import measure_latency
 from .calibration.device_map import (
@@ -41,29 +40,13 @@ from .calibration.streams import Stream, start_streams
 from .common.memory import without_onednn
 from .common.processes import Processes
 from .config import KPruneConfig
+from .config_checks import CPU_BATCH_TOKENS
 from .given import Given, given_model, require_module, with_problem
 from .guard import check_copy
 from .knowledge.measure import teacher_logits
-from .knowledge.signal import Signal
+from .knowledge.signal import Signal, depth_tokens_on
 from .modeling.copying import uneven_copy_within
 from .units.sublayers import SubLayer, layers_path, sublayers
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Costs of the units, and the budget for those that are kept.
-
-    Attributes:
-        costs: Cost of keeping 0, 1, … of a sub-layer's units, per sub-layer, each `(units + 1,)`.
-        limit: Largest total cost of the kept units, in the unit of the run's metric.
-        least: Least number of units that a sub-layer keeps, per sub-layer.
-        length: Tokens per sequence at which FLOPs are counted.
-    """
-
-    costs: list[Tensor]
-    limit: float
-    least: list[int]
-    length: int
 
 
 @dataclass(frozen=True)
@@ -164,12 +147,12 @@ def prepared(
         budget = _budget(own, teacher, data, config, latency, processes)
         # Only now: latency is measured as the model will run.
         block.enter_context(without_onednn(whole))
-        signal = _signal(given, whole, config)
+        signal = _signal(given, whole, teacher, config)
         with processes.error_barrier():
             asks = config.unread_weight < 1 and not signal.next_tokens  # which read every token
             asked = signal.predict if asks else None
             streams = start_streams(
-                stack, data, config.batch_tokens, memory, asked, each_sample=given.is_own
+                stack, data, config.batch_tokens or 1, memory, asked, each_sample=given.is_own
             )
         run = PruningRun(
             given=given,
@@ -263,8 +246,9 @@ def _budget(
         latency = processes.first(latency)
     costs = cost_tables(model, targets, config.metric or "flops", length, latency)
     limit = budget_for(costs, config.reduction)
-    kinds = [target.kind for target in targets]
-    return Budget(costs, limit, least_units(costs, limit, config.min_shares(kinds)), length)
+    heads = config.min_share if config.min_head_share is None else config.min_head_share
+    shares = [heads if each.kind == "attention" else config.min_share for each in targets]
+    return Budget(costs, limit, least_units(costs, limit, shares), length)
 
 
 def example(given: Given, samples: Sequence[Sample]) -> Sample | None:
@@ -275,16 +259,17 @@ def example(given: Given, samples: Sequence[Sample]) -> Sample | None:
     return first.first(max(1, MOST_IN_CHUNK // vocabulary(given.model)))
 
 
-def _signal(given: Given, whole: Any, config: KPruneConfig) -> Signal:
+def _signal(given: Given, whole: Any, targets: Sequence[SubLayer], config: KPruneConfig) -> Signal:
+    is_causal, batch = given.architecture.is_causal, config.batch_tokens or CPU_BATCH_TOKENS
     return Signal(
         given.predict_with(whole),
         given.problem,
         config.temperature or 1.0,
         config.max_score_passes or 1,
-        depth_tokens=4 * config.batch_tokens,
+        depth_tokens=depth_tokens_on(input_device(given.model), targets, 4 * batch, is_causal),
         unread_weight=config.unread_weight,
         next_tokens=given.predicts_next_tokens,
-        layerwise=given.architecture.is_causal,
+        layerwise=is_causal,
         relative=bool(config.relative_knowledge),
     )
 

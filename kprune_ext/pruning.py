@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,23 +15,24 @@ from transformers import PreTrainedModel
 from .architectures.tasks import Predict
 from .budget.costs import unit_flops
 from .budget.latency import LatencyTable
-from .budget.selection import selected
-from .budget.uniform import uniform_sizes
 from .calibration.device_map import dispatch
-from .calibration.next_tokens import token_loss
 from .common.memory import trim_memory
-from .common.placement import is_offloaded
 from .config import KPruneConfig
-from .knowledge.measure import measure_knowledge
-from .knowledge.scores import balanced, unit_scores
 from .modeling.copying import record_kept
 from .preparation import PruningRun, prepared
 from .progress import progress_over
 from .report.making import HeldOut, make_report
-from .tuning.least_squares import TunedProjection
+from .steps import (
+    advance,
+    held_out_loss,
+    measured_scores,
+    measures_at,
+    original_of,
+    searched,
+    tuned,
+    uniform_numbers,
+)
 from .tuning.logit_scale import scale_logits
-from .tuning.projection import fit_projection, normal_equations
-from .units.sublayers import SubLayer
 from .units.surgery import set_output, shrink
 
 
@@ -149,22 +149,22 @@ def prune_sublayers(
     scores: list[Tensor] = []
     sizes: dict[str, int] | None = None
     original = run.teacher[0]
-    measured = [keep is None and _measures_at(run, step) for step in range(len(run.student))]
+    measured = [keep is None and measures_at(run, step) for step in range(len(run.student))]
     silent = not (progress and run.processes.is_main)
     for step in progress_over(run.student, measured, disable=silent):
         target = run.student[step]
         if measured[step]:
-            scores = _measure(run, step)
+            scores = measured_scores(run, step)
         if keep is None:
-            sizes = _sizes(run, scores) if step == 0 else sizes
-            chosen = _search(run, step, scores, left, sizes)
+            sizes = uniform_numbers(run, scores) if step == 0 else sizes
+            chosen = searched(run, step, scores, left, sizes)
         else:
             chosen = list(keep[step])
-        original = _original(run.teacher[step], target, original)
+        original = original_of(run.teacher[step], target, original)
         shrink(target, chosen)
-        fit = _tune(run, original, target)
+        fit = tuned(run, original, target)
         set_output(target, fit.weight, fit.bias)
-        _advance(run, target)
+        advance(run, target)
         left -= float(run.budget.costs[step][len(chosen)])
         scores = scores[1:]
         outcome.kept.append(chosen)
@@ -172,115 +172,6 @@ def prune_sublayers(
         del fit  # before the next step allocates its own
         trim_memory()
     return outcome
-
-
-def _measures_at(run: PruningRun, step: int) -> bool:
-    """Whether the schedule measures knowledge before a sub-layer."""
-    if step == 0 or run.config.schedule == "per_sublayer":
-        return True
-    return run.config.schedule == "per_layer" and run.student[step].kind == "attention"
-
-
-def _measure(run: PruningRun, step: int) -> list[Tensor]:
-    """Step 1: returns the scores of the units of this sub-layer and of all later ones."""
-    targets, config = run.student[step:], run.config
-    knowledge = measure_knowledge(targets, run.stack, run.scored, run.signal, run.processes)
-    trim_memory()  # else freed blocks of many sizes fragment the heap
-    scores = unit_scores(
-        targets,
-        knowledge,
-        lambda_rep=config.lambda_rep,
-        relative=config.lambda_scale == "relative",
-        prior_samples=config.prior_samples,
-        mu=config.mu,
-    )
-    return balanced(targets, scores, config.balance)
-
-
-def _sizes(run: PruningRun, scores: Sequence[Tensor]) -> dict[str, int] | None:
-    """Returns the number of units that every sub-layer keeps, by kind, if all layers are alike."""
-    if run.config.layout != "uniform":
-        return None
-    budget, kinds = run.budget, [target.kind for target in run.student]
-    heads, neurons = uniform_sizes(
-        scores, kinds, budget.costs, budget.limit, run.config.round_to, budget.least
-    )
-    heads, neurons = run.processes.gather((heads, neurons))[0]
-    return {"attention": heads, "ffn": neurons}
-
-
-def _search(
-    run: PruningRun,
-    step: int,
-    scores: Sequence[Tensor],
-    left: float,
-    sizes: dict[str, int] | None,
-) -> list[int]:
-    """Step 2: returns the units of this sub-layer that fit the budget with the most knowledge."""
-    budget = run.budget
-    units = selected(
-        scores,
-        budget.costs[step:],
-        left,
-        budget.least[step:],
-        kind=run.student[step].kind,
-        sizes=sizes,
-        round_to=run.config.round_to,
-    )
-    return run.processes.gather(units)[0]
-
-
-def _tune(run: PruningRun, original: SubLayer, target: SubLayer) -> TunedProjection:
-    """Step 3: fits the output projection to the teacher, whose states advance past the sub-layer."""
-    config = run.config
-    with run.processes.error_barrier():
-        equations = normal_equations(
-            original,
-            target,
-            run.stack,
-            run.streams,
-            unread_weight=config.unread_weight if run.is_last_layer(target) else 1.0,
-            halves=config.ridge is None,
-        )
-    return fit_projection(
-        target, equations, run.processes, ridge=config.ridge, tune_bias=config.tune_bias
-    )
-
-
-@torch.no_grad()
-def _advance(run: PruningRun, target: SubLayer) -> None:
-    """Advances the student's hidden states past the pruned and tuned sub-layer."""
-    with run.processes.error_barrier():
-        for stream in run.streams:
-            context = stream.contexts_in(run.stack)[target.layer]
-            stream.student.copy_(target.run(stream.student, context))
-
-
-def held_out_loss(run: PruningRun) -> HeldOut | None:
-    """Returns the student's loss on the samples that are held out, or None if there are none."""
-    with run.processes.error_barrier():
-        total, count = token_loss(
-            run.stack, run.student, run.data.held_out, run.config.batch_tokens
-        )
-    sums = torch.tensor([total, count], dtype=torch.float64)
-    total, tokens = run.processes.add(sums).tolist()
-    return HeldOut(total / tokens, int(tokens)) if tokens else None
-
-
-def _original(dense: SubLayer, target: SubLayer, before: SubLayer) -> SubLayer:
-    """Returns the teacher's sub-layer, with weights that need not be gathered for every batch.
-
-    Where the teacher's weights are offloaded, it is part of a copy of the student's layer, made before
-    any of that layer was pruned.
-
-    Args:
-        dense: The teacher's sub-layer.
-        target: The student's sub-layer at the same place.
-        before: The result of this function for the previous sub-layer.
-    """
-    if target.kind != "attention":
-        return replace(dense, module=before.module)
-    return replace(dense, module=deepcopy(target.module)) if is_offloaded(dense.module) else dense
 
 
 def _finished(run: PruningRun, outcome: Outcome) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -18,6 +19,23 @@ from .latency import LatencyTable
 
 Metric = Literal["flops", "params", "latency", "cache"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Costs of the units, and the budget for those that are kept.
+
+    Attributes:
+        costs: Cost of keeping 0, 1, … of a sub-layer's units, per sub-layer, each `(units + 1,)`.
+        limit: Largest total cost of the kept units, in the unit of the run's metric.
+        least: Least number of units that a sub-layer keeps, per sub-layer.
+        length: Tokens per sequence at which FLOPs are counted.
+    """
+
+    costs: list[Tensor]
+    limit: float
+    least: list[int]
+    length: int
 
 
 def unit_flops(model: PreTrainedModel, sublayer: SubLayer, length: int) -> int:

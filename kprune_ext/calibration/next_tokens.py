@@ -20,8 +20,8 @@ from .layer_stack import LayerStack, arguments_of
 from .samples import Sample, require_finite
 from .streams import alike, joined_targets
 
-#: Largest number of logits that are formed at once (but at least one position's): 32 MiB in float32.
-MOST_IN_CHUNK = 2**23
+#: Largest number of logits that are formed at once (but at least one position's): 16 MiB in float32.
+MOST_IN_CHUNK = 2**22
 
 
 def counted_positions(targets: Tensor) -> Tensor:

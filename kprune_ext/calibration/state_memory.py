@@ -8,13 +8,36 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..common.memory import free_memory
+
 _CHUNK = 2**20
 # Errors of file systems that cannot allocate a file's blocks in advance.
 _CANNOT_ALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+
+
+#: Tokens per batch: on a CPU, and at most on a GPU, whose kernels are slow to start.
+_CPU_BATCH, _GPU_BATCH = 2048, 16384
+
+
+def batch_tokens_on(device: torch.device, model: Any) -> int:
+    """Returns the number of tokens per batch of a forward pass.
+
+    Args:
+        device: Device that the model is on.
+        model: The model. On a GPU, a batch's hidden states after every sub-layer take at most a
+            sixteenth of the free memory.
+    """
+    free = free_memory(device)
+    if free is None:
+        return _CPU_BATCH
+    states = 2 * model.config.num_hidden_layers + 16
+    bytes_per_token = states * model.config.hidden_size * model.dtype.itemsize
+    return max(_CPU_BATCH, min(_GPU_BATCH, free // 16 // bytes_per_token))
 
 
 class StateMemory:

@@ -11,9 +11,13 @@ from transformers import PreTrainedModel
 
 from .. import modeling
 from ..common.command_line import TASKS
+from .language_inputs import answered_prompts, packed_windows, sequence_tokens
 
 if TYPE_CHECKING:
     from .options import PruneOptions
+
+#: Tokens per sequence of encoders if the options do not say.
+LENGTH = 128
 
 
 def load_model(options: PruneOptions, about: Any) -> PreTrainedModel:
@@ -106,12 +110,10 @@ def text_batches(
         ValueError: If the number of text fields is not one or two, or the data lack one of them, or
             sequences have no room for text.
     """
-    names = [options.text_field] if isinstance(options.text_field, str) else options.text_field
-    if not 1 <= len(names) <= 2:
-        raise ValueError("text_field takes the name of one field, or of two for text pairs.")
-    _check_fields(rows, list(names), "text_field", "text")
-    most = getattr(about, "max_position_embeddings", None) or options.max_length
-    length = min(options.max_length, most, tokenizer.model_max_length)
+    names = text_fields(rows, options)
+    wanted = options.max_length or LENGTH
+    most = getattr(about, "max_position_embeddings", None) or wanted
+    length = min(wanted, most, tokenizer.model_max_length)
     special = tokenizer.num_special_tokens_to_add(pair=len(names) == 2)
     if length < special + len(names):
         raise ValueError(
@@ -133,6 +135,46 @@ def text_batches(
             )
 
     return batches()
+
+
+def text_fields(rows: Any, options: PruneOptions) -> list[str]:
+    """Returns the names of the fields with text, which the data have.
+
+    Raises:
+        ValueError: If the number of text fields is not one or two, or the data lack one of them.
+    """
+    names = [options.text_field] if isinstance(options.text_field, str) else options.text_field
+    if not 1 <= len(names) <= 2:
+        raise ValueError("text_field takes the name of one field, or of two for text pairs.")
+    _check_fields(rows, list(names), "text_field", "text")
+    return list(names)
+
+
+def language_batches(
+    rows: Any, tokenizer: Any, options: PruneOptions, about: Any
+) -> Iterator[dict[str, Any]]:
+    """Returns an iterator over batches for a causal language model; empty fields are left out.
+
+    The texts of one field are packed into windows. Of two fields the first is a prompt, and the second
+    its answer, whose tokens alone are to be predicted.
+
+    Args:
+        rows: The data set.
+        tokenizer: Tokenizer of the model.
+        options: Options of the command.
+        about: Config of the model.
+
+    Raises:
+        ValueError: As for `text_batches`.
+    """
+    names = text_fields(rows, options)
+    length = sequence_tokens(options, tokenizer, about)
+    chosen = rows.select_columns(names)
+    if len(names) == 1:
+        texts = (row[names[0]] for row in chosen if row[names[0]])
+        return packed_windows(texts, tokenizer, length, options.batch_size)
+    pairs = ((row[names[0]], row[names[1]]) for row in chosen if row[names[0]] and row[names[1]])
+    return answered_prompts(pairs, tokenizer, length, options.batch_size)
 
 
 def image_batches(rows: Any, processor: Any, options: PruneOptions) -> Iterator[dict[str, Any]]:

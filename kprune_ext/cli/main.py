@@ -23,7 +23,7 @@ def build_parser() -> ArgumentParser:
     """Returns the parser of the command line and of YAML files."""
     return command_line.build_parser(
         "kprune",
-        "K-prune: structured pruning of transformers encoders without retraining.",
+        "K-prune: structured pruning of transformers models without retraining.",
         COMMANDS,
         flags=FLAGS,
         positional=("report",),

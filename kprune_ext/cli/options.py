@@ -13,6 +13,7 @@ Task = Literal[
     "token-classification",
     "question-answering",
     "masked-lm",
+    "causal-lm",
     "embeddings",
     "image-classification",
 ]
@@ -24,7 +25,7 @@ FLAGS = {"paper": "Use the paper's options in place of the defaults."}
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """Prune heads and neurons of an encoder and tune the remaining weights, without training.
+    """Prune heads and neurons of a model and tune the remaining weights, without training.
 
     Args:
         model: Hub id or local path of the model.
@@ -33,25 +34,33 @@ class PruneOptions:
         output: Folder to write the pruned model, its tokenizer and its report to. It must be new or
             empty.
         reduction: Fraction to remove of the quantity that metric names.
-        metric: Quantity that reduction refers to.
+        metric: Quantity that reduction refers to. By default it is flops for encoders, params (the
+            parameters of heads and neurons) for decoders.
+        layout: Sizes of the layers. The value uniform keeps the same numbers in every layer.
+        round_to: Number of which every feed-forward network keeps a multiple of neurons.
         task: Task of the model. The value auto reads it from the model's config.
-        text_field: Field with the text, or two fields for pairs such as question and context.
+        text_field: Field with the text, or two fields for pairs such as question and context. For
+            causal language models two fields are a prompt and its answer.
         image_field: Field with the images.
         data_name: Configuration of the data set on the hub.
         split: Split of the data set on the hub.
-        max_length: Largest number of tokens per sequence.
+        max_length: Largest number of tokens per sequence. By default it is 128, and 512 for causal
+            language models, whose texts are packed into sequences of this length.
         batch_size: Number of sequences per batch. It does not affect the result.
         max_tokens: Largest number of calibration tokens.
         lambda_rep: Weight of representational relative to predictive knowledge.
-        schedule: How often knowledge is measured again, per layer or per sub-layer.
+        schedule: How often knowledge is measured: once, per layer or per sub-layer. By default it is per
+            layer for encoders, once for decoders.
         score_fraction: Fraction of the calibration samples on which knowledge is measured.
         ridge: Ridge towards the original weights in weight tuning. By default it is chosen by held-out
             error.
+        min_share: Least part that a sub-layer keeps of what it would keep if all were pruned alike.
+        min_head_share: The same for attention, where it is to differ.
         sequence_length: Tokens per sequence at which FLOPs are counted. By default it is the
             mean length of the calibration data.
         seed: Seed of the order in which rows are taken, and of the choice of samples to score.
         paper: Use the paper's options in place of the defaults. Of the other options here, only
-            reduction, metric, max_tokens, sequence_length and seed are used then.
+            reduction, metric, layout, round_to, max_tokens, sequence_length and seed are used then.
         latency: Latency table (JSON) to use with the metric latency. If the file does not exist, the
             latency is measured and written to it.
         device: Device to prune on, such as cpu or cuda:1. By default it is a GPU if one is available.
@@ -66,26 +75,30 @@ class PruneOptions:
     data: str
     output: str
     reduction: float = 0.5
-    metric: Literal["flops", "params", "latency"] = "flops"
+    metric: Literal["flops", "params", "latency", "cache"] | None = None
+    layout: Literal["free", "uniform"] = "free"
+    round_to: int = 1
     task: Task = "auto"
     text_field: list[str] | str = "text"
     image_field: str = "image"
     data_name: str | None = None
     split: str = "train"
-    max_length: int = 128
+    max_length: int | None = None
     batch_size: int = 32
     max_tokens: int = 100_000
     lambda_rep: float | None = None
-    schedule: Literal["per_layer", "per_sublayer"] | None = None
+    schedule: Literal["per_layer", "per_sublayer", "once"] | None = None
     score_fraction: float | None = None
     ridge: float | None = None
+    min_share: float | None = None
+    min_head_share: float | None = None
     sequence_length: int | None = None
     seed: int = 0
     paper: bool = False
     latency: str | None = None
     device: str | None = None
     device_map: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     revision: str | None = None
     plot: str | None = None
 

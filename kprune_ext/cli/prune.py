@@ -18,9 +18,10 @@ from ..common.files import (
 )
 from ..common.text_data import load_rows
 from ..config import KPruneConfig
+from ..modeling.classes import model_task
 from ..pruning import kprune
 from ..report.figure import check_figure
-from .inputs import check_device, image_batches, load_model, text_batches
+from .inputs import check_device, image_batches, language_batches, load_model, text_batches
 from .report import print_report
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def run_prune(options: PruneOptions) -> PreTrainedModel:
     out = resolved(options.output, "output")
     if options.device is not None and options.device_map is not None:
         raise ValueError("Pass either device or device_map, not both.")
-    if min(options.max_length, options.batch_size) < 1:
+    if min(options.max_length or 1, options.batch_size) < 1 or options.max_length == 0:
         raise ValueError("max_length and batch_size must be at least 1.")
     if options.seed < 0:
         raise ValueError(f"seed={options.seed} is negative. Pass 0 or more.")
@@ -55,7 +56,8 @@ def run_prune(options: PruneOptions) -> PreTrainedModel:
         batches = image_batches(rows, processor, options)
     else:
         processor = AutoTokenizer.from_pretrained(options.model, revision=options.revision)
-        batches = text_batches(rows, processor, options, about)
+        is_causal = model_task(model).is_causal
+        batches = (language_batches if is_causal else text_batches)(rows, processor, options, about)
     pruned: Any = kprune(model, batches, config, latency=_latency(options, model))
     _save_all(out, pruned, processor, options.plot)
     print_report(pruned.kprune_report)
@@ -85,13 +87,21 @@ def prune_config(options: PruneOptions) -> KPruneConfig:
         ValueError: If an option is out of range.
     """
     common = {
-        name: getattr(options, name) for name in ("metric", "max_tokens", "sequence_length", "seed")
+        name: getattr(options, name)
+        for name in ("metric", "max_tokens", "sequence_length", "seed", "layout", "round_to")
     }
     if options.paper:
         return KPruneConfig.paper(options.reduction, **common)
     chosen = {
         name: getattr(options, name)
-        for name in ("lambda_rep", "schedule", "score_fraction", "ridge")
+        for name in (
+            "lambda_rep",
+            "schedule",
+            "score_fraction",
+            "ridge",
+            "min_share",
+            "min_head_share",
+        )
         if getattr(options, name) is not None
     }
     return KPruneConfig(reduction=options.reduction, **common, **chosen)

@@ -31,6 +31,15 @@ def trim_memory() -> None:
     trim(0)
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Returns the free bytes of a GPU, with those that PyTorch holds in reserve; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(free + held)
+
+
 @contextmanager
 def without_onednn(model: nn.Module) -> Iterator[None]:
     """Runs a full-precision model on the CPU without oneDNN, for inputs of many shapes.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..architectures.tasks import Predict, ProblemType
+from ..common.memory import free_memory
+from ..units.sublayers import SubLayer
 
 
 @dataclass(frozen=True)
@@ -43,3 +46,31 @@ class Signal:
     next_tokens: bool = False
     layerwise: bool = False
     relative: bool = False
+
+
+#: Memory for the activations of a layer-by-layer backward pass on a CPU, in bytes.
+_CPU_ACTIVATIONS = 2**27
+
+
+def depth_tokens_on(
+    device: torch.device, sublayers: Sequence[SubLayer], least: int, layerwise: bool
+) -> int:
+    """Returns `Signal.depth_tokens` for a device, so that activations take an eighth of a GPU's memory.
+
+    Args:
+        device: The device.
+        sublayers: The sub-layers of the model.
+        least: The number on a CPU, and the least on a GPU, unless the passes are layer by layer.
+        layerwise: Whether one sub-layer runs backward at a time, and the hidden states after every
+            sub-layer are kept.
+    """
+    free = free_memory(device)
+    if free is None and not layerwise:
+        return least
+    hidden, widest = len(sublayers[0].weight), max(sublayer.width for sublayer in sublayers)
+    size = sublayers[0].weight.element_size()
+    of_one = size * (4 * hidden + 3 * widest)
+    if layerwise:
+        room = _CPU_ACTIVATIONS if free is None else free // 8
+        return max(1, room // (of_one + size * hidden * len(sublayers)))
+    return max(least, (free or 0) // 8 // of_one)
