@@ -5,9 +5,12 @@ methods judge query heads, they judge whole groups here: FLAP's own program know
 every query head has a key and a value of its own, and there a head is removed together with both.
 
 - `flap` (An et al., arXiv 2312.11983): how much each input channel of an output projection varies,
-  times the squared norm of the channel's weights; summed per unit, standardised within each layer and
-  kind, and compared by one threshold in all layers. The mean output of what is removed is added as a
-  bias.
+  times the squared norm of the channel's weights, standardised within each layer and kind, and compared
+  by one threshold in all layers. The mean output of what is removed is added as a bias. As in the
+  published program, the metric of attention is squared, channels are standardised, and those of a unit
+  are averaged. `flap_units` sums the channels of a unit before, and standardises units. With few
+  units a layer that sets the worst of them far apart in every layer, whatever it is worth, and it is
+  much worse; the first is the baseline that counts.
 - `wanda_sp` (the structured form of Wanda in FLAP's study): |W| times the norm of the input channel,
   averaged over the outputs and summed per unit; every layer loses the same share. Layers are judged
   bottom-up, on what the pruned layers below put out.
@@ -19,14 +22,16 @@ units are `(units,)`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .decoder_units import Batch, SubLayer, Walk, sublayers
+from .decoder_units import Batch, Kind, SubLayer, Walk, sublayers
+
+Criterion = Callable[[Tensor, Tensor, int, Kind], Tensor]
 
 
 @dataclass(frozen=True)
@@ -66,22 +71,30 @@ def per_unit(channels: Tensor, unit_size: int) -> Tensor:
     return channels.reshape(-1, unit_size).sum(1)
 
 
-def flap_scores(variance: Tensor, weight: Tensor, unit_size: int) -> Tensor:
-    """Fluctuation times squared column norm, per unit, with mean 0 and deviation 1 over the units.
-
-    With a single unit, or equal ones, there is nothing to compare; their score is 0, the mean.
+def flap_scores(variance: Tensor, weight: Tensor, unit_size: int, kind: Kind) -> Tensor:
+    """Fluctuation times squared column norm, standardised over channels, then averaged per unit.
 
     Args:
         variance: Variance of the channels.
         weight: Weight of the output projection, `(outputs, channels)`.
         unit_size: Channels per unit.
+        kind: Kind of the sub-layer; the metric of attention is squared first.
     """
-    scores = per_unit(variance * weight.double().square().sum(0), unit_size)
-    if len(scores) < 2:
-        return torch.zeros_like(scores)
-    deviation = scores.std()
-    centred = scores - scores.mean()
-    return centred / deviation if deviation > 0 else torch.zeros_like(scores)
+    channels = variance * weight.double().square().sum(0)
+    channels = channels.square() if kind == "attention" else channels
+    return per_unit(standardised(channels), unit_size) / unit_size
+
+
+def flap_unit_scores(variance: Tensor, weight: Tensor, unit_size: int, kind: Kind) -> Tensor:
+    """Fluctuation times squared column norm, summed per unit, then standardised over units."""
+    return standardised(per_unit(variance * weight.double().square().sum(0), unit_size))
+
+
+def standardised(values: Tensor) -> Tensor:
+    """Values with mean 0 and deviation 1; zeros where there is nothing to compare."""
+    if len(values) < 2 or not values.std() > 0:
+        return torch.zeros_like(values)
+    return (values - values.mean()) / values.std()
 
 
 def wanda_scores(square: Tensor, weight: Tensor, unit_size: int) -> Tensor:
@@ -141,7 +154,10 @@ def best(scores: Tensor, count: int) -> Tensor:
 
 @torch.no_grad()
 def flap_choice(
-    model: PreTrainedModel, batches: Sequence[Batch], reduction: float
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    reduction: float,
+    criterion: Criterion = flap_scores,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """FLAP's masks, and the mean of the channels of each output projection."""
     layers = sublayers(model)
@@ -150,7 +166,7 @@ def flap_choice(
         features = walk.features(number, sublayer)
         found = moments(features, walk.tokens)
         weight = sublayer.output.weight.detach()
-        scores.append(flap_scores(found.variance, weight, sublayer.unit_size))
+        scores.append(criterion(found.variance, weight, sublayer.unit_size, sublayer.kind))
         means.append(found.mean)
         walk.advance(sublayer, features)
     return global_masks(scores, [s.cost for s in layers], reduction), means
@@ -158,10 +174,13 @@ def flap_choice(
 
 @torch.no_grad()
 def prune_by_flap(
-    model: PreTrainedModel, batches: Sequence[Batch], reduction: float
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    reduction: float,
+    criterion: Criterion = flap_scores,
 ) -> list[Tensor]:
     """Removes by FLAP what it judges to vary least, with its bias; returns the masks."""
-    masks, means = flap_choice(model, batches, reduction)
+    masks, means = flap_choice(model, batches, reduction, criterion)
     for sublayer, keep, mean in zip(sublayers(model), masks, means, strict=True):
         weight = sublayer.output.weight.detach().double()
         removed = torch.where(sublayer.columns(keep), 0, mean)

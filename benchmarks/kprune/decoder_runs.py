@@ -22,6 +22,7 @@ from ..common.memory import MIB, peak_bytes, settle
 from ..common.models import load_model, load_tokenizer
 from .decoder_baselines import (
     flap_choice,
+    flap_unit_scores,
     prune_by_flap,
     prune_by_magnitude,
     prune_by_wanda,
@@ -40,8 +41,9 @@ from .decoder_scores import latency, nats
 from .decoder_tuning import refit_locally, tune_by_engine
 from .decoder_units import Batch, layers_of
 
-METHODS = ("ours", "uniform", "flap", "flap_tuned", "local_refit", "wanda_sp", "magnitude")
-CUT = ("ours", "uniform", "flap_tuned")  # their matrices are really smaller
+# Methods whose matrices are really smaller.
+TUNED = ("ours", "uniform", "flap_tuned")
+METHODS = (*TUNED, "flap", "flap_units", "local_refit", "wanda_sp", "magnitude")
 
 
 def needs_data(method: str) -> bool:
@@ -67,7 +69,7 @@ def run_one(run: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         found |= meter.read()
         found |= sizes(dense, pruned, masks)
     found["scores"] = scores(pruned, texts, args, run)
-    if run["method"] in CUT and args.rounds:
+    if run["method"] in TUNED and args.rounds:
         found["latency"] = latency(dense, pruned, args.rounds, run["length"])
     return run | found
 
@@ -102,6 +104,8 @@ def prune(
     model = deepcopy(dense).requires_grad_(False)
     if method == "flap":
         masks = prune_by_flap(model, batches, reduction)
+    elif method == "flap_units":
+        masks = prune_by_flap(model, batches, reduction, flap_unit_scores)
     elif method == "local_refit":
         masks, _ = flap_choice(dense, batches, reduction)
         refit_locally(model, batches, masks)

@@ -20,7 +20,7 @@ from .headless_decoders import (
     headless_decoder,
     kept_phi3_groups,
 )
-from .row import Architecture, SubLayerPaths
+from .row import OLDEST, Architecture, SubLayerPaths
 
 #: Arguments of a decoder's attention other than the hidden states.
 _ARGUMENTS = ("attention_mask", "position_embeddings", "position_ids")
@@ -54,6 +54,7 @@ LLAMA = Architecture(
     attention=(_llama_attention(),),
     ffn=(_llama_ffn("post_attention_layernorm"),),
     is_causal=True,
+    transformers=OLDEST,
 )
 
 PHI3 = replace(
@@ -109,6 +110,7 @@ GPT2 = Architecture(
     neurons=lambda config: int(config.n_inner or 4 * config.hidden_size),
     refusal=_gpt2_refusal,
     is_causal=True,
+    transformers=OLDEST,
 )
 
 OPT = Architecture(
@@ -128,6 +130,7 @@ OPT = Architecture(
     ffn=(SubLayerPaths(inputs=("fc1",), output="fc2", run=opt_ffn),),
     neurons=lambda config: int(config.ffn_dim),
     is_causal=True,
+    transformers=OLDEST,
 )
 
 DECODERS: tuple[Architecture, ...] = (
@@ -135,7 +138,7 @@ DECODERS: tuple[Architecture, ...] = (
     *(replace(LLAMA, model_type=name) for name in ("mistral", "qwen2", "qwen3")),
     PHI3,
     GEMMA,
-    replace(GEMMA, model_type="gemma3_text"),
+    replace(GEMMA, model_type="gemma3_text", transformers="5.0"),
     GPT2,
     OPT,
 )

@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import (
 
 from .decoders import DECODERS
 from .image_encoders import IMAGE_ENCODERS
+from .refusals import refusal_of
 from .row import Architecture
 from .text_encoders import TEXT_ENCODERS
 
@@ -29,9 +30,10 @@ ROWS = {row.pruned_type: row for row in ARCHITECTURES} | {
 }
 
 
-def supported() -> str:
-    """Returns the model types that can be pruned, for messages."""
-    return ", ".join(row.model_type for row in ARCHITECTURES)
+def supported(*, encoders: bool = False) -> str:
+    """Returns the model types that can be pruned, or those of encoders alone, for messages."""
+    rows = (row for row in ARCHITECTURES if not (encoders and row.is_causal))
+    return ", ".join(row.model_type for row in rows)
 
 
 def find_architecture(model: nn.Module) -> Architecture:
@@ -48,9 +50,14 @@ def find_architecture(model: nn.Module) -> Architecture:
                 _refuse(row, model)
                 return row
     if is_decoder(model):
+        decoders = ", ".join(row.model_type for row in DECODERS)
+        reason = refusal_of(config) or (
+            "it is a decoder of a family that has no row in kprune_ext/architectures/decoders.py. Add "
+            "one, or prune a model of another family"
+        )
         raise ValueError(
-            f"Cannot prune a {type(model).__name__} (model type {kind!r}): it is a decoder. Supported "
-            f"are encoders of these model types: {supported()}."
+            f"Cannot prune a {type(model).__name__} (model type {kind!r}): {reason}. Supported "
+            f"decoders: {decoders}. Supported encoders: {supported(encoders=True)}."
         )
     raise ValueError(
         f"Cannot prune a {type(model).__name__} (model type {kind!r}). Supported model types: "

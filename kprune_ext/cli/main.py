@@ -1,6 +1,7 @@
 """The command `kprune`, which prunes a model and reports on a pruned one.
 
     kprune prune --model org/name --data texts.jsonl --reduction 0.5 --output pruned
+    kprune plan --model org/name --reduction 0.5
     kprune report pruned --plot kept.png
     kprune prune --config prune.yaml   # written by: kprune prune ... --print_config
 
@@ -14,9 +15,9 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentParser
 
 from ..common import command_line
-from .options import ALIASES, FLAGS, PruneOptions, ReportOptions
+from .options import ALIASES, FLAGS, PlanOptions, PruneOptions, ReportOptions
 
-COMMANDS = {"prune": PruneOptions, "report": ReportOptions}
+COMMANDS = {"prune": PruneOptions, "plan": PlanOptions, "report": ReportOptions}
 
 
 def build_parser() -> ArgumentParser:
@@ -47,6 +48,10 @@ def main(args: Sequence[str] | None = None) -> None:
             from .prune import run_prune
 
             run_prune(options)
+        elif isinstance(options, PlanOptions):
+            from .plan import run_plan
+
+            run_plan(options)
         else:
             from .report import run_report
 

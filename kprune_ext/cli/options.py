@@ -104,6 +104,37 @@ class PruneOptions:
 
 
 @dataclass(frozen=True)
+class PlanOptions:
+    """Say what pruning a decoder will take in memory and computation, from its config alone.
+
+    Args:
+        model: Hub id or local path of the model, of which only the config is read.
+        reduction: Fraction to remove of the quantity that metric names.
+        metric: Quantity that reduction refers to.
+        layout: Sizes of the layers, as for prune.
+        schedule: How often knowledge is measured, as for prune.
+        max_tokens: Number of calibration tokens.
+        max_length: Number of tokens per calibration sequence.
+        dtype: Dtype of the weights. The value auto is the one that the config names.
+        device: Device that the model will be pruned on. By default it is a GPU if one is available.
+        revision: Branch, tag or commit of the model on the hub.
+        json: File to write the plan to, as JSON.
+    """
+
+    model: str
+    reduction: float = 0.5
+    metric: Literal["flops", "params", "latency", "cache"] | None = None
+    layout: Literal["free", "uniform"] = "free"
+    schedule: Literal["per_layer", "per_sublayer", "once"] | None = None
+    max_tokens: int = 100_000
+    max_length: int = 512
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str | None = None
+    revision: str | None = None
+    json: str | None = None
+
+
+@dataclass(frozen=True)
 class ReportOptions:
     """Print the units that a pruning run kept, layer by layer.
 

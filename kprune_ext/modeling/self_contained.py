@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoModel, PreTrainedModel
 
 from ..architectures import headless
+from ..architectures.headless import EmptyConv1D
 from ..architectures.row import Architecture, SubLayerPaths
 from ..common.version import installed_version
 from ..units.grouped_query import attention_sizes
@@ -59,6 +60,8 @@ def modeling_source(
     dense_config = config_class.__bases__[0]
     dense = {kind: kind.__bases__[1] for kind in models.values()}
     attention_code, imports = _attention_code(architecture)
+    has_conv1d = any(EmptyConv1D in paths.adapt_parts for paths in architecture.attention)
+    set_size = standalone.set_conv1d_size if has_conv1d else standalone.set_size
     names = sorted({dense_config.__name__, *(kind.__name__ for kind in dense.values())})
     names += ["AutoModel"] if architecture.is_causal else []
     parts = [
@@ -66,23 +69,23 @@ def modeling_source(
         "from __future__ import annotations\n",
         "from collections.abc import Sequence",
         "from typing import Any\n",
-        "import torch",
+        *(["import torch"] if has_conv1d else []),
         "from torch import Tensor, nn",
         "from transformers import (\n    " + ",\n    ".join(names) + ",\n)",
         *imports,
         "",
-        inspect.getsource(attention_sizes),
+        *_sizes(architecture),
         inspect.getsource(decode_indices),
         inspect.getsource(read_kept),
         *attention_code,
         f"LAYERS = {architecture.layers!r}",
         _table(architecture),
-        f"EMPTY = {'EmptyConv1D' if any('EmptyConv1D' in part for part in attention_code) else None}\n",
+        f"EMPTY = {EmptyConv1D.__name__ if has_conv1d else None}\n",
         inspect.getsource(standalone.UnevenLayers),
         inspect.getsource(standalone.paths_in),
         inspect.getsource(standalone.width),
         inspect.getsource(standalone.set_units),
-        inspect.getsource(standalone.set_size),
+        inspect.getsource(set_size).replace(set_size.__name__, "set_size"),
         inspect.getsource(standalone.replace_module),
         _CLASS.format(
             name=config_class.__name__,
@@ -107,6 +110,14 @@ def modeling_source(
         if auto is AutoModel and architecture.is_causal
     ]
     return "\n".join(parts)
+
+
+def _sizes(architecture: Architecture) -> tuple[str]:
+    """Returns the source of `attention_sizes`, which is shorter without key-value groups."""
+    if architecture.is_causal:
+        return (inspect.getsource(attention_sizes),)
+    source = inspect.getsource(standalone.head_sizes)
+    return (source.replace(standalone.head_sizes.__name__, attention_sizes.__name__),)
 
 
 def _attention_code(architecture: Architecture) -> tuple[list[str], list[str]]:

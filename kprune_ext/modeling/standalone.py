@@ -26,7 +26,8 @@ class UnevenLayers:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         model: Any = self
-        if model.base_model is not self and isinstance(model.base_model, UnevenLayers):
+        base = model.base_model
+        if base is not self and isinstance(base, UnevenLayers):
             return  # the head's constructor has built it from the config, through AutoModel
         _, queries, size = attention_sizes(config)
         layers = list(model.base_model.get_submodule(LAYERS).children())
@@ -39,6 +40,12 @@ class UnevenLayers:
             set_units(layer, "ffn", neurons, 1, 1)
 
 
+def head_sizes(config: Any) -> tuple[int, int, int]:
+    """Returns the numbers of heads, of query heads for each of them (1), and of a head's dimensions."""
+    heads = config.num_attention_heads
+    return heads, 1, config.hidden_size // heads
+
+
 def paths_in(layer: Any, kind: str) -> Any:
     """Returns the paths of a sub-layer's modules."""
     names = {name for name, _ in layer.named_modules()}
@@ -47,8 +54,8 @@ def paths_in(layer: Any, kind: str) -> Any:
 
 def width(layer: Any, kind: str) -> int:
     """Returns the number of dimensions of a sub-layer's units."""
-    weight = layer.get_submodule(paths_in(layer, kind)["output"]).weight
-    return int(weight.shape[0 if EMPTY else 1])
+    linear = layer.get_submodule(paths_in(layer, kind)["output"])
+    return int(linear.nx if EMPTY else linear.in_features)
 
 
 def set_units(layer: Any, kind: str, kept: tuple[int, ...], queries: int, size: int) -> None:
@@ -83,18 +90,25 @@ def set_size(
 ) -> None:
     """Cuts a linear module down to its first rows and columns; its weights are loaded later."""
     old: Any = layer.get_submodule(path)
-    weight = old.weight.detach()
-    with torch.device("meta"):
-        new: Any = type(old)(1, 1) if EMPTY else nn.Linear(1, 1, bias=old.bias is not None)
-    if EMPTY:  # a Conv1D, whose weight is transposed
-        new.weight = nn.Parameter(weight[:columns, :rows].clone())
-        new.nx, new.nf = new.weight.shape
-    else:
-        new.weight = nn.Parameter(weight[:rows, :columns].clone())
-        new.out_features, new.in_features = new.weight.shape
+    new = nn.Linear(1, 1, bias=old.bias is not None, device="meta")
+    new.weight = nn.Parameter(old.weight.detach()[:rows, :columns].clone())
     if old.bias is not None:
         new.bias = nn.Parameter(old.bias.detach()[:rows].clone())
-    replace_module(layer, path, EMPTY(new) if EMPTY and not new.nx else new)
+    new.out_features, new.in_features = new.weight.shape
+    replace_module(layer, path, new)
+
+
+def set_conv1d_size(
+    layer: nn.Module, path: str, rows: int | None = None, columns: int | None = None
+) -> None:
+    """Cuts a `Conv1D`, whose weight is transposed, down to its first rows and columns."""
+    old: Any = layer.get_submodule(path)
+    with torch.device("meta"):
+        new = type(old)(1, 1)
+    new.weight = nn.Parameter(old.weight.detach()[:columns, :rows].clone())
+    new.bias = nn.Parameter(old.bias.detach()[:rows].clone())
+    new.nx, new.nf = new.weight.shape
+    replace_module(layer, path, new if new.nx else EMPTY(new))
 
 
 def replace_module(layer: nn.Module, path: str, new: nn.Module) -> None:

@@ -29,7 +29,11 @@ def attention_sizes(config: Any) -> tuple[int, int, int]:
     """
     heads: Any = config.num_attention_heads
     groups: Any = getattr(config, "num_key_value_heads", None) or heads
-    size: Any = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
+    hidden: Any = config.hidden_size
+    size: Any = getattr(config, "head_dim", None)
+    if not size:  # the hidden size is divided among the heads
+        both = isinstance(hidden, int) and isinstance(heads, int) and heads > 0
+        size = hidden // heads if both else hidden
     found = {"num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": size}
     for name, value in found.items():
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:

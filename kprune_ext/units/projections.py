@@ -23,8 +23,8 @@ def linear_at(module: nn.Module, path: str) -> Projection:
     if type(linear) not in (nn.Linear, Conv1D, EmptyConv1D):
         raise TypeError(
             f"{path} is a {type(linear).__module__}.{type(linear).__qualname__}, but pruning "
-            "needs plain torch.nn.Linear projections. Merge or unload adapters first, and load the "
-            "model without quantization."
+            "needs plain torch.nn.Linear (or Conv1D) projections. Merge or unload adapters first, and "
+            "load the model without quantization."
         )
     return linear
 

@@ -109,34 +109,46 @@ def test_a_walk_is_the_models_own_forward(model, batches):
     assert model.get_decoder().layers[0] is layers[0].layer
 
 
-def test_flap_is_its_formula(model, batches):
+def fluctuations(values: Tensor, weight: Tensor) -> list[float]:
+    """Variance times squared column norm of each channel, in plain numbers."""
+    found = []
+    for c in range(values.shape[1]):
+        mean = sum(float(v) for v in values[:, c]) / len(values)
+        variance = sum((float(v) - mean) ** 2 for v in values[:, c]) / len(values)
+        found.append(variance * sum(float(w) ** 2 for w in weight[:, c].detach()))
+    return found
+
+
+def standard(values: list[float]) -> list[float]:
+    mean = sum(values) / len(values)
+    deviation = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5
+    return [(v - mean) / deviation for v in values]
+
+
+@pytest.mark.parametrize("summed_first", [False, True])
+def test_flap_is_its_formula(model, batches, summed_first):
     reduction = 0.3
     every, layers = inputs_of(deepcopy(model), batches), sublayers(model)
     scores, costs, units = [], [], []
     for number, sublayer in enumerate(layers):
-        values, weight = every[number], sublayer.output.weight
-        single = []
-        for unit in range(sublayer.units):
-            total = 0.0
-            for c in range(unit * sublayer.unit_size, (unit + 1) * sublayer.unit_size):
-                mean = sum(float(v) for v in values[:, c]) / len(values)
-                fluctuation = sum((float(v) - mean) ** 2 for v in values[:, c]) / len(values)
-                total += fluctuation * sum(float(w) ** 2 for w in weight[:, c].detach())
-            single.append(total)
-        mean = sum(single) / len(single)
-        deviation = (sum((s - mean) ** 2 for s in single) / (len(single) - 1)) ** 0.5
-        for unit, value in enumerate(single):
-            scores.append((value - mean) / deviation)
-            units.append((number, unit))
-            heads = sublayer.kind == "attention"
-            costs.append(24 * 8 * (2 + 1 + 1 + 2) if heads else 3 * 24)
+        heads, size = sublayer.kind == "attention", sublayer.unit_size
+        channels = fluctuations(every[number], sublayer.output.weight)
+        parts = [slice(size * unit, size * unit + size) for unit in range(sublayer.units)]
+        if summed_first:
+            scores += standard([sum(channels[part]) for part in parts])
+        else:
+            single = standard([c**2 for c in channels] if heads else channels)
+            scores += [sum(single[part]) / size for part in parts]
+        units += [(number, unit) for unit in range(sublayer.units)]
+        costs += [24 * 8 * (2 + 1 + 1 + 2) if heads else 3 * 24] * sublayer.units
     left, wanted = (1 - reduction) * sum(costs), set()
     for place in sorted(range(len(units)), key=lambda p: -scores[p]):
         left -= costs[place]
         if left < 0:
             break
         wanted.add(units[place])
-    masks, means = baselines.flap_choice(model, batches, reduction)
+    criterion = baselines.flap_unit_scores if summed_first else baselines.flap_scores
+    masks, means = baselines.flap_choice(model, batches, reduction, criterion)
     found = {(n, int(u)) for n, mask in enumerate(masks) for u in mask.nonzero().flatten()}
     assert found == wanted
     for number, mean in enumerate(means):

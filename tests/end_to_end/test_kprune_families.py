@@ -26,8 +26,9 @@ from tests.helpers.kprune_models import (
 )
 
 
-def test_every_row_of_the_table_is_tested() -> None:
-    assert {kind for kind, _, _ in FAMILIES.values()} == {row.model_type for row in ARCHITECTURES}
+def test_every_encoder_of_the_table_is_tested() -> None:
+    encoders = {row.model_type for row in ARCHITECTURES if not row.is_causal}
+    assert {kind for kind, _, _ in FAMILIES.values()} == encoders
 
 
 def counted_flops(model: torch.nn.Module, family: str, length: int) -> int:

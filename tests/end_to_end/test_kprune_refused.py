@@ -7,16 +7,18 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import BertForMultipleChoice, GPT2Config, GPT2LMHeadModel
+from transformers import BertForMultipleChoice, GPTJConfig, GPTJForCausalLM
 
 from tests.helpers.kprune import padded, run, sequences, tiny_bert
 
 
 def test_unsupported_models_are_told_what_is_supported() -> None:
-    tiny = {"vocab_size": 60, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
-    other = GPT2LMHeadModel(GPT2Config(**tiny))
+    tiny = {"vocab_size": 60, "n_embd": 16, "n_layer": 1, "n_head": 2, "rotary_dim": 4}
+    other = GPTJForCausalLM(GPTJConfig(**tiny))
     adapted = get_peft_model(tiny_bert(), LoraConfig(target_modules=["query"]))
-    with pytest.raises(ValueError, match=r"Cannot prune a GPT2LMHead.*a decoder.*bert, roberta"):
+    with pytest.raises(
+        ValueError, match=r"Cannot prune a GPTJFor.*Supported decoders: llama.*bert, roberta"
+    ):
         run(other, padded(sequences(4)))
     for model in (adapted, torch.nn.Linear(2, 2)):
         with pytest.raises(
