@@ -35,8 +35,12 @@ def sampled_direction(logits: Tensor, uniform: Tensor, temperature: float = 1.0)
     """
     p = (logits / temperature).softmax(-1)
     cumulative = p.cumsum(-1)
-    draw = uniform.to(p).unsqueeze(-1) * cumulative[..., -1:]
-    token = torch.searchsorted(cumulative, draw, right=True).clamp(max=p.shape[-1] - 1)
+    total = cumulative[..., -1:]
+    # Below the total even where a draw is rounded to 1: else a token without probability would be drawn.
+    draw = torch.minimum(
+        uniform.to(p).unsqueeze(-1) * total, total.nextafter(torch.zeros_like(total))
+    )
+    token = torch.searchsorted(cumulative, draw, right=True)
     direction = p.neg_()
     return direction.scatter_add_(-1, token, torch.ones_like(draw))
 
