@@ -33,6 +33,7 @@ VIT = Architecture(
             inputs=("mlp.fc1",), output="mlp.fc2", run=pre_norm("layernorm_after", "mlp")
         ),
     ),
+    transformers="5.9",
 )
 
 DINOV2 = Architecture(
@@ -59,6 +60,7 @@ DINOV2 = Architecture(
     ),
     neurons=_dinov2_neurons,
     neurons_setting=None,
+    transformers="5.18",
 )
 
 IMAGE_ENCODERS: tuple[Architecture, ...] = (VIT, DINOV2)

@@ -138,6 +138,7 @@ MODERNBERT = Architecture(
             inputs=("mlp.Wi",), stacked=2, output="mlp.Wo", run=pre_norm("mlp_norm", "mlp")
         ),
     ),
+    transformers="5.1",
 )
 
 TEXT_ENCODERS: tuple[Architecture, ...] = (

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 from kprune_ext import KPruneConfig, kprune
 from kprune_ext.tuning.least_squares import NormalEquations
 from tests.helpers.kprune import padded, sequences, tiny_bert
-from tests.helpers.kprune_models import FAMILIES, batches_for, outputs_of, tiny
+from tests.helpers.kprune_models import FAMILIES, batches_for, is_available, outputs_of, tiny
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -65,6 +65,8 @@ def test_result_is_as_close_to_the_dense_model_as_the_cpus(device, dtype, schedu
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family(device, family):
     """In float32, the same units and nearly the same outputs as on the CPU."""
+    if not is_available(family):
+        pytest.skip("needs a newer transformers")
     config = KPruneConfig(reduction=0.5)
     expected = kprune(tiny(family), batches_for(family), config, progress=False)
     data = on(device, batches_for(family))
@@ -98,14 +100,12 @@ def test_an_offloaded_model(device):
 
 
 def test_latency_is_measured_on_the_device(device):
-    dense = tiny_bert(layers=4, hidden=64, heads=8, neurons=512)
-    pruned = kprune(
-        dense.to(device),
-        on(device, padded(sequences())),
-        KPruneConfig(reduction=0.2, metric="latency"),
-        progress=False,
-    )
-    assert pruned.kprune_report.cost < pruned.kprune_report.cost_before
+    """A GPU is no faster with fewer units of so small a model: only what is possible is asked for."""
+    dense = tiny_bert(layers=4, hidden=64, heads=8, neurons=512).to(device)
+    data = on(device, padded(sequences()))
+    config = KPruneConfig(reduction=0.05, metric="latency")
+    report = kprune(dense, data, config, progress=False).kprune_report
+    assert report.cost <= 0.95 * report.cost_before
 
 
 def test_training_goes_on(device):
