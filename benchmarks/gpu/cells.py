@@ -65,12 +65,8 @@ class Cells:
         self.name, self.folder, self.markdown = name, args.results, markdown
         self.device = checked_device(args.device)
         self.tiny = args.tiny
-        self.report = read_report(self.folder, name, {"cells": {}})
-        self.report |= {
-            "provenance": provenance(module, arguments),
-            "device": device_name(self.device),
-            "finished": False,
-        }
+        self.report = started_report(self.folder, name, self.device)
+        self.report |= {"provenance": provenance(module, arguments), "finished": False}
 
     def run(self, key: str, measure: Callable[[], dict[str, Any]]) -> None:
         """Measure one cell, unless it is there already; an error is recorded, and tried again later."""
@@ -100,6 +96,13 @@ class Cells:
 
     def _write(self) -> None:
         write_report(self.folder, self.name, self.report, self.markdown(self.report))
+
+
+def started_report(folder: Path, name: str, device: torch.device) -> dict[str, Any]:
+    """The report of an earlier call on such a device; that of another device is not resumed."""
+    new = {"device": device_name(device), "cells": {}}
+    found = read_report(folder, name, new)
+    return found if found["device"] == new["device"] else new
 
 
 def device_name(device: torch.device) -> str:

@@ -17,8 +17,9 @@ import sys
 import time
 from pathlib import Path
 
-from ..common.records import read_report
-from .cells import checked_device, part_parser
+import torch
+
+from .cells import checked_device, part_parser, started_report
 
 # Seconds that a part may take, in the order in which the parts are run.
 LIMITS = {"device_tests": 90, "start": 130, "step": 90, "pruning": 70, "study": 240}
@@ -38,7 +39,7 @@ def command_of(name: str, args: argparse.Namespace) -> list[str]:
 
 def run_part(name: str, args: argparse.Namespace, seconds: float) -> str:
     """Run one part, and say how it ended."""
-    if read_report(args.results, f"gpu_{name}", {}).get("finished"):
+    if started_report(args.results, f"gpu_{name}", torch.device(args.device)).get("finished"):
         return "finished before"
     if name in DATA_PARTS and (args.model is None or args.data is None):
         return "left out: it needs --model and --data"

@@ -109,6 +109,12 @@ def test_cells_are_resumed_and_errors_tried_again(tmp_path):
     }
 
 
+def test_results_of_another_device_are_not_resumed(tmp_path):
+    (tmp_path / "gpu_x.json").write_text('{"device": "H100", "finished": true, "cells": {"a": {}}}')
+    found = cells.started_report(tmp_path, "gpu_x", torch.device("cpu"))
+    assert found == {"device": "CPU", "cells": {}}
+
+
 def test_the_suite_runs_parts_within_their_time(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(suite, "LIMITS", {"start": 100, "study": 100})
     monkeypatch.setattr(suite, "command_of", lambda name, args: [sys.executable, "-c", "pass"])
@@ -123,7 +129,7 @@ def test_the_suite_runs_parts_within_their_time(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(suite, "command_of", lambda name, args: [sys.executable, "-c", "1 / 0"])
     with pytest.raises(SystemExit):
         suite.main([*options(tmp_path), "--parts", "start"])
-    (tmp_path / "gpu_start.json").write_text('{"finished": true, "cells": {}}')
+    (tmp_path / "gpu_start.json").write_text('{"device": "CPU", "finished": true, "cells": {}}')
     suite.main([*options(tmp_path), "--parts", "start"])
     assert "finished before" in capsys.readouterr().out
 

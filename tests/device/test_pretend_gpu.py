@@ -22,10 +22,12 @@ def there(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda device=None: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with PretendDevices() as devices:
-        yield lambda thing: (
-            thing.to(ELSEWHERE)
-            if not isinstance(thing, dict)
-            else {name: value.to(ELSEWHERE) for name, value in thing.items()}
+        yield (
+            lambda thing: (
+                thing.to(ELSEWHERE)
+                if not isinstance(thing, dict)
+                else {name: value.to(ELSEWHERE) for name, value in thing.items()}
+            )
         )
         assert devices.moves
 
