@@ -79,7 +79,7 @@ PHI3 = replace(
     ffn=(replace(LLAMA.ffn[0], inputs=("mlp.gate_up_proj",), stacked=2),),
 )
 
-GEMMA = replace(
+GEMMA2 = replace(
     LLAMA,
     model_type="gemma2",
     attention=(_llama_attention("post_attention_layernorm"),),
@@ -138,10 +138,10 @@ OPT = Architecture(
 
 DECODERS: tuple[Architecture, ...] = (
     LLAMA,
-    *(replace(LLAMA, model_type=name) for name in ("mistral", "qwen2", "qwen3")),
+    *(replace(LLAMA, model_type=name) for name in ("mistral", "qwen2", "qwen3", "gemma")),
     PHI3,
-    GEMMA,
-    replace(GEMMA, model_type="gemma3_text", transformers="5.0"),
+    GEMMA2,
+    replace(GEMMA2, model_type="gemma3_text", transformers="5.0"),
     GPT2,
     OPT,
 )
