@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.models.phi3.modeling_phi3 import Phi3Attention
 
@@ -25,6 +26,13 @@ class HeadlessDecoderAttention(nn.Module):
     def __init__(self, attention: nn.Module) -> None:
         take_over(self, attention)
 
+    @classmethod
+    def of(cls, attention: nn.Module) -> nn.Module:
+        """Returns a module of a family's attention, without its groups."""
+        own = type(attention)
+        made = type(f"Headless{own.__name__}", (cls, own), {})
+        return made(attention)
+
     def forward(
         self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -39,7 +47,10 @@ class HeadlessDecoderAttention(nn.Module):
         names = ("o_proj", "out_proj", "c_proj")
         project = next(child for name, child in self.named_children() if name in names)
         weights = hidden_states.new_zeros(batch, 0, tokens, tokens)
-        return project(hidden_states[..., :0]), weights
+        output = project(hidden_states[..., :0])
+        if self.training:  # DistributedDataParallel expects a gradient of every parameter
+            output = output + 0 * torch.stack([each.sum() for each in self.parameters()]).sum()
+        return output, weights
 
 
 class WithHeads:
@@ -72,13 +83,13 @@ def headless_decoder(attention: nn.Module, kept: tuple[int, ...]) -> nn.Module:
     """Returns attention of a decoder with only the key-value groups `kept`."""
     if kept or isinstance(attention, HeadlessDecoderAttention):
         return attention
-    own = type(attention)
-    made = type(f"Headless{own.__name__}", (HeadlessDecoderAttention, own), {})
-    return made(attention)
+    return HeadlessDecoderAttention.of(attention)
 
 
 def kept_phi3_groups(attention: nn.Module, kept: tuple[int, ...]) -> nn.Module:
     """Returns Phi-3's attention with only the key-value groups `kept`."""
-    if not kept or isinstance(attention, KeptPhi3Attention):
-        return headless_decoder(attention, kept)
-    return KeptPhi3Attention(attention)
+    if isinstance(attention, HeadlessDecoderAttention):
+        return attention
+    if not kept:
+        return HeadlessDecoderAttention.of(attention)
+    return attention if isinstance(attention, KeptPhi3Attention) else KeptPhi3Attention(attention)

@@ -111,3 +111,16 @@ def test_the_report_names_the_units(family: str) -> None:
     assert f"| layer | {unit} | neurons |" in report.markdown()
     assert f"parameters of {unit} and neurons: " in str(report)
     assert report.sublayers[0].query_heads == (1 if family == "gpt2" else 2)
+
+
+def test_a_body_that_reads_both_ways_is_an_embedder() -> None:
+    """As EmbeddingGemma is built: Gemma 3 whose tokens also see those after them."""
+    model = tiny_decoder("gemma3", "embeddings", use_bidirectional_attention=True)
+    pruned: Any = kprune(model, decoder_batches(), KPruneConfig(reduction=0.3), progress=False)
+    batch = equal_texts()
+    changed = batch["input_ids"].clone()
+    changed[:, 1] = 3 + (changed[:, 1] - 2) % 57
+    one = outputs_of(pruned, batch)[0]
+    other = outputs_of(pruned, batch | {"input_ids": changed})[0]
+    assert not torch.allclose(one[:, 0], other[:, 0])
+    assert one.isfinite().all()
