@@ -1,4 +1,4 @@
-"""K-prune for transformers encoders: accurate structured pruning without retraining.
+"""K-prune for transformers models: accurate structured pruning without retraining.
 
 Importing the package registers the pruned model classes with transformers' Auto classes.
 """

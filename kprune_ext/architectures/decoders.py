@@ -53,6 +53,7 @@ LLAMA = Architecture(
     layers="layers",
     attention=(_llama_attention(),),
     ffn=(_llama_ffn("post_attention_layernorm"),),
+    has_head_size=True,
     is_causal=True,
     transformers=OLDEST,
 )
@@ -108,6 +109,7 @@ GPT2 = Architecture(
     ),
     ffn=(SubLayerPaths(inputs=("mlp.c_fc",), output="mlp.c_proj", run=pre_norm("ln_2", "mlp")),),
     neurons=lambda config: int(config.n_inner or 4 * config.hidden_size),
+    neurons_setting="n_inner",
     refusal=_gpt2_refusal,
     is_causal=True,
     transformers=OLDEST,
@@ -129,6 +131,7 @@ OPT = Architecture(
     ),
     ffn=(SubLayerPaths(inputs=("fc1",), output="fc2", run=opt_ffn),),
     neurons=lambda config: int(config.ffn_dim),
+    neurons_setting="ffn_dim",
     is_causal=True,
     transformers=OLDEST,
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.models.phi3.modeling_phi3 import Phi3Attention
 
@@ -39,7 +40,10 @@ class HeadlessDecoderAttention(nn.Module):
         names = ("o_proj", "out_proj", "c_proj")
         project = next(child for name, child in self.named_children() if name in names)
         weights = hidden_states.new_zeros(batch, 0, tokens, tokens)
-        return project(hidden_states[..., :0]), weights
+        output = project(hidden_states[..., :0])
+        if self.training:  # DistributedDataParallel expects a gradient of every parameter
+            output = output + 0 * torch.stack([each.sum() for each in self.parameters()]).sum()
+        return output, weights
 
 
 class WithHeads:

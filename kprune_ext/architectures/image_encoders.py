@@ -58,6 +58,7 @@ DINOV2 = Architecture(
         )
     ),
     neurons=_dinov2_neurons,
+    neurons_setting=None,
 )
 
 IMAGE_ENCODERS: tuple[Architecture, ...] = (VIT, DINOV2)

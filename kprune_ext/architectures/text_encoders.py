@@ -74,6 +74,7 @@ DISTILBERT = Architecture(
     ),
     ffn=(SubLayerPaths(inputs=("ffn.lin1",), output="ffn.lin2", run=distilbert_ffn),),
     neurons=lambda config: int(config.hidden_dim),
+    neurons_setting="hidden_dim",
 )
 
 MPNET = replace(

@@ -19,7 +19,7 @@ _KEEP = "surrogateescape"
 _TEXT = """\
 ## Pruned with K-prune
 
-Attention heads and feed-forward neurons were removed with
+{units} and feed-forward neurons were removed with
 [K-prune](https://arxiv.org/abs/2308.03449). Each layer keeps:
 
 {table}
@@ -52,7 +52,9 @@ def pruning_section(report: KPruneReport, auto: str, modeling_file: str | None) 
     loading = _PLUGIN.format(auto=auto)
     if modeling_file is not None:
         loading += "\n" + _SELF_CONTAINED.format(file=modeling_file)
-    return _TEXT.format(table=report.markdown(), loading=loading)
+    names = {"heads": "Attention heads", "key-value groups": "Key-value groups of attention"}
+    units = names[report.attention_units]
+    return _TEXT.format(units=units, table=report.markdown(), loading=loading)
 
 
 def card_text(folder: str | os.PathLike[str], section: str) -> str | None:

@@ -69,7 +69,7 @@ def modeling_source(
         "from __future__ import annotations\n",
         "from collections.abc import Sequence",
         "from typing import Any\n",
-        *(["import torch"] if has_conv1d else []),
+        *(["import torch"] if architecture.is_causal else []),
         "from torch import Tensor, nn",
         "from transformers import (\n    " + ",\n    ".join(names) + ",\n)",
         *imports,

@@ -50,6 +50,7 @@ def check_rows(rows: Any) -> None:
     for row in rows:
         for name in _ROW_WHOLE:
             _check_whole(name, row[name])
+        _check_whole("query_heads", row.get("query_heads", 1))  # absent in older reports
         if not isinstance(row["name"], str):
             raise ValueError(f"name is {_shown(row['name'])}, but must be text")
         error = row["error"]

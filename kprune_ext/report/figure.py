@@ -29,7 +29,7 @@ def check_figure(path: str | os.PathLike[str]) -> None:
 def save_kept(
     sublayers: Sequence[SubLayerReport], share: float, path: str | os.PathLike[str]
 ) -> None:
-    """Writes a figure of the heads and neurons kept, and of the reconstruction error, by layer.
+    """Writes a figure of the units kept, and of the reconstruction error, by layer.
 
     Args:
         sublayers: The rows of a report.
@@ -42,17 +42,17 @@ def save_kept(
     """
     figure = empty_figure(11, 3.4)
     heads, neurons, errors = figure.subplots(1, 3)
-    for panel, kind, name in ((heads, "attention", "heads"), (neurons, "ffn", "neurons")):
+    for panel, kind in ((heads, "attention"), (neurons, "ffn")):
         rows = [row for row in sublayers if row.kind == kind]
         layers = [row.layer for row in rows]
         panel.bar(layers, [row.units_before for row in rows], color="0.88", label="before")
         panel.bar(layers, [row.units for row in rows], label="kept")
-        panel.set(title=f"{name} kept", xlabel="layer")
+        panel.set(title=f"{rows[0].unit if rows else kind} kept", xlabel="layer")
         panel.legend(fontsize="x-small")
         errors.plot(layers, [_number(row.error) for row in rows], "o-", markersize=3, label=kind)
     errors.set(title="reconstruction error", xlabel="layer", ylim=(0, None))
     errors.legend(fontsize="x-small")
-    figure.suptitle(f"K-prune: {share:.1%} of encoder FLOPs kept")
+    figure.suptitle(f"K-prune: {share:.1%} of the layers' FLOPs kept")
     save_figure(figure, path)
 
 

@@ -106,4 +106,5 @@ def sublayer_row(
         parameters=after.parameters,
         parameters_before=before.parameters,
         error=error,
+        query_heads=before.queries,
     )

@@ -23,7 +23,7 @@ REPORT_FILE = "kprune_report.json"
 
 _METRIC_NAMES = {
     "flops": "FLOPs",
-    "params": "parameters of heads and neurons",
+    "params": "parameters of {units} and neurons",
     "latency": "measured latency of the layers",
     "cache": "bytes of the key-value cache per token",
 }
@@ -68,13 +68,18 @@ class KPruneReport:
 
     @property
     def flops(self) -> int:
-        """FLOPs of the pruned encoder on one sequence."""
+        """FLOPs of the pruned layers on one sequence."""
         return sum(sublayer.flops for sublayer in self.sublayers)
 
     @property
     def flops_before(self) -> int:
-        """FLOPs of the encoder before pruning, on one sequence."""
+        """FLOPs of the layers before pruning, on one sequence."""
         return sum(sublayer.flops_before for sublayer in self.sublayers)
+
+    @property
+    def attention_units(self) -> str:
+        """Name of the units of attention: heads or key-value groups."""
+        return next((row.unit for row in self.sublayers if row.kind == "attention"), "heads")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as plain numbers, strings, lists and dicts."""
@@ -143,7 +148,15 @@ class KPruneReport:
         from rich.table import Table
 
         table = Table(title="K-prune: what is kept of each layer")
-        for column in ("layer", "heads", "neurons", "MFLOPs", "parameters", "error att.", "ffn"):
+        for column in (
+            "layer",
+            self.attention_units,
+            "neurons",
+            "MFLOPs",
+            "parameters",
+            "error att.",
+            "ffn",
+        ):
             table.add_column(column, justify="right")
         for layer in sorted({row.layer for row in self.sublayers}):
             rows = [row for row in self.sublayers if row.layer == layer]
@@ -165,7 +178,7 @@ class KPruneReport:
     def markdown(self) -> str:
         """Returns a Markdown table with a row per layer, and the summary below it."""
         lines = [
-            "| layer | heads | neurons | MFLOPs | parameters |",
+            f"| layer | {self.attention_units} | neurons | MFLOPs | parameters |",
             "| --- | --- | --- | --- | --- |",
         ]
         for layer in sorted({row.layer for row in self.sublayers}):
@@ -186,6 +199,7 @@ class KPruneReport:
     def summary(self) -> str:
         """Returns the parts of the entire model that are kept, in a few lines."""
         share = self.flops / self.flops_before
+        metric = _METRIC_NAMES[self.metric].format(units=self.attention_units)
         calibration = (
             f"\ncalibrated on {self.tokens:,} tokens in {self.samples:,} samples"
             if self.samples
@@ -205,7 +219,7 @@ class KPruneReport:
         return (
             f"layers: {self.flops / 1e6:.2f} of {self.flops_before / 1e6:.2f} MFLOPs per "
             f"{self.sequence_length}-token sequence kept ({share:.1%})\n"
-            f"{_METRIC_NAMES[self.metric]}: {self.cost / self.cost_before:.1%} kept, budget "
+            f"{metric}: {self.cost / self.cost_before:.1%} kept, budget "
             f"{self.budget / self.cost_before:.1%}\n"
             f"model: {self.parameters:,} of {self.parameters_before:,} parameters kept"
             + calibration
@@ -216,7 +230,7 @@ class KPruneReport:
     def __str__(self) -> str:
         lines = [f"{'sub-layer':<16}{'kept':>12}{'MFLOPs':>16}{'parameters':>20}{'error':>8}"]
         for row in self.sublayers:
-            unit = "heads" if row.kind == "attention" else "neurons"
+            unit = row.unit.removeprefix("key-value ")
             kept = f"{row.units}/{row.units_before}"
             flops = f"{row.flops / 1e6:.2f}/{row.flops_before / 1e6:.2f}"
             parameters = f"{row.parameters:,}/{row.parameters_before:,}"

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,12 +12,14 @@ class SubLayerReport:
     Attributes:
         name: Path of the sub-layer's output projection in the model.
         layer: Number of the transformer layer, from 0.
-        kind: Kind of the sub-layer: `"attention"` (units are heads) or `"ffn"` (units are neurons).
+        kind: Kind of the sub-layer: `"attention"` (units are heads or key-value groups) or `"ffn"`
+            (units are neurons).
         units, units_before: Number of units after and before pruning.
         flops, flops_before: FLOPs per sequence of the report's length; a multiply-add counts twice.
         parameters, parameters_before: Parameters of its units and the output bias.
         error: Relative reconstruction error: 0 is perfect, 1 is no better than a constant output. None
             if it is unknown, in a report from a saved model's sizes.
+        query_heads: Query heads in each key-value group; 1 for heads and neurons.
     """
 
     name: str
@@ -34,3 +32,11 @@ class SubLayerReport:
     parameters: int
     parameters_before: int
     error: float | None
+    query_heads: int = 1
+
+    @property
+    def unit(self) -> str:
+        """Name of the units: heads, key-value groups or neurons."""
+        if self.kind == "ffn":
+            return "neurons"
+        return "heads" if self.query_heads == 1 else "key-value groups"

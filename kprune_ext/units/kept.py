@@ -187,3 +187,34 @@ def store_kept_units(config: Any, kept: Iterable[KeptUnits]) -> None:
             for row in kept
         ],
     }
+
+
+def plain_settings(config: Any) -> dict[str, int] | None:
+    """Returns the settings with which the family's own config describes a pruned model.
+
+    That needs as many heads or groups, and as many neurons, in every layer, and a config that can name
+    these numbers. Which of the original units they are makes no difference.
+
+    Args:
+        config: Config of a pruned model.
+
+    Returns:
+        The settings that differ from the original model's, or None if there are no such settings.
+    """
+    row = ROWS[config.model_type]
+    sizes = {(len(layer.heads), len(layer.neurons)) for layer in kept_units(config)}
+    if len(sizes) != 1:
+        return None
+    groups, neurons = sizes.pop()
+    total, queries, size = attention_sizes(config)
+    settings = {}
+    if groups != total:
+        if not groups or not row.has_head_size:
+            return None
+        settings = {"num_attention_heads": groups * queries, "head_dim": size}
+        settings["num_key_value_heads"] = groups
+    if neurons != row.neurons(config):
+        if not neurons or row.neurons_setting is None:
+            return None
+        settings[row.neurons_setting] = neurons
+    return settings

@@ -26,8 +26,10 @@ from transformers import (
 import kprune_ext
 import peft_corda
 from kprune_ext import KPruneReport
+from kprune_ext.architectures import ARCHITECTURES
 from peft_corda import CordaConfig
 from tests.helpers.corda import make_batches, make_model
+from tests.helpers.kprune_decoders import decoder_batches, equal_texts, tiny_decoder
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {
@@ -36,6 +38,7 @@ PAGES = {
 TRIED = {
     "tutorial-corda.md", "tutorial-kprune.md", "distributed.md", "howto/trl.md", "howto/qlora.md",
     "howto/resume.md", "howto/adapters.md", "howto/export.md", "howto/task.md", "howto/family.md",
+    "howto/decoders.md",
 }  # fmt: skip
 LORA_OPTIONS = {"r": 8, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
@@ -243,6 +246,16 @@ def test_page_on_families():
     if importlib.util.find_spec("transformers.models.ernie") is None:
         pytest.fail("The page's example has gone from transformers.")
     run_page("howto/family.md")
+
+
+def test_page_on_language_models(here):
+    batches = decoder_batches()
+    names = {"model": tiny_decoder("llama"), "dataloader": batches, "prompt": equal_texts()}
+    run_page("howto/decoders.md", names)
+    assert names["answer"].shape[1] <= names["prompt"]["input_ids"].shape[1] + 8
+    text = (DOCS / "howto" / "decoders.md").read_text()
+    types = {row.model_type for row in ARCHITECTURES if row.is_causal}
+    assert types == set(re.findall(r"`(\w+)`", "".join(re.findall(r"\| [^|]+ \|( `.*?) \|", text))))
 
 
 def test_pages_build_without_a_warning(tmp_path):
