@@ -67,6 +67,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     add("--options", nargs="+", type=json.loads, default=[{}], help=options)
     add("--tf32", action="store_true", help="Score in TensorFloat-32 on a GPU that has it.")
     add("--rounds", type=int, default=9, help="Number of rounds of timing; 0 leaves it out.")
+    others = "Result files, of processes beside one another, whose runs are added first."
+    add("--add", nargs="+", type=Path, default=[], help=others)
     add("--name", default=NAME, help="Name of the result files.")
     in_process = "Run everything in one process; the peak of memory is less certain then."
     add("--in-process", action="store_true", help=in_process)
@@ -119,6 +121,18 @@ def key_of(run: dict[str, Any]) -> str:
     return json.dumps([[run[n] for n in (*names, "method", "reduction")], run.get("options")])
 
 
+def with_others(report: dict[str, Any], paths: list[Path]) -> dict[str, Any]:
+    """A report with the runs that it lacks of other reports, and with their commands."""
+    for path in paths:
+        other = json.loads(path.read_text(encoding="utf-8"))
+        known = {key_of(run) for run in report["runs"]}
+        runs = [run for run in other["runs"] if key_of(run) not in known]
+        commands = dict.fromkeys([*report.get("commands", []), *other.get("commands", [])])
+        joined = {"runs": [*report["runs"], *runs], "commands": list(commands)}
+        report = other | report | joined
+    return report
+
+
 def main(given: list[str] | None = None) -> None:
     given = sys.argv[1:] if given is None else given
     args = arguments(given)
@@ -126,7 +140,7 @@ def main(given: list[str] | None = None) -> None:
     if args.one is not None:
         print(json.dumps(run_one(args.one, args)))
         return
-    report = read_report(args.results, args.name, {"runs": []})
+    report = with_others(read_report(args.results, args.name, {"runs": []}), args.add)
     done, failed = {key_of(run) for run in report["runs"]}, []
     for run in wanted_runs(args):
         if key_of(run) in done:
@@ -146,6 +160,7 @@ def main(given: list[str] | None = None) -> None:
         shown = ("method", "calibration", "reduction", "seed", *result["scores"])
         print({name: (result | result["scores"])[name] for name in shown}, flush=True)
     if report["runs"]:
+        write_report(args.results, args.name, report, as_markdown(report))
         plot(report, args.results / f"{args.name}.png")
     if failed:
         sys.exit(f"{len(failed)} runs failed, see above: {json.dumps(failed)}")

@@ -101,6 +101,19 @@ def test_other_settings_are_other_runs(data: Path, model: Path, tmp_path: Path) 
     assert [run["seed"] for run in report["runs"]] == [0, 0, 0, 1]
 
 
+def test_results_of_processes_beside_one_another_are_joined(
+    data: Path, model: Path, tmp_path: Path
+) -> None:
+    parts = []
+    for number, method in enumerate(("flap", "wanda_sp")):
+        call(data, model, tmp_path / str(number), "--methods", method, "--calibrations", "c4")
+        parts.append(str(tmp_path / str(number) / "kprune_decoders.json"))
+    both = ["--methods", "flap", "wanda_sp", "--calibrations", "c4"]
+    report = call(data, model, tmp_path, *both, "--add", *parts)
+    assert [run["method"] for run in report["runs"]] == ["dense", "flap", "wanda_sp"]
+    assert len(report["commands"]) == 2
+
+
 def test_nats_are_those_of_single_samples(data: Path, model: Path) -> None:
     found, tokenizer = load_model(str(model), torch.float32), load_tokenizer(str(model))
     texts = texts_of.Texts(data, tokenizer)
