@@ -19,6 +19,15 @@ def _fixed_seed():
     set_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _no_state_left_behind():
+    """Fails a test that leaves the process computing differently."""
+    from tests.helpers.process import state_kept
+
+    with state_kept():
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """Folder of a causal language model and its tokenizer."""

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, extract_model_from_parallel
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -94,20 +97,20 @@ class CordaExportCallback(TrainerCallback):
 def _save(wrapped: nn.Module, folder: str) -> str:
     """Saves the active adapter and returns its folder, which is `folder` or inside it."""
     model, name = _corda_adapter(wrapped)
-    if not isinstance(model, PeftModel):
-        model.save_pretrained(
-            folder
-        )  # a transformers model with `add_adapter` saves only the active adapter
-        return folder
-    model.save_pretrained(folder, selected_adapters=[name])
-    return folder if name == "default" else os.path.join(folder, name)
+    if isinstance(model, PeftModel):
+        model.save_pretrained(folder, selected_adapters=[name])
+        return folder if name == "default" else os.path.join(folder, name)
+    tensors = get_peft_model_state_dict(model, adapter_name=name)
+    whole = {f"base_model.model.{key}": value.cpu().clone() for key, value in tensors.items()}
+    save_file(whole, os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
+    model.peft_config[name].save_pretrained(folder)
+    return folder
 
 
 def _corda_adapter(wrapped: nn.Module) -> tuple[Any, str]:
     model: Any = extract_model_from_parallel(wrapped, keep_torch_compile=False)
     configs = getattr(model, "peft_config", {})
-    active = model.active_adapters if configs else []
-    names = active() if callable(active) else active
+    names = _active_adapters(model)
     if len(names) != 1 or not isinstance(configs.get(names[0]), CordaConfig):
         raise ValueError(
             "CordaExportCallback needs exactly one active adapter, of type CORDA, but this "
@@ -115,6 +118,18 @@ def _corda_adapter(wrapped: nn.Module) -> tuple[Any, str]:
             "set_adapter, or leave out the callback."
         )
     return model, names[0]
+
+
+def _active_adapters(model: Any) -> list[str]:
+    """Names of the adapters that are active in a model, whoever added them.
+
+    Layers are asked where the model is not PEFT's: transformers knows of its own adapters alone, not of
+    those that `inject_adapter_in_model` added, and transformers 5.24 wants PEFT 0.22 for its own.
+    """
+    if isinstance(model, PeftModel):
+        return list(model.active_adapters)
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    return sorted({name for layer in layers for name in layer.active_adapters})
 
 
 def _check_whole() -> None:

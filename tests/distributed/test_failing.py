@@ -12,6 +12,7 @@ from tests.helpers.launching import environment
 
 BAD = "IndexError: index out of range"
 GONE = "lost contact with another process"
+STARTING = 400  # seconds
 
 
 def ended(folder, case):
@@ -28,14 +29,15 @@ def ended(folder, case):
         for rank in range(2)
     ]
     try:
-        # The other first: it must come to an end by itself, whatever the one does.
-        said = [children[0].communicate(timeout=120)[1]]
+        # The other first: it must come to an end by itself, whatever the one does. Both take their time
+        # to start where other tests run beside them.
+        said = children[0].communicate(timeout=STARTING)[1]
         took = time.time() - float((folder / "began-0").read_text())
     finally:
         if case.endswith("late"):
             children[1].kill()
-        said.append(children[1].communicate(timeout=120)[1])
-    return [child.returncode for child in children], said, took
+        last = children[1].communicate(timeout=STARTING)[1]
+    return [child.returncode for child in children], [said, last], took
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,19 @@ import sys
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
 from peft_corda import CordaConfig, CordaExportCallback, calibrate, export_lora
-from tests.helpers.corda import logits_of, make_batches, make_config, make_model, train_steps
+from tests.helpers.corda import (
+    adapters_of_transformers,
+    logits_of,
+    make_batches,
+    make_config,
+    make_model,
+    train_steps,
+)
 
 LOAD = """
 import sys
@@ -83,15 +90,26 @@ class TestCallback:
         assert not torch.equal(expected, logits_of(make_model("llama"), batch))
         torch.testing.assert_close(logits_of(lora, batch), expected, rtol=0, atol=1e-4)
 
-    def test_of_an_adapter_that_transformers_added(self, tmp_path):
+    @pytest.mark.parametrize("by", ["transformers", "PEFT"])
+    def test_of_an_adapter_that_was_added_without_a_peft_model(self, by, tmp_path):
         model, config = make_model("llama"), make_config()
         calibrate(model, config, make_batches(), verbose=False)
-        model.add_adapter(config)
-        callback = CordaExportCallback(tmp_path / "lora", rank=3)
-        trainer(model, tmp_path / "run", callback).train()
-        tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+        if by == "transformers":
+            with adapters_of_transformers():
+                model.add_adapter(config, adapter_name="mine")
+        else:
+            inject_adapter_in_model(config, model, adapter_name="mine")
+        for rank in (3, None):
+            callback = CordaExportCallback(tmp_path / f"lora-{rank}", rank, dtype="float32")
+            trainer(model, tmp_path / "run", callback).train()
+        tensors = load_file(tmp_path / "lora-3" / "adapter_model.safetensors")
         assert len(tensors) == 28
         assert {t.shape[0] for key, t in tensors.items() if "lora_A" in key} == {3}
+        lora = PeftModel.from_pretrained(make_model("llama"), tmp_path / "lora-None")
+        batch = make_batches(seed=7)[0]
+        expected = logits_of(model, batch)
+        assert not torch.allclose(expected, logits_of(make_model("llama"), batch), atol=1e-3)
+        torch.testing.assert_close(logits_of(lora, batch), expected, rtol=0, atol=1e-4)
 
     def test_only_the_main_process_exports(self, tmp_path):
         model = adapted()

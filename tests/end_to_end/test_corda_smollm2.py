@@ -20,9 +20,9 @@ RANK = 16
 
 @pytest.fixture(scope="module", autouse=True)
 def _all_cores():
-    """Matrices of this size gain from threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
+    """Matrices of this size gain from threads, if the other workers' tests leave cores to them."""
+    threads, workers = torch.get_num_threads(), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     yield
     torch.set_num_threads(threads)
 

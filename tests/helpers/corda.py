@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import peft
+import pytest
 import torch
+import transformers.integrations.peft as integration
+from packaging.version import Version
 from torch import nn
 from transformers import (
     BertConfig,
@@ -150,3 +156,22 @@ def calibrated(
     model, config = make_model(kind, dtype), make_config(kind, **options)
     calibrate(model, config, make_batches())
     return model, config
+
+
+@contextmanager
+def adapters_of_transformers() -> Iterator[None]:
+    """Lets `PreTrainedModel.add_adapter` and its companions work with the PEFT that is installed.
+
+    transformers 5.24 asks for PEFT 0.22, which is not released. But for this number its code is that of
+    5.23, which takes PEFT 0.20.
+    """
+    wanted = integration.MIN_PEFT_VERSION
+    if Version(wanted) > Version(peft.__version__):
+        model = make_model("llama")
+        with pytest.raises(ValueError, match=f"use a version >= {wanted}"):
+            model.add_adapter(make_config())
+        integration.MIN_PEFT_VERSION = peft.__version__
+    try:
+        yield
+    finally:
+        integration.MIN_PEFT_VERSION = wanted

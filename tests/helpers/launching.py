@@ -31,7 +31,7 @@ def launched(script: ModuleType, folder: Path, *arguments: str, **variables: str
         env=environment(**variables),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"seen-{rank}.pt") for rank in range(2)]

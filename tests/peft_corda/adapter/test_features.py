@@ -18,6 +18,7 @@ from torch import nn
 
 from peft_corda import CordaConfig, calibrate, initialize_corda
 from tests.helpers.corda import (
+    adapters_of_transformers,
     bytes_of,
     logits_of,
     make_batches,
@@ -98,6 +99,13 @@ def test_state_dict_moves_an_adapter_to_another_model():
     assert torch.equal(logits_of(other.eval(), BATCH), logits_of(model, BATCH))
 
 
+@pytest.fixture
+def adapters_allowed():
+    with adapters_of_transformers():
+        yield
+
+
+@pytest.mark.usefixtures("adapters_allowed")
 def test_adapter_of_transformers_own(tmp_path):
     """`PreTrainedModel.add_adapter`, `load_adapter` and friends, without a `PeftModel`."""
     expected = logits_of(make_model("llama"), BATCH)
