@@ -188,9 +188,10 @@ class _Centred:
         original = weight.double()
         feature_mean = equations.feature_sum / equations.tokens
         target_mean = equations.target_sum / equations.tokens
-        centre = feature_mean if bias is None else torch.zeros_like(feature_mean)
         offset = target_mean if bias is None else bias.double()
-        gram = equations.gram - torch.outer(equations.feature_sum, centre)
+        gram = equations.gram
+        if bias is None:
+            gram = gram - torch.outer(equations.feature_sum, feature_mean)
         cross = equations.cross - torch.outer(equations.feature_sum, offset)
         wanted = cross - gram @ original.T
         return cls(equations, original, bias, gram, cross, offset, wanted)
@@ -218,9 +219,10 @@ def _cholesky(gram: Tensor, strength: Tensor) -> Tensor:
 
     Devices may multiply less precisely than their number format suggests (TensorFloat-32).
     """
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for _ in range(_TRIES):
-        factor, failed = torch.linalg.cholesky_ex(gram + strength * identity)
+        shifted = gram.clone()
+        shifted.diagonal().add_(strength)
+        factor, failed = torch.linalg.cholesky_ex(shifted)
         if not failed:
             return factor
         strength = 10 * strength
