@@ -11,7 +11,7 @@ from torch import nn
 
 from .architectures.table import find_architecture
 from .budget.costs import budget_for, cost_tables, unit_flops
-from .calibration.next_tokens import MOST_IN_CHUNK, vocabulary
+from .calibration.next_tokens import most_in_chunk, vocabulary
 from .calibration.state_memory import batch_tokens_on
 from .config import KPruneConfig
 from .knowledge.signal import depth_tokens_on
@@ -185,7 +185,7 @@ def _measuring(
     logits = 0
     if next_tokens:
         one = rows * vocabulary(model)
-        logits = _OF_LOGITS * 4 * max(one, MOST_IN_CHUNK // one * one)
+        logits = _OF_LOGITS * 4 * max(one, most_in_chunk(device) // one * one)
     return kept + max(running, logits)
 
 

@@ -35,7 +35,7 @@ def _llama_attention(norm_after: str | None = None) -> SubLayerPaths:
         norm_after=norm_after,
         counter="self_attn",
         adapt=headless_decoder,
-        adapt_parts=(HeadlessDecoderAttention,),
+        adapt_classes=(HeadlessDecoderAttention,),
     )
 
 
@@ -67,19 +67,18 @@ PHI3 = replace(
             inputs=("self_attn.qkv_proj",),
             parts=("qkv",),
             adapt=kept_phi3_groups,
-            adapt_parts=(
+            adapt_classes=(
                 Phi3Attention,
                 HeadlessDecoderAttention,
                 WithHeads,
                 KeptPhi3Attention,
-                headless_decoder,
             ),
         ),
     ),
     ffn=(replace(LLAMA.ffn[0], inputs=("mlp.gate_up_proj",), stacked=2),),
 )
 
-GEMMA = replace(
+GEMMA2 = replace(
     LLAMA,
     model_type="gemma2",
     attention=(_llama_attention("post_attention_layernorm"),),
@@ -104,7 +103,7 @@ GPT2 = Architecture(
             run=pre_norm("ln_1", "attn", None, *_ARGUMENTS),
             counter="attn",
             adapt=headless_decoder,
-            adapt_parts=(HeadlessDecoderAttention, EmptyConv1D),
+            adapt_classes=(HeadlessDecoderAttention, EmptyConv1D),
         ),
     ),
     ffn=(SubLayerPaths(inputs=("mlp.c_fc",), output="mlp.c_proj", run=pre_norm("ln_2", "mlp")),),
@@ -126,7 +125,7 @@ OPT = Architecture(
             run=opt_attention,
             counter="self_attn",
             adapt=headless_decoder,
-            adapt_parts=(HeadlessDecoderAttention,),
+            adapt_classes=(HeadlessDecoderAttention,),
         ),
     ),
     ffn=(SubLayerPaths(inputs=("fc1",), output="fc2", run=opt_ffn),),
@@ -138,10 +137,10 @@ OPT = Architecture(
 
 DECODERS: tuple[Architecture, ...] = (
     LLAMA,
-    *(replace(LLAMA, model_type=name) for name in ("mistral", "qwen2", "qwen3")),
+    *(replace(LLAMA, model_type=name) for name in ("mistral", "qwen2", "qwen3", "gemma")),
     PHI3,
-    GEMMA,
-    replace(GEMMA, model_type="gemma3_text", transformers="5.0"),
+    GEMMA2,
+    replace(GEMMA2, model_type="gemma3_text", transformers="5.0"),
     GPT2,
     OPT,
 )

@@ -26,6 +26,13 @@ class HeadlessDecoderAttention(nn.Module):
     def __init__(self, attention: nn.Module) -> None:
         take_over(self, attention)
 
+    @classmethod
+    def of(cls, attention: nn.Module) -> nn.Module:
+        """Returns a module of a family's attention, without its groups."""
+        own = type(attention)
+        made = type(f"Headless{own.__name__}", (cls, own), {})
+        return made(attention)
+
     def forward(
         self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -76,13 +83,13 @@ def headless_decoder(attention: nn.Module, kept: tuple[int, ...]) -> nn.Module:
     """Returns attention of a decoder with only the key-value groups `kept`."""
     if kept or isinstance(attention, HeadlessDecoderAttention):
         return attention
-    own = type(attention)
-    made = type(f"Headless{own.__name__}", (HeadlessDecoderAttention, own), {})
-    return made(attention)
+    return HeadlessDecoderAttention.of(attention)
 
 
 def kept_phi3_groups(attention: nn.Module, kept: tuple[int, ...]) -> nn.Module:
     """Returns Phi-3's attention with only the key-value groups `kept`."""
-    if not kept or isinstance(attention, KeptPhi3Attention):
-        return headless_decoder(attention, kept)
-    return KeptPhi3Attention(attention)
+    if isinstance(attention, HeadlessDecoderAttention):
+        return attention
+    if not kept:
+        return HeadlessDecoderAttention.of(attention)
+    return attention if isinstance(attention, KeptPhi3Attention) else KeptPhi3Attention(attention)

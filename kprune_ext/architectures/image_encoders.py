@@ -25,7 +25,7 @@ VIT = Architecture(
             run=pre_norm("layernorm_before", "attention", None, "attention_mask"),
             counter="attention",
             adapt=headless,
-            adapt_parts=(HeadlessAttention,),
+            adapt_classes=(HeadlessAttention,),
         ),
     ),
     ffn=(

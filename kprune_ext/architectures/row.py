@@ -46,8 +46,8 @@ class SubLayerPaths:
         counter: For attention, path of the module that stores the number of heads.
         adapt: For attention, a function `(module, kept) -> module` that returns the replacement of the
             `counter` module when only the heads numbered `kept` are left. It may be the same module.
-        adapt_parts: Classes and functions that `adapt` refers to. A self-contained checkpoint gets a
-            copy of those of this package, and imports the others.
+        adapt_classes: Classes that `adapt` refers to. A self-contained checkpoint gets a copy of
+            those of this package, and imports the others.
     """
 
     inputs: tuple[str, ...]
@@ -59,7 +59,7 @@ class SubLayerPaths:
     norm_after: str | None = None
     counter: str | None = None
     adapt: Callable[[nn.Module, tuple[int, ...]], nn.Module] | None = None
-    adapt_parts: tuple[Any, ...] = ()
+    adapt_classes: tuple[type, ...] = ()
 
 
 @dataclass(frozen=True)

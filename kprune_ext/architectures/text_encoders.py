@@ -53,7 +53,7 @@ BERT = Architecture(
             run=bert_attention,
             counter="attention.self",
             adapt=headless_bert,
-            adapt_parts=(BertSelfAttention, HeadlessBertSelfAttention),
+            adapt_classes=(BertSelfAttention, HeadlessBertSelfAttention),
         ),
     ),
     ffn=(SubLayerPaths(inputs=("intermediate.dense",), output="output.dense", run=bert_ffn),),
@@ -69,7 +69,7 @@ DISTILBERT = Architecture(
             run=distilbert_attention,
             counter="attention",
             adapt=headless,
-            adapt_parts=(HeadlessAttention,),
+            adapt_classes=(HeadlessAttention,),
         ),
     ),
     ffn=(SubLayerPaths(inputs=("ffn.lin1",), output="ffn.lin2", run=distilbert_ffn),),
@@ -88,7 +88,7 @@ MPNET = replace(
             run=bert_attention,
             counter="attention.attn",
             adapt=kept_mpnet_heads,
-            adapt_parts=(KeptMPNetSelfAttention,),
+            adapt_classes=(KeptMPNetSelfAttention,),
         ),
     ),
 )
@@ -99,7 +99,7 @@ DEBERTA_SHARED = SubLayerPaths(
     run=bert_attention,
     counter="attention.self",
     adapt=headless_deberta,
-    adapt_parts=(HeadlessDisentangledSelfAttention,),
+    adapt_classes=(HeadlessDisentangledSelfAttention,),
 )
 
 DEBERTA_POSITIONS = tuple(
@@ -130,7 +130,7 @@ MODERNBERT = Architecture(
             run=pre_norm("attn_norm", "attn", None, "attention_mask", "position_embeddings"),
             counter="attn",
             adapt=headless,
-            adapt_parts=(HeadlessAttention,),
+            adapt_classes=(HeadlessAttention,),
         ),
     ),
     ffn=(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ..common.memory import free_memory
 from ..units.sublayers import SubLayer
 from .device_map import input_device
 from .inputs import Inputs, joined
@@ -22,6 +23,16 @@ from .streams import alike, joined_targets
 
 #: Largest number of logits that are formed at once (but at least one position's): 16 MiB in float32.
 MOST_IN_CHUNK = 2**22
+# The same at most on a GPU, whose kernels are slow to start: 256 MiB.
+_MOST_ON_GPU = 2**26
+
+
+def most_in_chunk(device: torch.device) -> int:
+    """Returns the largest number of logits that are formed at once on a device."""
+    free = free_memory(device)
+    if free is None:
+        return MOST_IN_CHUNK
+    return max(MOST_IN_CHUNK, min(_MOST_ON_GPU, free // 128))
 
 
 def counted_positions(targets: Tensor) -> Tensor:
@@ -51,7 +62,7 @@ def logits_in_chunks(
     inputs: Inputs,
     hidden: Tensor,
     counted: Tensor,
-    most: int = MOST_IN_CHUNK,
+    most: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields the logits of the positions that count, a chunk of positions at a time.
 
@@ -60,7 +71,8 @@ def logits_in_chunks(
         inputs: Inputs of the model, each `(batch, …)`.
         hidden: Hidden states after the last layer, `(batch, tokens, hidden)`.
         counted: Bool mask of the positions that count in each sample, `(batch, tokens)`.
-        most: Largest number of logits in a chunk, which has at least one position.
+        most: Largest number of logits in a chunk, which has at least one position; None for that of the
+            device.
 
     Yields:
         Positions that count in any sample, `(chunk,)`, and logits `(batch, chunk, vocabulary)` in at
@@ -70,6 +82,7 @@ def logits_in_chunks(
         ValueError: If logits are NaN or infinite.
     """
     positions = counted.any(0).nonzero().flatten()
+    most = most_in_chunk(hidden.device) if most is None else most
     size = max(1, most // (len(hidden) * vocabulary(stack.model)))
     can_choose = "logits_to_keep" in arguments_of(stack.model)
     for chunk in positions.split(size):

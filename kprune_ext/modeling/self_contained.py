@@ -60,7 +60,7 @@ def modeling_source(
     dense_config = config_class.__bases__[0]
     dense = {kind: kind.__bases__[1] for kind in models.values()}
     attention_code, imports = _attention_code(architecture)
-    has_conv1d = any(EmptyConv1D in paths.adapt_parts for paths in architecture.attention)
+    has_conv1d = any(EmptyConv1D in paths.adapt_classes for paths in architecture.attention)
     set_size = standalone.set_conv1d_size if has_conv1d else standalone.set_size
     names = sorted({dense_config.__name__, *(kind.__name__ for kind in dense.values())})
     names += ["AutoModel"] if architecture.is_causal else []
@@ -123,13 +123,13 @@ def _sizes(architecture: Architecture) -> tuple[str]:
 def _attention_code(architecture: Architecture) -> tuple[list[str], list[str]]:
     """Returns the source of the family's own attention modules, and the imports that it needs."""
     adapted = [paths for paths in architecture.attention if paths.adapt is not None]
-    parts = dict.fromkeys(part for paths in adapted for part in paths.adapt_parts)
-    own = [part for part in parts if part.__module__.startswith(_OURS)]
-    imports = {_import(part) for part in parts if part not in own}
-    bases = {base for part in own if isinstance(part, type) for base in part.__bases__}
+    classes = dict.fromkeys(kind for paths in adapted for kind in paths.adapt_classes)
+    own = [kind for kind in classes if kind.__module__.startswith(_OURS)]
+    imports = {_import(kind) for kind in classes if kind not in own}
+    bases = {base for kind in own for base in kind.__bases__}
     imports.update(_import(base) for base in bases if base not in (object, *own))
     code = [inspect.getsource(headless.take_over)] if own else []
-    code += [inspect.getsource(part) for part in own]
+    code += [inspect.getsource(kind) for kind in own]
     code += [
         inspect.getsource(adapt)
         for adapt in dict.fromkeys(paths.adapt for paths in adapted)
@@ -138,7 +138,7 @@ def _attention_code(architecture: Architecture) -> tuple[list[str], list[str]]:
     return code, sorted(imports)
 
 
-def _import(kind: Any) -> str:
+def _import(kind: type) -> str:
     return f"from {kind.__module__} import {kind.__name__}"
 
 

@@ -146,26 +146,10 @@ def tune_projection(
             f"The weight has shape {tuple(weight.shape)}, but the equations are for "
             f"{(outputs, units)} (outputs, units)."
         )
-    original = weight.double()
-    feature_mean = equations.feature_sum / equations.tokens
+    centred = _Centred.of(equations, weight, bias)
+    tuned, fitted = centred.solved(ridge)
+    gram, cross, offset = centred.gram, centred.cross, centred.offset
     target_mean = equations.target_sum / equations.tokens
-    centre = feature_mean if bias is None else torch.zeros_like(feature_mean)
-    offset = target_mean if bias is None else bias.double()
-    gram = equations.gram - torch.outer(equations.feature_sum, centre)
-    cross = equations.cross - torch.outer(equations.feature_sum, offset)
-
-    if units:
-        mean_square = equations.gram.diagonal().mean()
-        least = max(_FLOOR, _ROUNDING * equations.epsilon * units**0.5)
-        strength = mean_square * max(ridge * units / equations.tokens, least)
-        # If all units are dead, any positive strength leaves the weights as they were.
-        strength = torch.where(strength > 0, strength, torch.ones_like(strength))
-        factor = _cholesky(gram, strength)
-        change = torch.cholesky_solve(cross - gram @ original.T, factor).T
-        tuned = original + change
-    else:
-        tuned = original
-    fitted = target_mean - tuned @ feature_mean if bias is None else bias.double()
 
     variation = equations.target_square - float(target_mean @ equations.target_sum)
     # Squared distance of the targets from the bias alone, before the features explain any of it.
@@ -177,14 +161,67 @@ def tune_projection(
     return TunedProjection(tuned, fitted, error)
 
 
+@dataclass(frozen=True)
+class _Centred:
+    """Normal equations for the change of the weights, which serve any ridge.
+
+    Attributes:
+        equations: The sums over the tokens.
+        original: The original weights W₀, `(outputs, units)` in float64.
+        bias: Fixed bias, or None.
+        gram, cross: The sums, centred if the bias is free.
+        offset: Bias that is subtracted from the targets, `(outputs,)`.
+        wanted: Right-hand sides of the change, `(units, outputs)`.
+    """
+
+    equations: NormalEquations
+    original: Tensor
+    bias: Tensor | None
+    gram: Tensor
+    cross: Tensor
+    offset: Tensor
+    wanted: Tensor
+
+    @classmethod
+    def of(cls, equations: NormalEquations, weight: Tensor, bias: Tensor | None) -> _Centred:
+        original = weight.double()
+        feature_mean = equations.feature_sum / equations.tokens
+        target_mean = equations.target_sum / equations.tokens
+        offset = target_mean if bias is None else bias.double()
+        gram = equations.gram
+        if bias is None:
+            gram = gram - torch.outer(equations.feature_sum, feature_mean)
+        cross = equations.cross - torch.outer(equations.feature_sum, offset)
+        wanted = cross - gram @ original.T
+        return cls(equations, original, bias, gram, cross, offset, wanted)
+
+    def solved(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """Returns the weight and bias for a ridge."""
+        equations, tuned = self.equations, self.original
+        units = len(self.gram)
+        if units:
+            mean_square = equations.gram.diagonal().mean()
+            least = max(_FLOOR, _ROUNDING * equations.epsilon * units**0.5)
+            strength = mean_square * max(ridge * units / equations.tokens, least)
+            # If all units are dead, any positive strength leaves the weights as they were.
+            strength = torch.where(strength > 0, strength, torch.ones_like(strength))
+            factor = _cholesky(self.gram, strength)
+            tuned = self.original + torch.cholesky_solve(self.wanted, factor).T
+        if self.bias is not None:
+            return tuned, self.bias.double()
+        feature_mean = equations.feature_sum / equations.tokens
+        return tuned, equations.target_sum / equations.tokens - tuned @ feature_mean
+
+
 def _cholesky(gram: Tensor, strength: Tensor) -> Tensor:
     """Cholesky factor of gram + strength · identity; strength is raised until that is definite.
 
     Devices may multiply less precisely than their number format suggests (TensorFloat-32).
     """
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for _ in range(_TRIES):
-        factor, failed = torch.linalg.cholesky_ex(gram + strength * identity)
+        shifted = gram.clone()
+        shifted.diagonal().add_(strength)
+        factor, failed = torch.linalg.cholesky_ex(shifted)
         if not failed:
             return factor
         strength = 10 * strength
@@ -210,10 +247,10 @@ def choose_ridge(
     if not (halves[0].tokens and halves[1].tokens and weight.shape[1]):
         return _USUAL_RIDGE
     errors = dict.fromkeys(RIDGES, 0.0)
-    for ridge in RIDGES:
-        for fitted, other in (halves, halves[::-1]):
-            fit = tune_projection(fitted, weight, ridge, bias)
-            errors[ridge] += other.squared_error(fit.weight, fit.bias)
+    for fitted, other in (halves, halves[::-1]):
+        centred = _Centred.of(fitted, weight, bias)
+        for ridge in RIDGES:
+            errors[ridge] += other.squared_error(*centred.solved(ridge))
     # If all fit perfectly, the differences are rounding errors, and errors may be below zero.
     rounding = 1e-12 * (halves[0].target_square + halves[1].target_square)
     enough = _NEARLY_BEST * max(min(errors.values()), 0.0) + rounding

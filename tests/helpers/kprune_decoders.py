@@ -69,6 +69,7 @@ DECODERS: dict[str, tuple[str, dict[str, Any], tuple[str, str]]] = {
     ),
     "qwen3": ("qwen3", _GROUPED | {"head_dim": 8, "tie_word_embeddings": True}, _LLAMA_PATHS),
     "phi3": ("phi3", _GROUPED | {"sliding_window": 5}, _LLAMA_PATHS),
+    "gemma": ("gemma", _GROUPED | {"head_dim": 10}, _LLAMA_PATHS),
     "gemma2": ("gemma2", _GEMMA | {"sliding_window": 5}, _LLAMA_PATHS),
     "gemma3": ("gemma3_text", _GEMMA | {"sliding_window": 5}, _LLAMA_PATHS),
     "gpt2": (
