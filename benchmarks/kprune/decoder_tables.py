@@ -47,12 +47,14 @@ def as_markdown(report: dict[str, Any]) -> str:
         "dense model's median time for a prefill of one window and for one token more; methods without "
         f"them were run with zeros in place of what they remove. {as_code(report)}\n"
     )
+    text += "".join(f"\n{note}\n" for note in report.get("notes", []))
     for settings, runs in grouped(report["runs"], SETTINGS).items():
         named = dict(zip(SETTINGS, settings, strict=True))
         windows = "all windows" if named["windows"] is None else f"{named['windows']} windows"
         text += (
             f"\n{named['model']}, {named['dtype']}; {windows} of {named['length']} tokens per text, "
-            f"{named['questions']} questions per set, {named['form']} form.\n\n"
+            f"{named['questions']} questions per set, {named['form']} form; "
+            f"on {', '.join(sorted({run['device'] for run in runs}))}.\n\n"
         )
         text += _table(runs)
     return text

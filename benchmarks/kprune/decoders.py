@@ -69,6 +69,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=int, default=9, help="Number of rounds of timing; 0 leaves it out.")
     others = "Result files, of processes beside one another, whose runs are added first."
     add("--add", nargs="+", type=Path, default=[], help=others)
+    add("--notes", nargs="+", default=[], help="Remarks on these runs, for the table.")
     add("--name", default=NAME, help="Name of the result files.")
     in_process = "Run everything in one process; the peak of memory is less certain then."
     add("--in-process", action="store_true", help=in_process)
@@ -125,11 +126,12 @@ def with_others(report: dict[str, Any], paths: list[Path]) -> dict[str, Any]:
     """A report with the runs that it lacks of other reports, and with their commands."""
     for path in paths:
         other = json.loads(path.read_text(encoding="utf-8"))
-        known = {key_of(run) for run in report["runs"]}
-        runs = [run for run in other["runs"] if key_of(run) not in known]
-        commands = dict.fromkeys([*report.get("commands", []), *other.get("commands", [])])
-        joined = {"runs": [*report["runs"], *runs], "commands": list(commands)}
-        report = other | report | joined
+        runs = {key_of(run): run for run in [*other["runs"], *report["runs"]]}
+        lists = {
+            name: list(dict.fromkeys([*report.get(name, []), *other.get(name, [])]))
+            for name in ("commands", "notes")
+        }
+        report = other | report | {"runs": list(runs.values())} | lists
     return report
 
 
@@ -141,6 +143,7 @@ def main(given: list[str] | None = None) -> None:
         print(json.dumps(run_one(args.one, args)))
         return
     report = with_others(read_report(args.results, args.name, {"runs": []}), args.add)
+    report["notes"] = list(dict.fromkeys([*report.get("notes", []), *args.notes]))
     done, failed = {key_of(run) for run in report["runs"]}, []
     for run in wanted_runs(args):
         if key_of(run) in done:

@@ -109,7 +109,7 @@ def test_results_of_processes_beside_one_another_are_joined(
         call(data, model, tmp_path / str(number), "--methods", method, "--calibrations", "c4")
         parts.append(str(tmp_path / str(number) / "kprune_decoders.json"))
     both = ["--methods", "flap", "wanda_sp", "--calibrations", "c4"]
-    report = call(data, model, tmp_path, *both, "--add", *parts)
+    report = call(data, model, tmp_path, *both, "--add", *parts, parts[0])
     assert [run["method"] for run in report["runs"]] == ["dense", "flap", "wanda_sp"]
     assert len(report["commands"]) == 2
 
