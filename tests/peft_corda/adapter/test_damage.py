@@ -1,11 +1,13 @@
 """Damaged adapters, factors and base weights are refused before a module is replaced."""
 
 import json
+import re
 
 import peft
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from peft_corda import CordaFactors, calibrate, export_lora, initialize_corda
@@ -131,8 +133,6 @@ class TestFactors:
                 CordaFactors.load(path)
 
     def test_files_without_a_checksum_are_read(self, path):
-        from safetensors import safe_open
-
         with safe_open(path, framework="pt") as file:
             metadata = {k: v for k, v in file.metadata().items() if k != "sha256"}
         save_file(load_file(path), path, metadata)
@@ -165,5 +165,7 @@ def test_calibration_names_its_checksum(tmp_path):
     model, config = make_model("llama"), make_config()
     factors = calibrate(model, config, make_batches(), verbose=False)
     factors.save(tmp_path / "a")
+    with safe_open(tmp_path / "a", "pt") as file:
+        assert re.fullmatch("[0-9a-f]{64}", file.metadata()["sha256"])
     CordaFactors.load(tmp_path / "a").save(tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()

@@ -7,6 +7,7 @@ from torch import nn
 
 from peft_corda import CordaConfig, calibrate
 from peft_corda.base_model.forward import Runner
+from peft_corda.base_model.targets import find_targets
 from tests.helpers.corda import covariances_of, make_batches, make_config, make_model
 from tests.helpers.two_sided import (
     TWO_SIDED,
@@ -154,9 +155,13 @@ def test_positions_for_all_rows(kind, side):
     batch["attention_mask"][1, 8:] = 0
     if side == "left":
         batch["attention_mask"] = batch["attention_mask"].flip(1)
-    batch["position_ids"] = torch.arange(12)[None]
-    config = make_config(kind, r=2)
-    assert calibrate(model, config, [batch], progress=False).tokens == 44 or kind == "bert"
+    positions = torch.arange(12)[None]
+    targets = find_targets(model, make_config(kind, r=2))
+    found = covariances_of(model, targets, [{**batch, "position_ids": positions}])
+    expected = covariances_of(model, targets, [{**batch, "position_ids": positions.repeat(4, 1)}])
+    for name, covariance in found.items():
+        assert covariance.tokens == expected[name].tokens > 0
+        torch.testing.assert_close(covariance.matrix, expected[name].matrix)
 
 
 def test_multiple_choice():
