@@ -30,9 +30,7 @@ class HeadlessBertSelfAttention(BertSelfAttention):
     def __init__(self, attention: nn.Module) -> None:
         take_over(self, attention)
 
-    def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Returns outputs `(batch, tokens, 0)` and weights `(batch, 0, tokens, tokens)`."""
         batch, tokens = hidden_states.shape[:2]
         return self.value(hidden_states), hidden_states.new_zeros(batch, 0, tokens, tokens)
