@@ -29,7 +29,8 @@ from kprune_ext.calibration.layer_stack import LayerStack
 from kprune_ext.calibration.sharing import shared_data
 from kprune_ext.calibration.state_memory import StateMemory
 from kprune_ext.calibration.streams import Stream, start_streams
-from kprune_ext.knowledge.measure import Signal, measure_knowledge
+from kprune_ext.knowledge.measure import measure_knowledge
+from kprune_ext.knowledge.signal import Signal
 from kprune_ext.modeling.classes import model_task
 from kprune_ext.modeling.copying import record_kept, uneven_copy
 from kprune_ext.tuning.least_squares import NormalEquations
@@ -44,6 +45,7 @@ def prune_by(
 ) -> tuple[PreTrainedModel, float]:
     """The pruned model, and the share of encoder FLOPs that it keeps."""
     architecture, task = find_architecture(model), model_task(model)
+    config = config.meant_for(is_causal=False, next_tokens=False)
     data = shared_data(
         model,
         batches,

@@ -15,12 +15,14 @@ from torch.utils.data import DataLoader
 from kprune_ext import KPruneConfig, kprune
 from tests.distributed.two_processes import outcome
 from tests.helpers.kprune import padded, sequences, tiny_bert
+from tests.helpers.kprune_decoders import tiny_decoder
 
 SAMPLES = sequences(40)
 BATCHES = padded(SAMPLES, batch=4)
 UNEVEN = [BATCHES[:2], BATCHES[2:]]
 HALF = KPruneConfig(reduction=0.5)
 SOME_SCORED = KPruneConfig(reduction=0.5, score_fraction=0.4, min_score_samples=1)
+THIRD = KPruneConfig(reduction=0.3)
 
 
 def collate(samples: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -45,6 +47,7 @@ def pruned(data: Any, config: KPruneConfig = HALF, model: Any = None, **options:
         "weights": found.state_dict(),
         "samples": report.samples,
         "tokens": report.tokens,
+        "perplexity": report.perplexity,
     }
 
 
@@ -65,6 +68,7 @@ def main(folder: Path) -> None:
         "some scored": pruned_jointly(UNEVEN[rank], SOME_SCORED),
         "paper": pruned_jointly(UNEVEN[rank], KPruneConfig.paper(reduction=0.5)),
         "latency": pruned_jointly(UNEVEN[rank], KPruneConfig(reduction=0.1, metric="latency")),
+        "decoder": pruned_jointly(UNEVEN[rank], THIRD, tiny_decoder("llama")),
         "no data": pruned_jointly([]),
         "error": pruned_jointly(failing() if rank == 1 else BATCHES),
         "alone": outcome(lambda: pruned(BATCHES)),

@@ -6,6 +6,7 @@ import torch
 from kprune_ext import KPruneConfig
 from tests.distributed import kprune_two_processes as script
 from tests.distributed.kprune_two_processes import BATCHES, HALF, SOME_SCORED
+from tests.helpers.kprune_decoders import tiny_decoder
 from tests.helpers.launching import launched
 
 
@@ -42,6 +43,18 @@ def test_two_processes_prune_as_one(case, config, tolerance, seen):
         missed = torch.linalg.norm((one["weights"][name] - values).float())
         assert missed <= tolerance * torch.linalg.norm(values.float()), name
     assert one["samples"] == expected["samples"] and one["tokens"] == expected["tokens"]
+
+
+def test_two_processes_prune_a_decoder_as_one(seen):
+    one, other = (process["decoder"] for process in seen)
+    assert isinstance(one, dict), one
+    assert same_to_the_bit(one, other)
+    expected = script.pruned(BATCHES, script.THIRD, tiny_decoder("llama"))
+    for name in ("layers", "samples", "tokens"):
+        assert one[name] == expected[name]
+    assert one["perplexity"] == other["perplexity"] == pytest.approx(expected["perplexity"])
+    for name, values in expected["weights"].items():
+        torch.testing.assert_close(one["weights"][name], values, rtol=1e-4, atol=1e-5)
 
 
 def test_a_prepared_loader_repeats_what_makes_its_batches_even(seen):

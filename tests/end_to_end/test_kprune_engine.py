@@ -139,7 +139,7 @@ def test_paper_mode_squares_the_gradient_of_the_divergence() -> None:
     student = tiny_bert(dtype=torch.float64)
     with torch.no_grad():
         student.bert.encoder.layer[0].output.dense.weight.mul_(0.8)
-    config = KPruneConfig.paper()
+    config = KPruneConfig.paper().meant_for(is_causal=False, next_tokens=False)
     naive, teacher = oracle.NaiveBert.of(student), oracle.NaiveBert.of(model)
     expected = {key: torch.zeros_like(mask) for key, mask in naive.masks.items()}
     for ids in samples:
@@ -195,7 +195,8 @@ def test_paper_mode_with_fewer_tokens_than_units() -> None:
 @pytest.mark.parametrize("depth", [4, 40])
 def test_what_goes_backward_at_a_time_does_not_grow_with_depth(depth: int) -> None:
     model = tiny_bert(layers=2)
-    encoder, config = LayerStack(model, find_architecture(model)), KPruneConfig()
+    encoder = LayerStack(model, find_architecture(model))
+    config = KPruneConfig().meant_for(is_causal=False, next_tokens=False)
     data = data_of(model, [{"input_ids": torch.arange(5, 35).unsqueeze(1).expand(30, 9)}])
     streams = start_streams(encoder, data, config.batch_tokens, StateMemory(2**30, Path()))
     predict = model_task(model).predict

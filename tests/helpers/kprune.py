@@ -115,7 +115,7 @@ def word_tokenizer(folder: Path) -> BertTokenizerFast:
 
 def data_of(model, batches, config=None):
     """Calibration data as `kprune` collects it."""
-    config = config or KPruneConfig()
+    config = (config or KPruneConfig()).meant_for(is_causal=False, next_tokens=False)
     scored = (config.score_fraction, config.min_score_samples)
     return shared_data(
         model, batches, max_tokens=config.max_tokens, seed=config.seed, scored=scored

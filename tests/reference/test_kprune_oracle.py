@@ -28,6 +28,7 @@ TEMPERATURE = 2.0
 def knowledge_of(model: torch.nn.Module, samples: list[torch.Tensor]) -> list[Knowledge]:
     architecture = find_architecture(model)
     config = KPruneConfig(score_fraction=1.0)
+    config = config.meant_for(is_causal=False, next_tokens=False)
     encoder = LayerStack(model, architecture)
     data = data_of(model, padded(samples), config)
     streams = start_streams(encoder, data, config.batch_tokens, StateMemory(2**30, Path()))
