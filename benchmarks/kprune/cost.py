@@ -35,8 +35,9 @@ from .tasks import TASKS, calibration, read
 
 NAME = "kprune_cost"
 FORWARD, PAPER, DEFAULT = "forward", "paper", "default"
-_ONCE = {"schedule": KPruneConfig.schedule}
-_FEWER = _ONCE | {"score_fraction": KPruneConfig.score_fraction}
+_MEANT = KPruneConfig().meant_for(is_causal=False, next_tokens=False)
+_ONCE = {"schedule": _MEANT.schedule}
+_FEWER = _ONCE | {"score_fraction": _MEANT.score_fraction}
 # Each way adopts one more of the defaults; None stands for the defaults themselves.
 WAYS: dict[str, dict[str, Any] | None] = {
     PAPER: {},
@@ -75,6 +76,7 @@ def measured(args: Namespace) -> dict[str, Any]:
         return {"way": args.one, "tokens": tokens, "cpu_seconds": time.process_time() - cpu}
     own = WAYS[args.one]
     config = KPruneConfig(**common) if own is None else KPruneConfig.paper(**(common | own))
+    config = config.meant_for(is_causal=False, next_tokens=False)
     pruned = kprune(model, batches, config, progress=False)
     return {
         "way": args.one,

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import BertModel, MPNetModel, ViTModel
 
 from kprune_ext import KPruneConfig, kprune
-from kprune_ext.architectures.table import find_architecture
+from kprune_ext.architectures.table import ARCHITECTURES, find_architecture
 from kprune_ext.calibration.layer_stack import LayerStack
-from kprune_ext.modeling.classes import MODEL_TASKS, model_task
+from kprune_ext.modeling.classes import MODEL_TASKS, PRUNED_CLASSES, model_task
 from tests.helpers.kprune_models import CASES, batches_for, outputs_of, tiny
 
 MODELS = {"bert": BertModel, "mpnet": MPNetModel, "vit": ViTModel}
@@ -98,7 +98,12 @@ def test_every_model_class_has_a_task() -> None:
     names = {kind.__name__: task.name for kind, task in MODEL_TASKS.items()}
     assert names["DebertaV2ForTokenClassification"] == "token classification"
     assert names["Dinov2Model"] == "embeddings"
-    assert len(names) == 9 * 5 + 2 * 2
+    assert names["GPT2LMHeadModel"] == "causal language modelling"
+    assert names["Qwen3Model"] == "embeddings"
+    encoders = [kind for kind in MODEL_TASKS if not PRUNED_CLASSES[kind].kprune_row.is_causal]
+    assert len(encoders) == 9 * 5 + 2 * 2
+    causal = [name for name, task in names.items() if task == "causal language modelling"]
+    assert len(causal) == sum(row.is_causal for row in ARCHITECTURES)
 
 
 def mean_then_classify(model: Any, batch: Any) -> Tensor:
