@@ -57,7 +57,7 @@ def test_an_adapter_on_a_pruned_decoder(tmp_path: Path) -> None:
     adapted = get_peft_model(
         pruned, LoraConfig(r=2, target_modules=["up_proj", "down_proj"], task_type="CAUSAL_LM")
     )
-    batch = decoder_batches(4, side="right")[0]
+    batch = decoder_batches(4, side="left")[0]
     adapted(**batch, labels=batch["input_ids"]).loss.backward()
     merged = adapted.merge_and_unload()
     assert type(merged) is type(pruned)
