@@ -34,16 +34,22 @@ class HeadlessDecoderAttention(nn.Module):
         return made(attention)
 
     def forward(
-        self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        past_key_values: Any = None,  # the name before transformers 5.24
+        cache: Any = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         """Returns outputs `(batch, tokens, hidden)`, weights `(batch, 0, tokens, tokens)`."""
         batch, tokens = hidden_states.shape[:2]
-        if past_key_values is not None:
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
             mark = hidden_states.new_ones(batch, 1, tokens, 1)
             # Earlier versions of transformers pass the positions for caches of fixed length.
             position = kwargs.get("cache_position")
             where = [] if position is None else [{"cache_position": position}]
-            past_key_values.update(mark, mark, self.layer_idx, *where)
+            cache.update(mark, mark, self.layer_idx, *where)
         names = ("o_proj", "out_proj", "c_proj")
         project = next(child for name, child in self.named_children() if name in names)
         weights = hidden_states.new_zeros(batch, 0, tokens, tokens)

@@ -81,6 +81,8 @@ def entries_of(batch: Any, accepted: set[str], *, every: bool) -> dict[str, Any]
             "dicts with the DataCollatorWithPadding of transformers."
         )
     found = {}
+    if "cache" in accepted:  # transformers 5.24 also takes its earlier name
+        accepted = accepted | {"past_key_values"}
     for name, value in batch.items():
         unused = name not in accepted or value is None or name in _OUTPUTS
         if (unused and not every) or (value is None and name in _MAIN):

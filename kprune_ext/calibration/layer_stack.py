@@ -23,6 +23,8 @@ from .hooks import stopping_before
 from .inputs import Entries
 
 Inputs = Mapping[str, Any]
+# Names of a cache among a layer's arguments; transformers 5.24 has changed it.
+_CACHES = ("past_key_values", "cache")
 
 
 class _Enough(BaseException):
@@ -203,7 +205,8 @@ def _bind(
         if parameter.kind is parameter.VAR_KEYWORD:
             arguments |= arguments.pop(parameter.name, {})
     hidden = arguments.pop(next(iter(signature.parameters)))
-    arguments.pop("past_key_values", None)  # a cache would grow with every run of a sub-layer
+    for name in _CACHES:  # a cache would grow with every run of a sub-layer
+        arguments.pop(name, None)
     return hidden, arguments
 
 

@@ -131,7 +131,7 @@ def _fit_mask(values: dict[str, Any], prefix: str, number: int) -> None:
     if not isinstance(mask, Tensor) or not isinstance(tokens, Tensor):
         return
     shape = tuple(tokens.shape)[: 3 if tokens is ids else 2]
-    if mask.ndim > 3 or "past_key_values" in values:
+    if mask.ndim > 3 or "past_key_values" in values or "cache" in values:
         return
     if tuple(mask.shape) == shape or (len(shape) == 3 and tuple(mask.shape) == shape[:2]):
         return

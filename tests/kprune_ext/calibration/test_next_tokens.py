@@ -145,5 +145,5 @@ def test_no_cache_reaches_the_layers() -> None:
     with plain_outputs(model.config):
         _, contexts = stack.enter({"input_ids": torch.randint(3, 60, (2, 9))})
     assert model.config.use_cache
-    assert all("past_key_values" not in context for context in contexts)
+    assert all({"past_key_values", "cache"}.isdisjoint(context) for context in contexts)
     assert not any(context.get("use_cache") for context in contexts)
