@@ -6,6 +6,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from accelerate.utils import compare_versions
 from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
@@ -39,6 +40,8 @@ def tiny(family: str) -> LlamaForCausalLM | Gemma3ForCausalLM:
 
 @pytest.fixture(params=["llama", "gemma"])
 def model(request: pytest.FixtureRequest) -> LlamaForCausalLM | Gemma3ForCausalLM:
+    if request.param == "gemma" and compare_versions("transformers", "<", "5.0"):
+        pytest.skip("layers of Gemma 3 take other arguments before transformers 5")
     found = tiny(request.param)
     with torch.no_grad():
         for parameter in found.parameters():  # norms, too, and no unit like another

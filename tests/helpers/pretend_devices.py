@@ -26,10 +26,10 @@ class PretendDevices(TorchFunctionMode):
         self.moves = 0
 
     def place(self, tensor: Tensor) -> torch.device:
-        return self._places.get(tensor.untyped_storage().data_ptr(), CPU)
+        return self._places.get(_pointer(tensor), CPU)
 
     def _put(self, tensor: Tensor, device: torch.device) -> None:
-        if pointer := tensor.untyped_storage().data_ptr():
+        if pointer := _pointer(tensor):
             self._places[pointer] = device
 
     def __torch_function__(
@@ -41,7 +41,8 @@ class PretendDevices(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         if func == Tensor.device.__get__:
             return self.place(args[0])
-        given = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
+        every = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
+        given = [tensor for tensor in every if not _is_wrapped(tensor)]
         if func is torch.autograd.grad:
             found = func(*args, **kwargs)
             for gradient, source in zip(found, args[1], strict=True):
@@ -78,7 +79,16 @@ class PretendDevices(TorchFunctionMode):
         return None
 
 
+def _is_wrapped(tensor: Tensor) -> bool:
+    """Whether it is a part of a batch within `torch.vmap`, which has no memory of its own."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def _pointer(tensor: Tensor) -> int:
+    return 0 if _is_wrapped(tensor) else tensor.untyped_storage().data_ptr()
+
+
 def _shares(one: Any, other: Tensor) -> bool:
     if not isinstance(one, Tensor) or not one.numel():
         return False
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    return _pointer(one) == _pointer(other) != 0
