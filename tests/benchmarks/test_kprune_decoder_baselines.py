@@ -24,9 +24,8 @@ SIZES = {
     "num_attention_heads": 6,
     "num_key_value_heads": 3,
     "head_dim": 8,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-}
+    "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
 
 
 def tiny(family: str) -> LlamaForCausalLM | Gemma3ForCausalLM:
