@@ -55,7 +55,7 @@ class Given:
         return self.task is not None and self.task.is_causal and not self.is_own
 
     def options(self, config: KPruneConfig) -> KPruneConfig:
-        """Returns the options with those left open set to what is best for the model."""
+        """Returns the options, with the model's defaults in place of those that are None."""
         return config.meant_for(
             is_causal=self.architecture.is_causal,
             next_tokens=self.predicts_next_tokens,

@@ -67,7 +67,7 @@ class PruningRun:
         streams: The hidden states of both models.
         signal: The signal by which predictive knowledge is measured.
         processes: The processes that prune the model jointly.
-        config: The options, none of which is left open.
+        config: The options, with a value in place of every None that depends on the model.
     """
 
     given: Given

@@ -8,18 +8,23 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
+cache=${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/gpu-study
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 if [ -n "${WHEELS:-}" ]; then
-  site=${TMPDIR:-/tmp}/gpu-study-site
-  [ -d "$site" ] || "$python" -m pip install --quiet --no-index --no-deps --no-compile \
-    --no-cache-dir --target "$site" "$WHEELS"/*.whl
+  site=$cache/site
+  if [ ! -d "$site" ]; then  # complete or not there, even if this is interrupted
+    rm -rf "$site.part"
+    "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir \
+      --target "$site.part" "$WHEELS"/*.whl
+    mv "$site.part" "$site"
+  fi
   export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 
 model=()
 if [ -n "${PARTS:-}" ]; then
-  folder=${TMPDIR:-/tmp}/gpu-study-model
+  folder=$cache/model
   mkdir -p "$folder"
   cat "$PARTS"/* > "$folder/model.gguf"
   model=(--model "$folder/model.gguf")

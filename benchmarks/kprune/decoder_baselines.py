@@ -13,7 +13,7 @@ every query head has a key and a value of its own, and there a head is removed t
   much worse; the first is the baseline that counts.
 - `wanda_sp` (the structured form of Wanda in FLAP's study): |W| times the norm of the input channel,
   averaged over the outputs and summed per unit; every layer loses the same share. Layers are judged
-  bottom-up, on what the pruned layers below put out.
+  bottom-up, on the outputs of the pruned layers below.
 - `magnitude`: squared norm of all weights of a unit; every layer loses the same share.
 
 Shapes: channels are those of an output projection's input, `(units * unit_size,)`; scores and masks of

@@ -76,9 +76,8 @@ def full_product(left: Tensor, right: Tensor) -> Tensor:
 
     Args:
         left: The matrix `(rows, m)`. If it is in 16 bits, `multiplies_narrow` must hold for it.
-        right: The matrix `(rows, n)`; a dtype other than that of `left` is converted to it.
+        right: The matrix `(rows, n)`, in the dtype of `left`.
     """
-    right = right.to(left.dtype)
     if left.dtype not in (torch.bfloat16, torch.float16):
         return left.T @ right
     total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float32, device=left.device)

@@ -68,7 +68,8 @@ class NormalEquations:
             targets: Their targets, `(tokens, outputs)`.
             weight: Weight of each token.
         """
-        if features.dtype in (torch.float16, torch.bfloat16) and not multiplies_narrow(features):
+        narrow = features.dtype == targets.dtype and multiplies_narrow(features)
+        if features.dtype in (torch.float16, torch.bfloat16) and not narrow:
             features, targets = features.float(), targets.float()
         with exact_products(features.device):
             self.gram.add_(full_product(features, features).double(), alpha=weight)

@@ -102,9 +102,13 @@ def make_plan(
     example = runner.example(runner.parts(first)[0]) if carries else None
     found = None if example is None else find_chain(runner, example)
     hidden = None if found is None else _hidden_bytes(found.chain, batches, first)
+    most = psutil.virtual_memory().total // _HOST_PART
+    if hidden is not None and _is_in_host_memory(runner) and hidden > most:
+        hidden = None
     # All processes must arrive at the same plan, whatever their shares of the data.
     needed = processes.largest(_UNKNOWN if hidden is None else hidden)
-    passes, carried = passes_within(groups, limits, itemsize, _counted(runner, needed))
+    counted = None if needed == _UNKNOWN else 0 if _is_in_host_memory(runner) else needed
+    passes, carried = passes_within(groups, limits, itemsize, counted)
     if found is None or not carried:
         return plain
     spans = _spans(found.chain, groups, passes)
@@ -114,16 +118,9 @@ def make_plan(
     return Plan(passes, spans, cache, itemsize, needed)
 
 
-def _counted(runner: Runner, hidden: int) -> int | None:
-    """Bytes of hidden states that count towards the limit, which is one of the model's own device.
-
-    Those of a model on an accelerator are kept in host memory, of which they may take a part.
-    """
-    if hidden == _UNKNOWN:
-        return None
-    if runner.device.type == "cpu":
-        return hidden
-    return 0 if hidden <= psutil.virtual_memory().total // _HOST_PART else None
+def _is_in_host_memory(runner: Runner) -> bool:
+    """Whether hidden states are kept elsewhere than on the device whose memory is limited."""
+    return runner.device.type != "cpu"
 
 
 def default_memory(model: nn.Module, groups: Sequence[Group], itemsize: int) -> tuple[int, int]:

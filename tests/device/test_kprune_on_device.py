@@ -134,3 +134,12 @@ def test_equations_of_16_bit_features_keep_their_digits(device, dtype):
     assert difference(equations.gram.cpu(), exact) < 2e-5
     assert difference(equations.cross.cpu(), features.double().T @ targets.double()) < 2e-5
     assert equations.epsilon == torch.finfo(torch.float32).eps
+
+
+def test_equations_do_not_round_targets_of_more_digits(device):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(500, 30, generator=generator).bfloat16()
+    targets = torch.randn(500, 20, generator=generator)
+    equations = NormalEquations.zeros(30, 20, device)
+    equations.update(features.to(device), targets.to(device))
+    assert difference(equations.cross.cpu(), features.double().T @ targets.double()) < 1e-6
