@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from .budget.latency import LatencyTable
 from .budget.latency_measurement import measure_latency
 from .common.version import installed_version
-from .config import KPruneConfig
 from .modeling.classes import register as _register
 from .modeling.saved_report import load_report
+from .preparation.config import KPruneConfig
 from .pruning import kprune
 from .report.report import KPruneReport
 from .report.rows import SubLayerReport

@@ -12,10 +12,10 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import ParallelMode, TrainingArguments
 
 from .becoming import become_
-from .config import KPruneConfig
 from .modeling.classes import UnevenLayers
+from .preparation.config import KPruneConfig
+from .preparation.rehearsal import rehearse
 from .pruning import kprune
-from .rehearsal import rehearse
 
 
 class KPruneCallback(TrainerCallback):

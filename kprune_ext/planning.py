@@ -13,9 +13,9 @@ from .architectures.table import find_architecture
 from .budget.costs import budget_for, cost_tables, unit_flops
 from .calibration.next_tokens import most_in_chunk, vocabulary
 from .calibration.state_memory import batch_tokens_on
-from .config import KPruneConfig
 from .knowledge.signal import depth_tokens_on
 from .modeling.classes import model_task
+from .preparation.config import KPruneConfig
 from .tuning.least_squares import RIDGES
 from .units.sublayers import SubLayer, sublayers
 

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 from .architectures.tasks import Predict
 from .budget.costs import unit_flops
 from .budget.latency import LatencyTable
-from .calibration.device_map import dispatch
 from .common.memory import trim_memory
-from .config import KPruneConfig
+from .model_layers.device_map import dispatch
 from .modeling.copying import record_kept
-from .preparation import PruningRun, prepared
+from .preparation.config import KPruneConfig
+from .preparation.run import PruningRun, prepared
 from .progress import progress_over
 from .report.making import HeldOut, make_report
 from .steps import (

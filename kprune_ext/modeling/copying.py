@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..architectures.row import Architecture
 from ..architectures.table import find_architecture
-from ..calibration.device_map import DeviceMap, copy_weights, device_map_of
+from ..model_layers.device_map import DeviceMap, copy_weights, device_map_of
 from ..units.kept import KeptUnits, kept_units, store_kept_units
 from ..units.sublayers import SubLayer, sublayers
 from .classes import in_memory_class, uneven_class, uneven_config_class

@@ -18,17 +18,17 @@ from kprune_ext.common.memory import bytes_of_limit
 from kprune_ext.common.placement import sharding_of
 from kprune_ext.common.processes import Processes
 
-from ..base_model.batches import Batch, count_of, digest_of
 from ..base_model.forward import Runner
 from ..base_model.input_groups import with_cross
 from ..base_model.targets import find_targets
+from ..batches.batches import Batch, count_of, digest_of
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.identity import full_digest_of, identity, leaders_of, settings_of
 from ..config import CordaConfig, rank_of
 from ..decomposition.directions import METHODS
 from ..factors import CordaFactors
-from .checkpoint import Checkpoint
 from .collect import PassOptions
 from .first_batches import look_at
-from .identity import full_digest_of, identity, leaders_of, settings_of
 from .plan import Plan, make_plan
 
 

@@ -16,10 +16,10 @@ from ..common.fingerprints import config_of, structure_of, weights_of
 from ..common.locks import only_user_of
 from ..common.placement import is_dtensor, is_offloaded, is_partitioned
 from ..common.processes import Processes
+from ..model_layers.inputs import Inputs
 from ..units.finite import not_finite
 from .batches import ImageTokens
 from .choice import largest_scored, least_held_out, sample_keys
-from .inputs import Inputs
 from .samples import CalibrationData, collect_samples
 
 # Options that each process may set as its own memory requires; they do not change the result.

@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from .inputs import content, fingerprint
+from ..model_layers.inputs import content, fingerprint
 from .samples import Sample
 
 # Least number of samples of which one is held out.

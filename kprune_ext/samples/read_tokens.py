@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..architectures.tasks import Predict
-from .device_map import input_device
-from .inputs import Inputs
-from .layer_stack import LayerStack
+from ..model_layers.device_map import input_device
+from ..model_layers.inputs import Inputs
+from ..model_layers.layer_stack import LayerStack
 from .samples import Sample
 
 #: Largest number of elements of the logits in one backward pass: 64 MiB in float32.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from .inputs import Inputs
+from ..model_layers.inputs import Inputs
 
 #: Number of tokens that the model makes of each image of a batch.
 ImageTokens = Callable[[Inputs], int]

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from .architectures.tasks import PROBLEM_TYPES, ProblemType
-from .budget.costs import METRICS, Metric
-from .common.memory import bytes_of
+from ..architectures.tasks import PROBLEM_TYPES, ProblemType
+from ..budget.costs import METRICS, Metric
+from ..common.memory import bytes_of
 from .config_checks import (
     CPU_BATCH_TOKENS,
     left_open,

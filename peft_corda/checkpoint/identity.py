@@ -20,8 +20,8 @@ from kprune_ext.common.fingerprints import (
 )
 from kprune_ext.common.processes import Processes
 
-from ..base_model.batches import digest_of
 from ..base_model.input_groups import Group
+from ..batches.batches import digest_of
 from ..config import CordaConfig, rank_of
 from ..factors import sample_of
 

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architectures.tasks import Predict
-from .calibration.device_map import DeviceMap, input_device
-from .calibration.hooks import evaluating
-from .calibration.inputs import Entries
-from .calibration.layer_stack import as_logits, plain_outputs
-from .calibration.samples import Sample
+from ..architectures.tasks import Predict
+from ..model_layers.device_map import DeviceMap, input_device
+from ..model_layers.hooks import evaluating
+from ..model_layers.inputs import Entries
+from ..model_layers.layer_stack import as_logits, plain_outputs
+from ..modeling.classes import is_stock, stock_class
+from ..modeling.restoring import as_loaded, lost_on_loading
+from ..samples.samples import Sample
 from .given import Given
-from .modeling.classes import is_stock, stock_class
-from .modeling.restoring import as_loaded, lost_on_loading
 
 _MOST_NAMED = 4
 

@@ -11,42 +11,42 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from .architectures.table import find_architecture
-from .architectures.tasks import Predict
-from .budget.costs import Budget, budget_for, cost_tables, least_units
-from .budget.latency import LatencyTable
-from .budget.latency_measurement import measure_latency
-from .calibration.device_map import (
+from ..architectures.table import find_architecture
+from ..architectures.tasks import Predict
+from ..budget.costs import Budget, budget_for, cost_tables, least_units
+from ..budget.latency import LatencyTable
+from ..budget.latency_measurement import measure_latency
+from ..calibration.next_tokens import MOST_IN_CHUNK, vocabulary
+from ..calibration.state_memory import state_memory
+from ..calibration.streams import Stream, start_streams
+from ..common.memory import without_onednn
+from ..common.processes import Processes
+from ..knowledge.measure import teacher_logits
+from ..knowledge.signal import Signal, depth_tokens_on
+from ..model_layers.device_map import (
     DeviceMap,
     device_map_of,
     input_device,
     moving_inputs,
     require_whole_layers,
 )
-from .calibration.hooks import evaluating
-from .calibration.inputs import Entries, Inputs
-from .calibration.layer_stack import LayerStack, plain_outputs
-from .calibration.next_tokens import MOST_IN_CHUNK, vocabulary
-from .calibration.samples import CalibrationData, Sample
-from .calibration.sharing import (
+from ..model_layers.hooks import evaluating
+from ..model_layers.inputs import Entries, Inputs
+from ..model_layers.layer_stack import LayerStack, plain_outputs
+from ..modeling.copying import uneven_copy_within
+from ..samples.samples import CalibrationData, Sample
+from ..samples.sharing import (
     own_model,
     processes_of,
     require_one_task,
     shared_data,
     working_on,
 )
-from .calibration.state_memory import state_memory
-from .calibration.streams import Stream, start_streams
-from .common.memory import without_onednn
-from .common.processes import Processes
+from ..units.sublayers import SubLayer, layers_path, sublayers
 from .config import KPruneConfig
 from .config_checks import CPU_BATCH_TOKENS
 from .given import Given, given_model, require_module, with_problem
 from .guard import check_copy
-from .knowledge.measure import teacher_logits
-from .knowledge.signal import Signal, depth_tokens_on
-from .modeling.copying import uneven_copy_within
-from .units.sublayers import SubLayer, layers_path, sublayers
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from kprune_ext import KPruneConfig, kprune
 from kprune_ext.architectures.table import find_architecture
-from kprune_ext.calibration.device_map import device_map_of, device_of, require_whole_layers
+from kprune_ext.model_layers.device_map import device_map_of, device_of, require_whole_layers
 from kprune_ext.units.sublayers import layers_path
 from tests.helpers.kprune import padded, sequences, tiny_bert
 from tests.helpers.kprune_models import CASES, FAMILIES, batches_for, tiny
@@ -145,7 +145,7 @@ def test_two_devices(
     spread: list[dict[str, torch.device]] = []
     # accelerate's own part needs a real device.
     monkeypatch.setattr(
-        "kprune_ext.calibration.device_map.dispatch_model",
+        "kprune_ext.model_layers.device_map.dispatch_model",
         lambda model, places: (spread.append(places), model)[1],
     )
     model = tiny(family, task)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from accelerate import cpu_offload
 
-from peft_corda.base_model.batches import of_like_length, unpadded
 from peft_corda.base_model.forward import Runner
 from peft_corda.base_model.targets import find_targets
+from peft_corda.batches.batches import of_like_length, unpadded
 from tests.helpers.corda import covariances_of, make_config, make_model
 
 IDS = torch.arange(1, 13).reshape(3, 4)

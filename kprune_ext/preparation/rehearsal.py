@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from .architectures.tasks import Predict
-from .budget.costs import budget_for, cost_tables
-from .budget.latency import LatencyTable
-from .calibration.samples import collect_samples
+from ..architectures.tasks import Predict
+from ..budget.costs import budget_for, cost_tables
+from ..budget.latency import LatencyTable
+from ..samples.samples import collect_samples
+from ..units.sublayers import layers_path, sublayers
 from .config import KPruneConfig
 from .guard import check_copy
-from .preparation import contexts_of, copied_student, example, image_tokens, run_whole
-from .units.sublayers import layers_path, sublayers
+from .run import contexts_of, copied_student, example, image_tokens, run_whole
 
 # Tokens per sequence at which FLOPs are counted before the data are known.
 _LENGTH = 128

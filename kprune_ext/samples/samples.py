@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..common.text_data import LABEL_KEYS
+from ..model_layers.inputs import Inputs
+from ..model_layers.layer_stack import arguments_of
 from .batches import (
     Batch,
     ImageTokens,
@@ -25,8 +27,6 @@ from .batches import (
     text_batch,
     with_targets,
 )
-from .inputs import Inputs
-from .layer_stack import arguments_of
 
 logger = logging.getLogger(__name__)
 

@@ -9,13 +9,13 @@ import torch
 
 from kprune_ext import KPruneConfig, kprune
 from kprune_ext.architectures.table import find_architecture
-from kprune_ext.calibration import read_tokens
-from kprune_ext.calibration.choice import sample_keys
-from kprune_ext.calibration.layer_stack import LayerStack
-from kprune_ext.calibration.samples import CalibrationData, collect_samples
+from kprune_ext.samples import read_tokens
 from kprune_ext.calibration.state_memory import StateMemory
 from kprune_ext.calibration.streams import start_streams
+from kprune_ext.model_layers.layer_stack import LayerStack
 from kprune_ext.modeling.classes import model_task
+from kprune_ext.samples.choice import sample_keys
+from kprune_ext.samples.samples import CalibrationData, collect_samples
 from kprune_ext.tuning.least_squares import NormalEquations
 from tests.helpers.kprune import padded, sequences, tiny_bert
 from tests.helpers.kprune_models import CASES, FAMILIES, batches_for, tiny
@@ -62,7 +62,7 @@ def test_the_weight_is_nothing_where_all_is_read(task: str) -> None:
 
 def test_which_tokens_are_read_is_looked_up_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = streams_of("bert", "sequence")
-    monkeypatch.setattr("kprune_ext.calibration.read_tokens.MOST_LOGITS", 1)
+    monkeypatch.setattr("kprune_ext.samples.read_tokens.MOST_LOGITS", 1)
     for one, other in zip(whole, streams_of("bert", "sequence", each_sample=True), strict=True):
         assert torch.equal(one.read, other.read)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kprune_ext.common.files import atomic_save
 
-from ..base_model.batches import digest_of
+from ..batches.batches import digest_of
 from ..decomposition.covariance import CovarianceAccumulator
 from .identity import full_digest_of
 

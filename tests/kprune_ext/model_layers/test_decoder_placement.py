@@ -58,7 +58,7 @@ def test_two_devices(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = kprune(tiny_decoder(family), batches, config, progress=False)
     # accelerate's own part needs a real device.
     monkeypatch.setattr(
-        "kprune_ext.calibration.device_map.dispatch_model", lambda model, places: model
+        "kprune_ext.model_layers.device_map.dispatch_model", lambda model, places: model
     )
     model = tiny_decoder(family)
     with PretendDevices() as mode:

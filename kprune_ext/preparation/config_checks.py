@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import field
 from typing import Any
 
-from .common.memory import bytes_of
+from ..common.memory import bytes_of
 
 #: Called with `(name, value)`; raises a ValueError or TypeError if the value is invalid.
 Check = Callable[[str, Any], None]

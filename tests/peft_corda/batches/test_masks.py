@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from peft_corda import CordaConfig, calibrate
-from peft_corda.base_model.masks import is_broadcastable, token_mask
 from peft_corda.base_model.targets import find_targets
+from peft_corda.batches.masks import is_broadcastable, token_mask
 from peft_corda.decomposition.covariance import damped
 from tests.helpers.corda import covariances_of, make_config, make_model
 

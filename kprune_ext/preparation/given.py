@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .architectures.row import Architecture
-from .architectures.table import ROWS, find_architecture
-from .architectures.tasks import Predict, ProblemType, Task, problem_type
-from .calibration.device_map import input_device
-from .calibration.state_memory import batch_tokens_on
+from ..architectures.row import Architecture
+from ..architectures.table import ROWS, find_architecture
+from ..architectures.tasks import Predict, ProblemType, Task, problem_type
+from ..calibration.state_memory import batch_tokens_on
+from ..model_layers.device_map import input_device
+from ..modeling.classes import model_task, stock_class
 from .config import KPruneConfig
-from .modeling.classes import model_task, stock_class
 
 
 @dataclass(frozen=True)

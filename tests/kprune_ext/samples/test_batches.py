@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import BatchEncoding, DynamicCache
 
-from kprune_ext.calibration.choice import sample_keys
-from kprune_ext.calibration.samples import collect_samples
+from kprune_ext.samples.choice import sample_keys
+from kprune_ext.samples.samples import collect_samples
 from tests.helpers.kprune import assert_same_state, padded, run, sequences, state_of, tiny_bert
 from tests.helpers.kprune_models import outputs_of, tiny
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from peft_corda import calibrate
-from peft_corda.calibration.identity import LATER
+from peft_corda.checkpoint.identity import LATER
 from tests.helpers.corda import bytes_of, deep_model, make_config, padded_batches
 
 BATCHES = padded_batches(count=5)
