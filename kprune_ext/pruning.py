@@ -16,7 +16,7 @@ from .architectures.tasks import Predict
 from .budget.costs import unit_flops
 from .budget.latency import LatencyTable
 from .common.memory import trim_memory
-from .model_layers.device_map import dispatch
+from .model_layers.device_map import dispatch, own_weights
 from .modeling.copying import record_kept
 from .preparation.config import KPruneConfig
 from .preparation.run import PruningRun, prepared
@@ -171,6 +171,7 @@ def prune_sublayers(
         outcome.errors.append(fit.error)
         del fit  # before the next step allocates its own
         trim_memory()
+    own_weights(run.whole, run.given.whole)  # those that were not pruned
     return outcome
 
 

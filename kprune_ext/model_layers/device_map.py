@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import dispatch_model
@@ -12,11 +12,12 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..common.placement import gathered
+from ..common.placement import gathered, is_offloaded
 
 CPU = torch.device("cpu")
 #: Device by path of a module. It holds for everything inside, except where a longer path is given.
 DeviceMap = Mapping[str, torch.device]
+Device = TypeVar("Device", torch.device, str)
 
 
 def device_map_of(model: nn.Module) -> DeviceMap:
@@ -39,7 +40,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return next(embeddings.parameters()).device
 
 
-def device_of(path: str, device_map: DeviceMap, otherwise: torch.device) -> torch.device:
+def device_of(path: str, device_map: Mapping[str, Device], otherwise: Device) -> Device:
     """Returns the device of a module, parameter or buffer; `otherwise` if the map has none."""
     while path not in device_map:
         if not path:
@@ -74,24 +75,44 @@ def require_whole_layers(model: nn.Module, layers: str, device_map: DeviceMap) -
 
 
 @torch.no_grad()
-def copy_weights(source: PreTrainedModel, copy: nn.Module, device_map: DeviceMap) -> None:
-    """Copies a model's parameters and buffers to another model, each to its device.
+def copy_weights(
+    source: PreTrainedModel, copy: nn.Module, device_map: DeviceMap, *, share: bool = False
+) -> None:
+    """Gives a model the parameters and buffers of another model, each on its device.
 
     Args:
         source: The model to copy from. Its weights may be on any device or offloaded by accelerate.
         copy: A model whose modules, parameters and buffers have the same names. It is changed in
-            place and shares no memory with `source`.
+            place.
         device_map: Device map of the copy.
+        share: Whether parameters that are in place already share the memory of the source, until
+            `own_weights` is called. Without it, nothing is shared. Buffers never are.
     """
     own = dict(copy.named_modules())
     for path, module in source.named_modules():
+        shared = share and not is_offloaded(module)
         with gathered(module):
             for name, parameter in module.named_parameters(recurse=False):
                 device = device_of(f"{path}.{name}".lstrip("."), device_map, parameter.device)
-                own[path].get_parameter(name).data = _own(parameter, device)
+                same = shared and parameter.device == device and parameter.is_contiguous()
+                values = parameter.detach() if same else _own(parameter, device)
+                own[path].get_parameter(name).data = values
             for name, buffer in module.named_buffers(recurse=False):
                 device = device_of(f"{path}.{name}".lstrip("."), device_map, buffer.device)
                 setattr(own[path], name, _own(buffer, device))
+
+
+@torch.no_grad()
+def own_weights(copy: nn.Module, source: nn.Module) -> None:
+    """Gives those parameters of a model memory of their own that share that of another model."""
+    storages = {_storage(parameter) for parameter in source.parameters()}
+    for parameter in copy.parameters():
+        if not parameter.is_meta and _storage(parameter) in storages:
+            parameter.data = _own(parameter, parameter.device)
+
+
+def _storage(tensor: Tensor) -> tuple[torch.device, int]:
+    return tensor.device, tensor.untyped_storage().data_ptr()
 
 
 def _own(values: Tensor, device: torch.device) -> Tensor:

@@ -179,7 +179,7 @@ class Copied:
 
     Attributes:
         given: What the user gave.
-        whole: Its copy, whose weights need no gradients.
+        whole: Its copy, whose weights need no gradients; it shares them with what was given.
         stack: Layer stack of the model in the copy.
         device_map: Device map of both models.
     """
@@ -203,7 +203,10 @@ def copied_student(
     sublayers(given.model, architecture)  # checks the projections
     device_map = device_map_of(given.model)
     require_whole_layers(given.model, layers_path(given.model, architecture), device_map)
-    whole = uneven_copy_within(given.whole, given.path, device_map).requires_grad_(False)
+    # Each sub-layer gets weights of its own when it is pruned, so only one dense one is there twice.
+    whole = uneven_copy_within(given.whole, given.path, device_map, share=True).requires_grad_(
+        False
+    )
     runs = given.predict_with(whole) if given.is_own else None
     stack = LayerStack(whole.get_submodule(given.path), architecture, runs)
     return Copied(given, whole, stack, device_map)

@@ -9,11 +9,11 @@ import torch
 
 from kprune_ext import KPruneConfig, kprune
 from kprune_ext.architectures.table import find_architecture
-from kprune_ext.samples import read_tokens
 from kprune_ext.calibration.state_memory import StateMemory
 from kprune_ext.calibration.streams import start_streams
 from kprune_ext.model_layers.layer_stack import LayerStack
 from kprune_ext.modeling.classes import model_task
+from kprune_ext.samples import read_tokens
 from kprune_ext.samples.choice import sample_keys
 from kprune_ext.samples.samples import CalibrationData, collect_samples
 from kprune_ext.tuning.least_squares import NormalEquations
