@@ -95,6 +95,7 @@ def copy_weights(
             for name, parameter in module.named_parameters(recurse=False):
                 device = device_of(f"{path}.{name}".lstrip("."), device_map, parameter.device)
                 same = shared and parameter.device == device and parameter.is_contiguous()
+                same = same and not parameter.is_inference()
                 values = parameter.detach() if same else _own(parameter, device)
                 own[path].get_parameter(name).data = values
             for name, buffer in module.named_buffers(recurse=False):

@@ -86,13 +86,13 @@ def given_model(model: Any, predict: Predict | None) -> Given:
                 f"{name} is compiled by torch.compile, which hides the layers. Prune the model before "
                 "it is compiled, then compile the result."
             )
-    if _is_prunable_itself(model) or _is_from(model, "peft"):
+    if _is_prunable_itself(model) or is_from(model, "peft"):
         return _plain(model, predict)
     path = _path_inside(model)
     inner: Any = model.get_submodule(path)
     if predict is not None:
         return _given(model, path, predict, "single_label_classification", None, True)
-    if _is_from(model, "sentence_transformers"):
+    if is_from(model, "sentence_transformers"):
         task = model_task(inner)
         if task.name == "embeddings":
             return _given(model, path, _sentence_embedding, "regression", None, False)
@@ -172,7 +172,8 @@ def _sentence_embedding(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     return embedding
 
 
-def _is_from(model: nn.Module, package: str) -> bool:
+def is_from(model: nn.Module, package: str) -> bool:
+    """Whether a class of a model comes from a package."""
     return any(kind.__module__.partition(".")[0] == package for kind in type(model).__mro__)
 
 
@@ -192,3 +193,30 @@ def require_module(model: Any) -> None:
         f"Cannot prune a {type(model).__module__}.{type(model).__qualname__}. Pass a model of "
         f"transformers, or a module with one inside{hint}"
     )
+
+
+def given_config(config: Any, reduction: float | None) -> KPruneConfig:
+    """Returns the options of a run.
+
+    Args:
+        config: A `KPruneConfig`, or None.
+        reduction: The option of that name, instead of a config; None for the default.
+
+    Raises:
+        TypeError: If the config is something else.
+        ValueError: If there are both.
+    """
+    if reduction is not None and config is not None:
+        raise ValueError(
+            "Both a config and reduction= were passed. Set it in the config: KPruneConfig(reduction="
+            f"{reduction!r}, ...)."
+        )
+    if config is None:
+        return KPruneConfig() if reduction is None else KPruneConfig(reduction=reduction)
+    if not isinstance(config, KPruneConfig):
+        advice = f"reduction={config!r}" if isinstance(config, float) else "KPruneConfig(...)"
+        raise TypeError(
+            f"The config is a {type(config).__name__}, not a KPruneConfig. Pass kprune(model, data, "
+            f"{advice})."
+        )
+    return config

@@ -15,8 +15,9 @@ from ..budget.latency import LatencyTable
 from ..samples.samples import collect_samples
 from ..units.sublayers import layers_path, sublayers
 from .config import KPruneConfig
+from .data import batches_for, image_tokens, run_whole
 from .guard import check_copy
-from .run import contexts_of, copied_student, example, image_tokens, run_whole
+from .run import contexts_of, copied_student, example
 
 # Tokens per sequence at which FLOPs are counted before the data are known.
 _LENGTH = 128
@@ -30,6 +31,8 @@ def rehearse(
     predict: Predict | None = None,
     latency: LatencyTable | None = None,
     accelerator: Accelerator | None = None,
+    tokenizer: Any = None,
+    max_length: int | None = None,
 ) -> str | None:
     """Checks what can be checked of a later call of `kprune`, whose arguments and errors are the same.
 
@@ -44,12 +47,13 @@ def rehearse(
         block.enter_context(torch.random.fork_rng(devices=[]))
         copied = copied_student(model, config, predict, accelerator)
         given, stack = copied.given, copied.stack
+        batches = batches_for(given, dataloader, tokenizer=tokenizer, max_length=max_length)
         config = given.options(config)
         for context in contexts_of(copied):
             block.enter_context(context)
         sample = None
         if not isinstance(dataloader, Iterator):
-            first = next(iter(dataloader), None)
+            first = next(iter(batches), None)
             samples = collect_samples(
                 given.model,
                 [] if first is None else [first],

@@ -31,20 +31,20 @@ from ..model_layers.device_map import (
     require_whole_layers,
 )
 from ..model_layers.hooks import evaluating
-from ..model_layers.inputs import Entries, Inputs
 from ..model_layers.layer_stack import LayerStack, plain_outputs
 from ..modeling.copying import uneven_copy_within
 from ..samples.samples import CalibrationData, Sample
 from ..samples.sharing import (
     own_model,
+    own_share,
     processes_of,
     require_one_task,
-    shared_data,
     working_on,
 )
 from ..units.sublayers import SubLayer, layers_path, sublayers
 from .config import KPruneConfig
 from .config_checks import CPU_BATCH_TOKENS
+from .data import batches_for, collected, warn_if_few
 from .given import Given, given_model, require_module, with_problem
 from .guard import check_copy
 
@@ -104,6 +104,8 @@ def prepared(
     predict: Predict | None = None,
     latency: LatencyTable | None = None,
     accelerator: Accelerator | None = None,
+    tokenizer: Any = None,
+    max_length: int | None = None,
 ) -> Iterator[PruningRun]:
     """Prepares a run of `kprune`, whose arguments and errors are the same.
 
@@ -116,6 +118,13 @@ def prepared(
     processes = processes_of(accelerator)
     with processes.error_barrier():
         copied = copied_student(model, config, predict, accelerator)
+        batches = batches_for(
+            copied.given,
+            own_share(dataloader, accelerator),
+            tokenizer=tokenizer,
+            max_length=max_length,
+            part=(processes.rank, processes.count),
+        )
     given, whole, stack, device_map = copied.given, copied.whole, copied.stack, copied.device_map
     own, config = given.model, given.options(config)
     architecture = find_architecture(own)
@@ -126,24 +135,13 @@ def prepared(
         for context in contexts_of(copied):
             block.enter_context(context)
         memory = block.enter_context(state_memory(config.state_bytes))
-        data = shared_data(
-            own,
-            dataloader,
-            max_tokens=config.max_tokens,
-            seed=config.seed,
-            scored=(config.score_fraction or 1.0, config.min_score_samples or 1),
-            image_tokens=lambda inputs: image_tokens(stack, inputs),
-            runs=(lambda inputs: run_whole(given, inputs)) if given.is_own else None,
-            accelerator=accelerator,
-            processes=processes,
-            causal=architecture.is_causal,
-            targets=given.predicts_next_tokens,
-            held_out=config.held_out if given.predicts_next_tokens else 0.0,
-        )
+        data = collected(given, stack, batches, config, processes)
         with processes.error_barrier():
             first = example(given, data.samples)
             check_copy(given, whole, layers_path(own, architecture), device_map, first)
         teacher = sublayers(own, architecture)
+        if processes.is_main:
+            warn_if_few(data.tokens, teacher)
         budget = _budget(own, teacher, data, config, latency, processes)
         # Only now: latency is measured as the model will run.
         block.enter_context(without_onednn(whole))
@@ -219,18 +217,6 @@ def contexts_of(copied: Copied) -> Iterator[AbstractContextManager[Any]]:
     yield plain_outputs(pruned.config)
     layers = layers_path(pruned, find_architecture(pruned))
     yield moving_inputs(pruned, layers, copied.device_map)
-
-
-def image_tokens(stack: LayerStack, inputs: Inputs) -> int:
-    """Number of tokens that a model makes of each image of a batch."""
-    one = inputs.part(slice(1)).to(input_device(stack.model))
-    return stack.enter(one)[0].shape[1]
-
-
-@torch.no_grad()
-def run_whole(given: Given, inputs: Inputs) -> None:
-    """Runs the user's `predict` on a batch."""
-    given.predict(given.whole, Entries(inputs.to(input_device(given.model))))
 
 
 def _budget(
