@@ -18,7 +18,7 @@ from .budget.latency import LatencyTable
 from .calibration.device_map import dispatch
 from .common.memory import trim_memory
 from .config import KPruneConfig
-from .modeling.copying import record_kept
+from .modeling.copying import become_plain, record_kept
 from .preparation import PruningRun, prepared
 from .progress import progress_over
 from .report.making import HeldOut, make_report
@@ -33,6 +33,7 @@ from .steps import (
     uniform_numbers,
 )
 from .tuning.logit_scale import scale_logits
+from .units.kept import kept_units
 from .units.surgery import set_output, shrink
 
 
@@ -178,6 +179,10 @@ def _finished(run: PruningRun, outcome: Outcome) -> Any:
     """Returns the pruned model, with its record and report."""
     kept, budget, config = outcome.kept, run.budget, run.config
     record_kept(run.pruned, zip(kept[::2], kept[1::2], strict=True))
+    units = None
+    if config.layout == "uniform":
+        units = kept_units(run.pruned.config)
+        become_plain(run.whole, run.pruned)
     _copy_requires_grad(run.given.whole, run.whole)
     pruned: Any = dispatch(run.pruned, run.device_map)
     flops = [unit_flops(run.model, sublayer, budget.length) for sublayer in run.teacher]
@@ -194,6 +199,7 @@ def _finished(run: PruningRun, outcome: Outcome) -> Any:
         tokens=run.data.tokens,
         logit_scale=outcome.logit_scale,
         losses=outcome.losses,
+        kept=units,
     )
     return run.whole
 

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from .architectures.tasks import Predict
 from .budget.costs import budget_for, cost_tables
 from .budget.latency import LatencyTable
+from .budget.uniform import allowed_sizes
 from .calibration.samples import collect_samples
 from .config import KPruneConfig
 from .guard import check_copy
@@ -68,6 +69,10 @@ def rehearse(
         if metric != "latency" or latency is not None:
             length = config.sequence_length or _LENGTH
             targets = sublayers(given.model, architecture)
-            budget_for(cost_tables(given.model, targets, metric, length, latency), config.reduction)
+            costs = cost_tables(given.model, targets, metric, length, latency)
+            if config.layout == "uniform":
+                kinds = [target.kind for target in targets]
+                allowed_sizes(given.model, kinds, costs, config.reduction, config.round_to)
+            budget_for(costs, config.reduction)
         unsaved: str | None = getattr(stack.model, "kprune_unsaved", None)
         return unsaved

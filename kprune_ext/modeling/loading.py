@@ -225,3 +225,14 @@ def readable_report(path: str | os.PathLike[str]) -> KPruneReport | None:
     except (OSError, ValueError) as error:
         logger.warning("The report is left out, as it is damaged: %s", error)
         return None
+
+
+def fitting_report(config: Any, report: KPruneReport | None) -> KPruneReport | None:
+    """Returns a report if it describes a model of the sizes in a config, else None after a warning."""
+    if report is None:
+        return None
+    sizes = [size for row in kept_units(config) for size in (len(row.heads), len(row.neurons))]
+    if sizes == [row.units for row in report.sublayers]:
+        return report
+    logger.warning("Ignored %s: it describes a model with other sizes than this one.", REPORT_FILE)
+    return None

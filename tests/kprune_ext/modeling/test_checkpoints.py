@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM
 
 from kprune_ext import kprune
-from kprune_ext.modeling import checkpoints
 from kprune_ext.modeling import replacing_files as saving
+from kprune_ext.modeling import saved
 from tests.helpers.kprune import padded, sequences
 from tests.helpers.kprune_checkpoints import batch, contents, load
 from tests.helpers.kprune_models import outputs_of, tiny
@@ -33,7 +33,7 @@ def test_a_failing_save_leaves_the_previous_checkpoint(pruned, tmp_path, monkeyp
         pruned.classifier.bias += 1
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoints, "card_text", _full_disk)  # after the weights are written
+            patch.setattr(saved, "card_text", _full_disk)  # after the weights are written
             with pytest.raises(OSError, match="no space"):
                 pruned.save_pretrained(tmp_path)
         assert contents(tmp_path) == before
@@ -51,7 +51,7 @@ def test_a_failing_save_leaves_the_previous_checkpoint(pruned, tmp_path, monkeyp
                 pruned.save_pretrained(tmp_path, max_shard_size="8KB", self_contained=True)
         assert contents(tmp_path) == before
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoints, "card_text", _full_disk)
+            patch.setattr(saved, "card_text", _full_disk)
             with pytest.raises(OSError, match="no space"):
                 pruned.save_pretrained(tmp_path / "new" / "folder")
         assert not (tmp_path / "new").exists()
@@ -70,14 +70,14 @@ def test_a_killed_save_leaves_the_previous_checkpoint(pruned, tmp_path) -> None:
     script = """
 import sys, time
 import kprune_ext
-from kprune_ext.modeling import checkpoints
+from kprune_ext.modeling import saved
 from transformers import AutoModelForSequenceClassification
 model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
 model.classifier.bias.data += 1
 def wait(*_):
     print("weights are written", flush=True)
     time.sleep(300)
-checkpoints.card_text = wait
+saved.card_text = wait
 model.save_pretrained(sys.argv[1])
 """
     process = subprocess.Popen(
