@@ -14,8 +14,10 @@ from .loading import (
     check_config,
     check_weights,
     fitting_report,
+    quantization_of,
     refuse_pickle,
     stored_report,
+    unpacked_on_cpu,
     warn_of_values,
 )
 from .model_card import pruning_section
@@ -50,6 +52,8 @@ class Checkpoints(Saved):
         wants_info = kwargs.pop("output_loading_info", False)
         allow_mismatched = kwargs.pop("ignore_mismatched_sizes", False)
         where = dict(kwargs)
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = quantization_of(cls, source, kwargs)
         loads_file = kwargs.get("state_dict") is None and not kwargs.get("gguf_file")
         safe = {"use_safetensors": True} if loads_file else {}
         try:
@@ -67,6 +71,7 @@ class Checkpoints(Saved):
                 f"({error}). Restore it from the pruned checkpoint."
             ) from error
         model, info = loaded
+        unpacked_on_cpu(model)
         if loads_file:
             check_weights(model, source, info, allow_mismatched)
             warn_of_values(model, source)

@@ -93,7 +93,10 @@ def test_factors_of_longrope_keep_the_heads_of_phi3() -> None:
     [
         (lambda: tiny_bert(), "keeps all 4 heads, as a plain BertConfig cannot name fewer, and at"),
         (lambda: tiny_decoder("gpt2"), "keeps all 3 heads, as a plain GPT2Config cannot name"),
-        (lambda: tiny_decoder("qwen3"), "keeps at least 1 of 3 key-value groups, and at least 1 of"),
+        (
+            lambda: tiny_decoder("qwen3"),
+            "keeps at least 1 of 3 key-value groups, and at least 1 of",
+        ),
     ],
 )
 def test_the_budget_that_equal_layers_allow_is_named(model, message: str) -> None:
