@@ -109,7 +109,9 @@ class EmptyConv1D(Conv1D):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns `(..., outputs)` for an input `(..., 0)`."""
-        return self.bias + x.sum(dim=-1, keepdim=True)  # zeros, so that gradients pass on
+        output: Tensor = self.bias + x.sum(dim=-1, keepdim=True)  # zeros, so that gradients pass on
+        # DistributedDataParallel expects a gradient of every parameter, also of one without elements.
+        return output + self.weight.sum() if self.training else output
 
 
 def headless_bert(attention: nn.Module, kept: tuple[int, ...]) -> nn.Module:

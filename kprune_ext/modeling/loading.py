@@ -244,9 +244,10 @@ def fitting_report(config: Any, report: KPruneReport | None) -> KPruneReport | N
 
 
 def quantization_of(kind: Any, source: Any, options: Mapping[str, Any]) -> Any:
-    """Returns `quantization_config`, which leaves out linear modules without inputs or outputs.
+    """Returns `quantization_config`, which leaves out linear modules of less than two inputs or outputs.
 
-    No kernel quantizes a matrix without elements.
+    No kernel quantizes a matrix without elements, and the products of bitsandbytes with one of a single
+    column are wrong.
 
     Args:
         kind: Class of the model that is to be loaded.
@@ -266,16 +267,16 @@ def quantization_of(kind: Any, source: Any, options: Mapping[str, Any]) -> Any:
         )
     with torch.device("meta"):
         model = kind(copy.deepcopy(config))
-    empty = [
+    small = [
         path
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and not module.weight.numel()
+        if isinstance(module, nn.Linear | Conv1D) and min(module.weight.shape) < 2
     ]
-    if not empty:
+    if not small:
         return given
     made, skipped = copy.deepcopy(given), getattr(given, name)
     usual = HfQuantizer.get_modules_to_not_convert(model) if skipped is None else skipped
-    setattr(made, name, [*usual, *empty])
+    setattr(made, name, [*usual, *small])
     return made
 
 

@@ -12,7 +12,7 @@ from ..architectures.table import ROWS
 from ..report.from_sizes import report_from_sizes
 from ..report.report import REPORT_FILE, KPruneReport
 from .classes import KIND_OF_NAME, UnevenLayers
-from .loading import fitting_report, stored_report
+from .loading import fitting_report, readable_report, stored_report
 
 
 def load_report(
@@ -60,6 +60,14 @@ def load_report(
         if fits:
             return stored
     return _from_sizes(config, KIND_OF_NAME[names[0]] if names else None, sequence_length)
+
+
+def report_beside(model: PreTrainedModel) -> KPruneReport | None:
+    """Returns the report in the local folder that a model was loaded from, if it describes the model."""
+    path = Path(getattr(model, "name_or_path", "") or "", REPORT_FILE)
+    if model.config.model_type not in ROWS or not path.is_file():
+        return None
+    return fitting_report(model.config, readable_report(path))
 
 
 def _from_sizes(config: Any, kind: Any, length: int) -> KPruneReport:

@@ -14,7 +14,7 @@ from ..architectures.row import Architecture, SubLayerPaths
 from ..common.version import installed_version
 from ..units.grouped_query import attention_sizes
 from ..units.kept import decode_indices, read_kept
-from ..units.per_layer import WithoutLayerSettings
+from ..units.per_layer import PrunedConfig
 from . import standalone
 
 MODELING_FILE = "modeling_kprune_ext.py"
@@ -84,7 +84,7 @@ def modeling_source(
         f"LAYERS = {architecture.layers!r}",
         _table(architecture),
         f"EMPTY = {EmptyConv1D.__name__ if has_conv1d else None}\n",
-        inspect.getsource(WithoutLayerSettings),
+        inspect.getsource(PrunedConfig),
         inspect.getsource(standalone.UnevenLayers),
         inspect.getsource(standalone.paths_in),
         inspect.getsource(standalone.width),
@@ -93,7 +93,7 @@ def modeling_source(
         inspect.getsource(standalone.replace_module),
         _CLASS.format(
             name=config_class.__name__,
-            bases=f"{WithoutLayerSettings.__name__}, {dense_config.__name__}",
+            bases=f"{PrunedConfig.__name__}, {dense_config.__name__}",
             about="Config with the field `kprune`, which lists the units that are kept",
             setting=f"model_type = {architecture.pruned_type!r}",
         ),

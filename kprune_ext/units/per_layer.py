@@ -19,14 +19,24 @@ from .sublayers import layers_path
 FIELD = "per_layer_config"
 
 
-class WithoutLayerSettings:
-    """Mixin of a config class that leaves `per_layer_config` out when it is read."""
+class PrunedConfig:
+    """Mixin of the config classes of pruned families."""
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Returns the config, as transformers does, from all other fields."""
+        """Returns the config, as transformers does, from all fields but `per_layer_config`."""
         fields = {name: value for name, value in config_dict.items() if name != "per_layer_config"}
         return super().from_dict(fields, **kwargs)  # type: ignore[misc]
+
+    @property
+    def auto_map(self) -> dict[str, str]:
+        """Classes in files beside the model, none by default. TRL reads it of every unknown class."""
+        found: dict[str, str] = vars(self).get("auto_map", {})
+        return found
+
+    @auto_map.setter
+    def auto_map(self, classes: dict[str, str]) -> None:
+        vars(self)["auto_map"] = classes
 
 
 def per_layer_settings(model: Any, row: Architecture) -> dict[str, Any]:

@@ -30,9 +30,9 @@ def load(folder: Path, **options: Any) -> Any:
     return AutoModelForSequenceClassification.from_pretrained(folder, **options)
 
 
-def equal_cut(model: Any) -> Any:
+def equal_cut(model: Any, round_to: int = 1) -> Any:
     """A copy with the same numbers of heads and of neurons in every layer, but not the same ones."""
-    sizes = plain_sizes(model.config)
+    sizes = plain_sizes(model.config, round_to)
     heads, neurons = sizes.heads[-2:][0], sizes.neurons[len(sizes.neurons) // 2]
 
     def some(count: int, total: int, layer: int) -> list[int]:
