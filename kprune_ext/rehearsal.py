@@ -69,10 +69,13 @@ def rehearse(
         if metric != "latency" or latency is not None:
             length = config.sequence_length or _LENGTH
             targets = sublayers(given.model, architecture)
-            costs = cost_tables(given.model, targets, metric, length, latency)
             if config.layout == "uniform":
+                # Neurons, which can always go, are the larger part of FLOPs the shorter the texts are.
+                least = config.sequence_length or 1
+                costs = cost_tables(given.model, targets, metric, least, latency)
                 kinds = [target.kind for target in targets]
                 allowed_sizes(given.model, kinds, costs, config.reduction, config.round_to)
+            costs = cost_tables(given.model, targets, metric, length, latency)
             budget_for(costs, config.reduction)
         unsaved: str | None = getattr(stack.model, "kprune_unsaved", None)
         return unsaved
