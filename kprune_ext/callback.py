@@ -5,18 +5,22 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import ParallelMode, TrainingArguments
 
 from .becoming import become_
 from .modeling.classes import UnevenLayers
+from .modeling.saved_report import report_beside
 from .preparation.config import KPruneConfig
 from .preparation.given import given_config
 from .preparation.rehearsal import rehearse
 from .pruning import kprune
+from .report.report import REPORT_FILE, KPruneReport
 
 
 class KPruneCallback(TrainerCallback):
@@ -97,6 +101,18 @@ class KPruneCallback(TrainerCallback):
         if self.at_step == state.global_step:
             self._prune(**kwargs)
 
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Puts the report beside a checkpoint that transformers' own class has written.
+
+        It tells later runs that the model, whose layers have equal sizes, is pruned.
+        """
+        folder = Path(args.output_dir or ".", f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        report = _report_of(kwargs["model"]) if state.is_world_process_zero else None
+        if report is not None and folder.is_dir() and not (folder / REPORT_FILE).exists():
+            report.save_json(folder / REPORT_FILE)
+
     def _prune(self, model: Any, optimizer: Any = None, **others: Any) -> None:
         options = _with_tokenizer(self.options, others)
         pruned = kprune(model, self.dataloader, self.config, **options)
@@ -129,8 +145,14 @@ def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name != "progress"}
 
 
+def _report_of(model: Any) -> KPruneReport | None:
+    """Returns the report of a pruned model whose class may be transformers' own."""
+    return getattr(model, "kprune_report", None) or report_beside(model)
+
+
 def _require_pruned(model: Any, step: int, at_step: int) -> None:
-    if not any(isinstance(module, UnevenLayers) for module in model.modules()):
+    is_pruned = any(isinstance(module, UnevenLayers) for module in model.modules())
+    if not is_pruned and _report_of(model) is None:
         raise ValueError(
             f"The run was resumed at step {step}, and the model was to be pruned after step {at_step}, "
             "but it is not. Load it from the checkpoint (from_pretrained) if it was pruned before that; "

@@ -11,6 +11,7 @@ from torch import nn
 
 from .architectures.table import find_architecture
 from .budget.costs import budget_for, cost_tables, unit_flops
+from .budget.uniform import allowed_sizes
 from .calibration.next_tokens import most_in_chunk, vocabulary
 from .calibration.state_memory import batch_tokens_on
 from .knowledge.signal import depth_tokens_on
@@ -142,7 +143,11 @@ def plan_pruning(
     targets = sublayers(made, row)
     metric = config.metric or "params"
     if metric != "latency":
-        budget_for(cost_tables(made, targets, metric, length, None), config.reduction)
+        costs = cost_tables(made, targets, metric, length, None)
+        if config.layout == "uniform":
+            kinds = [target.kind for target in targets]
+            allowed_sizes(made, kinds, costs, config.reduction, config.round_to)
+        budget_for(costs, config.reduction)
     samples = max(1, config.max_tokens // length)
     scored = max(
         round((config.score_fraction or 1) * samples), min(samples, config.min_score_samples or 1)

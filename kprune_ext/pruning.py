@@ -17,7 +17,7 @@ from .budget.costs import unit_flops
 from .budget.latency import LatencyTable
 from .common.memory import trim_memory
 from .model_layers.device_map import dispatch, own_weights
-from .modeling.copying import record_kept
+from .modeling.copying import become_plain, record_kept
 from .preparation.config import KPruneConfig
 from .preparation.given import given_config
 from .preparation.run import PruningRun, prepared
@@ -34,6 +34,7 @@ from .steps import (
     uniform_numbers,
 )
 from .tuning.logit_scale import scale_logits
+from .units.kept import kept_units
 from .units.surgery import set_output, shrink
 
 
@@ -198,6 +199,10 @@ def _finished(run: PruningRun, outcome: Outcome) -> Any:
     """Returns the pruned model, with its record and report."""
     kept, budget, config = outcome.kept, run.budget, run.config
     record_kept(run.pruned, zip(kept[::2], kept[1::2], strict=True))
+    units = None
+    if config.layout == "uniform":
+        units = kept_units(run.pruned.config)
+        become_plain(run.whole, run.pruned)
     _copy_requires_grad(run.given.whole, run.whole)
     pruned: Any = dispatch(run.pruned, run.device_map)
     flops = [unit_flops(run.model, sublayer, budget.length) for sublayer in run.teacher]
@@ -214,6 +219,7 @@ def _finished(run: PruningRun, outcome: Outcome) -> Any:
         tokens=run.data.tokens,
         logit_scale=outcome.logit_scale,
         losses=outcome.losses,
+        kept=units,
     )
     return run.whole
 

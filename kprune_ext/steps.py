@@ -48,11 +48,11 @@ def measured_scores(run: PruningRun, step: int) -> list[Tensor]:
 
 def uniform_numbers(run: PruningRun, scores: Sequence[Tensor]) -> dict[str, int] | None:
     """Returns the number of units that every sub-layer keeps, by kind, if all layers are alike."""
-    if run.config.layout != "uniform":
-        return None
     budget, kinds = run.budget, [target.kind for target in run.student]
+    if budget.allowed is None:
+        return None
     heads, neurons = uniform_sizes(
-        scores, kinds, budget.costs, budget.limit, run.config.round_to, budget.least
+        scores, kinds, budget.costs, budget.limit, budget.allowed, budget.least
     )
     heads, neurons = run.processes.gather((heads, neurons))[0]
     return {"attention": heads, "ffn": neurons}

@@ -48,19 +48,39 @@ def _llama_ffn(norm: str, norm_after: str | None = None) -> SubLayerPaths:
     )
 
 
+def _divides_hidden_size(config: Any, heads: int) -> bool:
+    """Whether heads divide the hidden size, which some configs ask for in spite of `head_dim`."""
+    return int(config.hidden_size) % heads == 0
+
+
+def _phi3_rule(config: Any, heads: int) -> bool:
+    """Whether the factors of longrope fit: the config derives their number without `head_dim`."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    factors = rope.get("short_factor")
+    if not factors:
+        return True
+    part = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", 1.0))
+    return int(config.hidden_size // heads * part) // 2 == len(factors)
+
+
 LLAMA = Architecture(
     model_type="llama",
     layers="layers",
     attention=(_llama_attention(),),
     ffn=(_llama_ffn("post_attention_layernorm"),),
     has_head_size=True,
+    head_rule=_divides_hidden_size,
     is_causal=True,
     transformers=OLDEST,
 )
 
+#: Like Llama, but with any number of heads.
+MISTRAL = replace(LLAMA, model_type="mistral", head_rule=Architecture.head_rule)
+
 PHI3 = replace(
     LLAMA,
     model_type="phi3",
+    head_rule=_phi3_rule,
     attention=(
         replace(
             LLAMA.attention[0],
@@ -137,7 +157,8 @@ OPT = Architecture(
 
 DECODERS: tuple[Architecture, ...] = (
     LLAMA,
-    *(replace(LLAMA, model_type=name) for name in ("mistral", "qwen2", "qwen3", "gemma")),
+    MISTRAL,
+    *(replace(MISTRAL, model_type=name) for name in ("qwen2", "qwen3", "gemma")),
     PHI3,
     GEMMA2,
     replace(GEMMA2, model_type="gemma3_text", transformers="5.0"),

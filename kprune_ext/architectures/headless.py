@@ -109,7 +109,9 @@ class EmptyConv1D(Conv1D):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns `(..., outputs)` for an input `(..., 0)`."""
-        return self.bias + x.sum(dim=-1, keepdim=True)  # zeros, so that gradients pass on
+        output: Tensor = self.bias + x.sum(dim=-1, keepdim=True)  # zeros, so that gradients pass on
+        # DistributedDataParallel expects a gradient of every parameter, also of one without elements.
+        return output + self.weight.sum() if self.training else output
 
 
 def headless_bert(attention: nn.Module, kept: tuple[int, ...]) -> nn.Module:
@@ -138,3 +140,17 @@ def kept_mpnet_heads(attention: nn.Module, kept: tuple[int, ...]) -> nn.Module:
     return KeptMPNetSelfAttention(
         attention, tuple(kept if before is None else (before[head] for head in kept))
     )
+
+
+def family_class(attention: nn.Module) -> None:
+    """Gives attention of this package the family's own class again, in place, if all of it is there.
+
+    Args:
+        attention: Any module. With the heads, or key-value groups, that the model's config names, the
+            family's own class computes the same.
+    """
+    if type(attention).__module__.startswith(__name__.rpartition(".")[0] + "."):
+        attention.__class__ = next(
+            kind for kind in type(attention).__mro__ if kind.__module__.startswith("transformers.")
+        )
+        vars(attention).pop("kept_heads", None)

@@ -10,9 +10,14 @@ from .headless import HeadlessAttention, headless
 from .row import Architecture, SubLayerPaths
 
 
-def _dinov2_neurons(config: Any) -> int:
-    neurons = int(config.hidden_size * config.mlp_ratio)
+def _dinov2_neurons(config: Any, ratio: int | None = None) -> int:
+    neurons = int(config.hidden_size * (config.mlp_ratio if ratio is None else ratio))
     return (int(neurons * 2 / 3) + 7) // 8 * 8 if config.use_swiglu_ffn else neurons
+
+
+def _dinov2_choices(config: Any) -> dict[int, int]:
+    """Returns the ratio for each number of neurons: the config takes whole ratios only."""
+    return {_dinov2_neurons(config, ratio): ratio for ratio in range(1, int(config.mlp_ratio) + 1)}
 
 
 VIT = Architecture(
@@ -59,7 +64,8 @@ DINOV2 = Architecture(
         )
     ),
     neurons=_dinov2_neurons,
-    neurons_setting=None,
+    neurons_setting="mlp_ratio",
+    neuron_choices=_dinov2_choices,
     transformers="5.18",
 )
 

@@ -73,9 +73,13 @@ class Architecture:
             it has.
         ffn: Variants of the feed-forward sub-layer, likewise.
         neurons: Returns the number of neurons of an unpruned layer, given the config.
-        neurons_setting: Name of the config's setting that is this number; None if it is another one.
-        has_head_size: Whether attention may have any number of heads of any size, as the config's
-            `head_dim` says.
+        neurons_setting: Name of the config's setting that this number follows from.
+        neuron_choices: Returns the numbers of neurons that the config can name and the setting's value
+            for each, given the config; None if the setting is the number itself.
+        has_head_size: Whether attention may have another number of heads of the same size, as the
+            config's `head_dim` says.
+        head_rule: Whether the config accepts a number of query heads, given `(config, heads)`, where
+            it has a `head_dim`.
         extra_head_flops: Returns the FLOPs of a head on one sequence other than those of projections
             and of the products of queries, keys and values, given `(config, length)`.
         refusal: Returns why a model with this config cannot be pruned, or None if it can.
@@ -89,8 +93,10 @@ class Architecture:
     attention: tuple[SubLayerPaths, ...]
     ffn: tuple[SubLayerPaths, ...]
     neurons: Callable[[Any], int] = lambda config: int(config.intermediate_size)
-    neurons_setting: str | None = "intermediate_size"
+    neurons_setting: str = "intermediate_size"
+    neuron_choices: Callable[[Any], Mapping[int, int]] | None = None
     has_head_size: bool = False
+    head_rule: Callable[[Any, int], bool] = lambda config, heads: True
     extra_head_flops: Callable[[Any, int], int] = lambda config, length: 0
     refusal: Callable[[Any], str | None] = lambda config: None
     is_causal: bool = False

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..architectures.table import find_architecture
+from ..units.plain import PlainSizes
 from ..units.sublayers import SubLayer
 from . import flops as cost
 from .key_value_cache import cache_bytes
@@ -30,12 +31,14 @@ class Budget:
         limit: Largest total cost of the kept units, in the unit of the run's metric.
         least: Least number of units that a sub-layer keeps, per sub-layer.
         length: Tokens per sequence at which FLOPs are counted.
+        allowed: Sizes from which layers of equal size choose; None if each layer has its own.
     """
 
     costs: list[Tensor]
     limit: float
     least: list[int]
     length: int
+    allowed: PlainSizes | None = None
 
 
 def unit_flops(model: PreTrainedModel, sublayer: SubLayer, length: int) -> int:

@@ -8,19 +8,24 @@ transformers' Auto classes when `kprune_ext` is imported; nothing of transformer
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, ClassVar
 
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..architectures.row import Architecture
 from ..architectures.table import ARCHITECTURES, ROWS, find_architecture
 from ..architectures.tasks import TASKS, Task, find_task
 from ..units.kept import kept_units
+from ..units.per_layer import PrunedConfig
 from ..units.sublayers import sublayers
 from ..units.surgery import shrink
 from .checkpoints import Checkpoints, InMemory
+from .loading import fitting_report, stored_report
+from .model_card import pruning_section
+from .saved import Saved
 
 
 class UnevenLayers(Checkpoints):
@@ -35,6 +40,47 @@ class UnevenLayers(Checkpoints):
             units = row.heads if sublayer.kind == "attention" else row.neurons
             if len(units) < sublayer.units:
                 shrink(sublayer, units)
+
+    def _get_name(self) -> str:
+        # Trainer tells language models by it, whose labels it shifts for smoothing.
+        return str(dense_class(type(self)).__name__)
+
+
+class PlainLayers(Saved):
+    """Mixin of pruned models that a class and config of transformers describe as they are.
+
+    In memory they have the report, and write it beside their checkpoint. What is loaded from there is of
+    transformers' class, with the package or without it.
+
+    Attributes:
+        kprune_dense: The class that the mixin is put on.
+    """
+
+    kprune_dense: ClassVar[Any]
+
+    def __reduce__(self) -> Any:
+        """Refers to the class by what it is made of, as it has the name of another one."""
+        return _unpickled, (self.kprune_dense,), self.__dict__
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Loads a model as transformers does, with its report."""
+        where = dict(kwargs)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        report = stored_report(pretrained_model_name_or_path, where)
+        model.kprune_report = fitting_report(model.config, report)
+        return loaded
+
+    def _section(self, self_contained: bool) -> str | None:
+        if self.kprune_report is None:
+            return None
+        return pruning_section(self.kprune_report, self.kprune_auto.__name__, None, plain=True)
+
+
+def _unpickled(dense: Any) -> Any:
+    made = plain_class(dense)
+    return made.__new__(made)
 
 
 #: Module of the classes defined here. PEFT writes it into adapter_config.json.
@@ -54,7 +100,7 @@ def _pruned_config(architecture: Architecture) -> Any:
     dense = CONFIG_MAPPING[architecture.model_type]
     return _define(
         f"KPrune{dense.__name__}",
-        (dense,),
+        (PrunedConfig, dense),
         __doc__=f"{dense.__name__} with the field `kprune`, which lists the units that are kept.",
         model_type=architecture.pruned_type,
     )
@@ -66,6 +112,7 @@ def _pruned_model(dense: type[PreTrainedModel], config: type, **members: Any) ->
         (UnevenLayers, dense),
         __doc__=f"{dense.__name__} with layers of uneven size.",
         config_class=config,
+        kprune_stock=f"KPrune{dense.__name__}",
         **members,
     )
 
@@ -120,6 +167,8 @@ def stock_class(kind: type) -> Any:
 
 def is_stock(kind: type) -> bool:
     """Returns whether a class is one of transformers or of this package, not a user's own."""
+    if issubclass(kind, PlainLayers):
+        kind = kind.kprune_dense
     return kind in PRUNED_CLASSES or kind in KIND_OF_NAME.values()
 
 
@@ -133,6 +182,8 @@ def uneven_class(kind: type, architecture: Architecture) -> Any:
         kind: Class of the model.
         architecture: Table row of its family.
     """
+    if issubclass(kind, PlainLayers):
+        kind = kind.kprune_dense
     stock = stock_class(kind)
     if issubclass(kind, UnevenLayers) or kind in PRUNED_CLASSES:
         return kind if issubclass(kind, UnevenLayers) else stock
@@ -146,6 +197,46 @@ def uneven_class(kind: type, architecture: Architecture) -> Any:
         return type(f"KPrune{kind.__name__}", (kind, stock), members)
     members |= {"kprune_row": architecture, "kprune_auto": None, "kprune_family": {}}
     return type(f"KPrune{kind.__name__}", (UnevenLayers, kind), members)
+
+
+@functools.cache
+def plain_class(dense: Any) -> Any:
+    """Returns the class of a pruned model whose layers a config of transformers describes.
+
+    It has the name of the class that it is made of, which transformers, PEFT and TRL write into
+    checkpoints and read to tell tasks apart.
+
+    Args:
+        dense: A model class of transformers, or a user's own that is derived from one.
+    """
+    stock = next((kind for kind in dense.__mro__ if kind in MODEL_TASKS), None)
+    members = {
+        "__doc__": f"{dense.__name__} whose layers were pruned to equal sizes.",
+        "__module__": dense.__module__,
+        "__qualname__": dense.__qualname__,
+        "kprune_dense": dense,
+        "kprune_auto": None if stock is None else MODEL_TASKS[stock].auto,
+        "kprune_stock": None if stock is None else stock.__name__,
+    }
+    return type(dense.__name__, (PlainLayers, dense), members)
+
+
+def dense_class(kind: type) -> Any:
+    """Returns the class of transformers, or of a user, that a pruned class is made of."""
+    return next(parent for parent in kind.__mro__ if _is_dense(parent))
+
+
+def _is_dense(kind: type) -> bool:
+    return issubclass(kind, PreTrainedModel) and not issubclass(kind, Saved)
+
+
+def dense_config_class(kind: type, architecture: Architecture) -> Any:
+    """Returns the config class of transformers, or of a user, that a pruned one is made of."""
+    return next(
+        parent
+        for parent in kind.__mro__
+        if issubclass(parent, PretrainedConfig) and parent.model_type == architecture.model_type
+    )
 
 
 def in_memory_class(kind: type) -> type:

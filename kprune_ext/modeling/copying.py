@@ -1,4 +1,4 @@
-"""Copying of a model for pruning, and the record of the units that are kept."""
+"""Copying of a model for pruning, the record of the units that are kept, and its plain form."""
 
 from __future__ import annotations
 
@@ -9,12 +9,22 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..architectures.headless import family_class
 from ..architectures.row import Architecture
 from ..architectures.table import find_architecture
 from ..model_layers.device_map import DeviceMap, copy_weights, device_map_of
-from ..units.kept import KeptUnits, kept_units, store_kept_units
+from ..units.kept import KeptUnits, kept_units, plain_settings, store_kept_units
+from ..units.plain import plain_values
 from ..units.sublayers import SubLayer, sublayers
-from .classes import in_memory_class, uneven_class, uneven_config_class
+from .classes import (
+    UnevenLayers,
+    dense_class,
+    dense_config_class,
+    in_memory_class,
+    plain_class,
+    uneven_class,
+    uneven_config_class,
+)
 from .twins import Memo, twin_of
 
 
@@ -82,13 +92,10 @@ def _uneven_config(model: Any, units: Sequence[SubLayer]) -> Any:
     """Returns the config of a model's pruned copy, with all units that the model has."""
     given = model.config
     kind = uneven_config_class(type(given), find_architecture(model))
-    settings = given.to_dict()
-    for name in ("model_type", "architectures", "transformers_version", "_name_or_path"):
-        settings.pop(name, None)
+    settings = plain_values(given)
     rows = _rows(given, units)
     if len(rows) != given.num_hidden_layers:
         settings[given.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(rows)
-        settings.pop("kprune", None)
         if isinstance(settings.get("layer_types"), list):
             settings["layer_types"] = settings["layer_types"][: len(rows)]
         if "stage_names" in settings:
@@ -139,3 +146,36 @@ def record_kept(model: PreTrainedModel, units: Iterable[tuple[list[int], list[in
         for before, (heads, neurons) in zip(kept_units(model.config), units, strict=True)
     ]
     store_kept_units(model.config, rows)
+
+
+def become_plain(whole: nn.Module, pruned: Any) -> None:
+    """Gives a pruned model the class and config of transformers that describe it, in place.
+
+    Args:
+        whole: The module that it is in, or itself: all in it that refer to its config are told.
+        pruned: The pruned model, with the same sizes in all layers, which are recorded in its config.
+
+    Raises:
+        ValueError: If the family's config cannot describe the model.
+    """
+    before, architecture = pruned.config, find_architecture(pruned)
+    settings = plain_settings(before)
+    kind = dense_config_class(type(before), architecture)
+    if settings is None:
+        raise ValueError(
+            f"A plain {kind.__name__} cannot describe the sizes of this model's layers, which its "
+            "field 'kprune' lists. Prune with layout='free'."
+        )
+    config = kind(**(plain_values(before) | settings))
+    config._attn_implementation = before._attn_implementation
+    for module in whole.modules():
+        for name, value in vars(module).items():
+            if value is before:
+                vars(module)[name] = config
+    for module in pruned.modules():
+        if module is not pruned and isinstance(module, UnevenLayers):
+            module.__class__ = dense_class(type(module))
+        family_class(module)
+    own = dense_class(type(pruned))
+    pruned.__class__ = plain_class(own)
+    config.architectures = [pruned.kprune_stock or own.__name__]

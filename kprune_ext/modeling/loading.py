@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -10,7 +11,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from ..architectures.table import ROWS
@@ -225,3 +230,64 @@ def readable_report(path: str | os.PathLike[str]) -> KPruneReport | None:
     except (OSError, ValueError) as error:
         logger.warning("The report is left out, as it is damaged: %s", error)
         return None
+
+
+def fitting_report(config: Any, report: KPruneReport | None) -> KPruneReport | None:
+    """Returns a report if it describes a model of the sizes in a config, else None after a warning."""
+    if report is None:
+        return None
+    sizes = [size for row in kept_units(config) for size in (len(row.heads), len(row.neurons))]
+    if sizes == [row.units for row in report.sublayers]:
+        return report
+    logger.warning("Ignored %s: it describes a model with other sizes than this one.", REPORT_FILE)
+    return None
+
+
+def quantization_of(kind: Any, source: Any, options: Mapping[str, Any]) -> Any:
+    """Returns `quantization_config`, which leaves out linear modules of less than two inputs or outputs.
+
+    No kernel quantizes a matrix without elements, and the products of bitsandbytes with one of a single
+    column are wrong.
+
+    Args:
+        kind: Class of the model that is to be loaded.
+        source: Model id or path that `from_pretrained` was given.
+        options: Its keyword arguments.
+    """
+    given = options["quantization_config"]
+    names = ("llm_int8_skip_modules", "modules_to_not_convert")
+    name = next((name for name in names if hasattr(given, name)), None)
+    if name is None:
+        return given
+    config = options.get("config")
+    if config is None:
+        known = ("cache_dir", "revision", "subfolder", "token", "local_files_only")
+        config = kind.config_class.from_pretrained(
+            source, **{name: options[name] for name in known if name in options}
+        )
+    with torch.device("meta"):
+        model = kind(copy.deepcopy(config))
+    small = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and min(module.weight.shape) < 2
+    ]
+    if not small:
+        return given
+    made, skipped = copy.deepcopy(given), getattr(given, name)
+    usual = HfQuantizer.get_modules_to_not_convert(model) if skipped is None else skipped
+    setattr(made, name, [*usual, *small])
+    return made
+
+
+def unpacked_on_cpu(model: nn.Module) -> None:
+    """Lets bitsandbytes compute with 4-bit weights as they are where it could not pack them.
+
+    On CPUs with bfloat16 instructions it packs the weights of 32 outputs and 64 inputs at a time, and
+    stops at sizes that are no multiples. Each of its modules has a switch for that.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            block = getattr(module.weight, "blocksize", 64)
+            if module.out_features % 32 or module.in_features % block:
+                module.support_avx512bf16_for_cpu = False

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from yaml import YAMLError
 
 from ..common.presentation import CARD_NAME, with_section
-from ..report.report import KPruneReport
+from ..report.report import REPORT_FILE, KPruneReport
 
 logger = logging.getLogger(__name__)
 _OWNER = "kprune_ext"
@@ -35,21 +35,34 @@ from transformers import {auto}
 
 model = {auto}.from_pretrained("path or hub id")
 ```"""
+_PLAIN = """\
+All layers have the same sizes, so transformers loads it as any other model:
+
+```python
+from transformers import {auto}
+
+model = {auto}.from_pretrained("path or hub id")
+```
+
+`{report}` lists the units of the original model that are kept."""
 _SELF_CONTAINED = """\
 
 Without the plugin, pass `trust_remote_code=True` in place of the import. This runs `{file}` of this
 repository, so read the file first."""
 
 
-def pruning_section(report: KPruneReport, auto: str, modeling_file: str | None) -> str:
+def pruning_section(
+    report: KPruneReport, auto: str, modeling_file: str | None, *, plain: bool = False
+) -> str:
     """Returns the section, with the units kept and instructions for loading the model.
 
     Args:
         report: Report of the pruning.
         auto: Name of transformers' Auto class that loads the model.
         modeling_file: Name of the modelling file beside the weights, or None.
+        plain: Whether transformers alone loads the model.
     """
-    loading = _PLUGIN.format(auto=auto)
+    loading = (_PLAIN if plain else _PLUGIN).format(auto=auto, report=REPORT_FILE)
     if modeling_file is not None:
         loading += "\n" + _SELF_CONTAINED.format(file=modeling_file)
     names = {"heads": "Attention heads", "key-value groups": "Key-value groups of attention"}

@@ -8,10 +8,11 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel
 
+from ..architectures.table import ROWS
 from ..report.from_sizes import report_from_sizes
 from ..report.report import REPORT_FILE, KPruneReport
 from .classes import KIND_OF_NAME, UnevenLayers
-from .loading import readable_report
+from .loading import fitting_report, readable_report, stored_report
 
 
 def load_report(
@@ -39,10 +40,10 @@ def load_report(
     path = Path(source)
     if path.is_file():
         return KPruneReport.load_json(path)
-    if (path / REPORT_FILE).is_file():
-        stored = readable_report(path / REPORT_FILE)
-        if stored is not None:
-            return stored
+    stored = stored_report(source, {})
+    is_alone = path.is_dir() and not (path / "config.json").is_file()
+    if stored is not None and is_alone:
+        return stored
     try:
         config = AutoConfig.from_pretrained(source)
     except RecursionError:
@@ -51,13 +52,29 @@ def load_report(
             "checkpoint."
         ) from None
     names = [name for name in config.architectures or [] if name in KIND_OF_NAME]
+    if stored is not None:
+        # The config of layers of equal size does not say that it is about a pruned model.
+        fits = bool(names) or (
+            config.model_type in ROWS and fitting_report(config, stored) is not None
+        )
+        if fits:
+            return stored
     return _from_sizes(config, KIND_OF_NAME[names[0]] if names else None, sequence_length)
+
+
+def report_beside(model: PreTrainedModel) -> KPruneReport | None:
+    """Returns the report in the local folder that a model was loaded from, if it describes the model."""
+    path = Path(getattr(model, "name_or_path", "") or "", REPORT_FILE)
+    if model.config.model_type not in ROWS or not path.is_file():
+        return None
+    return fitting_report(model.config, readable_report(path))
 
 
 def _from_sizes(config: Any, kind: Any, length: int) -> KPruneReport:
     if kind is None or not issubclass(kind, UnevenLayers):
         raise ValueError(
-            f"Cannot report on this {config.model_type!r} model: it was not pruned by kprune_ext. "
-            "Pass the folder of a pruned model, or its kprune_report.json."
+            f"Cannot report on this {config.model_type!r} model: it was not pruned by kprune_ext, or "
+            "to layers of equal size, which only its report tells. Pass the folder of a pruned model "
+            f"with its {REPORT_FILE}, or that file."
         )
     return report_from_sizes(config, kind, length)

@@ -14,6 +14,7 @@ from ..architectures.row import Architecture, SubLayerPaths
 from ..common.version import installed_version
 from ..units.grouped_query import attention_sizes
 from ..units.kept import decode_indices, read_kept
+from ..units.per_layer import PrunedConfig
 from . import standalone
 
 MODELING_FILE = "modeling_kprune_ext.py"
@@ -57,7 +58,9 @@ def modeling_source(
         config_class: Config class of the pruned family.
         models: Its pruned model classes, by Auto class.
     """
-    dense_config = config_class.__bases__[0]
+    dense_config = next(
+        kind for kind in config_class.__mro__ if kind.__module__.startswith("transformers.")
+    )
     dense = {kind: kind.__bases__[1] for kind in models.values()}
     attention_code, imports = _attention_code(architecture)
     has_conv1d = any(EmptyConv1D in paths.adapt_classes for paths in architecture.attention)
@@ -81,6 +84,7 @@ def modeling_source(
         f"LAYERS = {architecture.layers!r}",
         _table(architecture),
         f"EMPTY = {EmptyConv1D.__name__ if has_conv1d else None}\n",
+        inspect.getsource(PrunedConfig),
         inspect.getsource(standalone.UnevenLayers),
         inspect.getsource(standalone.paths_in),
         inspect.getsource(standalone.width),
@@ -89,7 +93,7 @@ def modeling_source(
         inspect.getsource(standalone.replace_module),
         _CLASS.format(
             name=config_class.__name__,
-            bases=dense_config.__name__,
+            bases=f"{PrunedConfig.__name__}, {dense_config.__name__}",
             about="Config with the field `kprune`, which lists the units that are kept",
             setting=f"model_type = {architecture.pruned_type!r}",
         ),

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from ..architectures.tasks import Predict
 from ..budget.costs import budget_for, cost_tables
 from ..budget.latency import LatencyTable
+from ..budget.uniform import allowed_sizes
 from ..samples.samples import collect_samples
 from ..units.sublayers import layers_path, sublayers
 from .config import KPruneConfig
@@ -72,6 +73,13 @@ def rehearse(
         if metric != "latency" or latency is not None:
             length = config.sequence_length or _LENGTH
             targets = sublayers(given.model, architecture)
-            budget_for(cost_tables(given.model, targets, metric, length, latency), config.reduction)
+            if config.layout == "uniform":
+                # Neurons, which can always go, are the larger part of FLOPs the shorter the texts are.
+                least = config.sequence_length or 1
+                costs = cost_tables(given.model, targets, metric, least, latency)
+                kinds = [target.kind for target in targets]
+                allowed_sizes(given.model, kinds, costs, config.reduction, config.round_to)
+            costs = cost_tables(given.model, targets, metric, length, latency)
+            budget_for(costs, config.reduction)
         unsaved: str | None = getattr(stack.model, "kprune_unsaved", None)
         return unsaved

@@ -16,6 +16,7 @@ from ..architectures.tasks import Predict
 from ..budget.costs import Budget, budget_for, cost_tables, least_units
 from ..budget.latency import LatencyTable
 from ..budget.latency_measurement import measure_latency
+from ..budget.uniform import allowed_sizes
 from ..calibration.next_tokens import MOST_IN_CHUNK, vocabulary
 from ..calibration.state_memory import state_memory
 from ..calibration.streams import Stream, start_streams
@@ -234,10 +235,14 @@ def _budget(
                 latency = measure_latency(model, sequence_length=length)
         latency = processes.first(latency)
     costs = cost_tables(model, targets, config.metric or "flops", length, latency)
+    allowed = None
+    if config.layout == "uniform":
+        kinds = [each.kind for each in targets]
+        allowed = allowed_sizes(model, kinds, costs, config.reduction, config.round_to)
     limit = budget_for(costs, config.reduction)
     heads = config.min_share if config.min_head_share is None else config.min_head_share
     shares = [heads if each.kind == "attention" else config.min_share for each in targets]
-    return Budget(costs, limit, least_units(costs, limit, shares), length)
+    return Budget(costs, limit, least_units(costs, limit, shares), length, allowed)
 
 
 def example(given: Given, samples: Sequence[Sample]) -> Sample | None:

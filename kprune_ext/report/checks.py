@@ -53,6 +53,9 @@ def check_rows(rows: Any) -> None:
         _check_whole("query_heads", row.get("query_heads", 1))  # absent in older reports
         if not isinstance(row["name"], str):
             raise ValueError(f"name is {_shown(row['name'])}, but must be text")
+        kept = row.get("kept")  # absent in older reports
+        if kept is not None and not (isinstance(kept, str) and set(kept) <= set("0123456789,-")):
+            raise ValueError(f"kept is {_shown(kept)}, but must be numbers and runs, or null")
         error = row["error"]
         if error is not None and (isinstance(error, bool) or not isinstance(error, int | float)):
             raise ValueError(f"error is {_shown(error)}, but must be a number or null")

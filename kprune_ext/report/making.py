@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..units.kept import KeptUnits, encode_indices
 from ..units.sublayers import SubLayer
 from .report import KPruneReport
 from .rows import SubLayerReport
@@ -41,6 +42,7 @@ def make_report(
     tokens: int,
     logit_scale: float | None,
     losses: tuple[HeldOut | None, HeldOut | None] = (None, None),
+    kept: Sequence[KeptUnits] | None = None,
 ) -> KPruneReport:
     """Returns the report of a run.
 
@@ -56,11 +58,18 @@ def make_report(
         samples, tokens: Amount of calibration data used.
         logit_scale: The factor from `kprune_ext.tuning.logit_scale.scale_logits`.
         losses: Losses of the model before and after on held-out tokens.
+        kept: The units of each layer, where the pruned model's config does not list them.
     """
     old, new = losses
     sublayers = tuple(
         sublayer_row(before, after, flops, error) for before, after, flops, error in rows
     )
+    if kept is not None:
+        units = [numbers for layer in kept for numbers in (layer.heads, layer.neurons)]
+        sublayers = tuple(
+            replace(row, kept=encode_indices(numbers))
+            for row, numbers in zip(sublayers, units, strict=True)
+        )
     return KPruneReport(
         sublayers=sublayers,
         metric=metric,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from ..units.kept import decode_indices
+
 
 @dataclasses.dataclass(frozen=True)
 class SubLayerReport:
@@ -20,6 +22,8 @@ class SubLayerReport:
         error: Relative reconstruction error: 0 is perfect, 1 is no better than a constant output. None
             if it is unknown, in a report from a saved model's sizes.
         query_heads: Query heads in each key-value group; 1 for heads and neurons.
+        kept: Numbers of the units that are kept, as text with runs, such as `"0-2,5"`, counted in the
+            model before its first pruning. None where the model's config lists them.
     """
 
     name: str
@@ -33,6 +37,7 @@ class SubLayerReport:
     parameters_before: int
     error: float | None
     query_heads: int = 1
+    kept: str | None = None
 
     @property
     def unit(self) -> str:
@@ -40,3 +45,8 @@ class SubLayerReport:
         if self.kind == "ffn":
             return "neurons"
         return "heads" if self.query_heads == 1 else "key-value groups"
+
+    @property
+    def kept_units(self) -> tuple[int, ...] | None:
+        """`kept` as numbers."""
+        return None if self.kept is None else decode_indices(self.kept)

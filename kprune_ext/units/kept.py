@@ -209,12 +209,13 @@ def plain_settings(config: Any) -> dict[str, int] | None:
     total, queries, size = attention_sizes(config)
     settings = {}
     if groups != total:
-        if not groups or not row.has_head_size:
+        heads = groups * queries
+        if not groups or not row.has_head_size or not row.head_rule(config, heads):
             return None
-        settings = {"num_attention_heads": groups * queries, "head_dim": size}
-        settings["num_key_value_heads"] = groups
+        settings = {"num_attention_heads": heads, "head_dim": size, "num_key_value_heads": groups}
     if neurons != row.neurons(config):
-        if not neurons or row.neurons_setting is None:
+        choices = {neurons: neurons} if row.neuron_choices is None else row.neuron_choices(config)
+        if not neurons or neurons not in choices:
             return None
-        settings[row.neurons_setting] = neurons
+        settings[row.neurons_setting] = choices[neurons]
     return settings

@@ -17,6 +17,8 @@ from .sublayers import SubLayer
 _HEAD_COUNTS = ("num_attention_heads", "n_heads", "num_heads")
 _GROUP_COUNTS = ("num_key_value_heads",)
 _HEAD_DIMENSIONS = ("all_head_size", "dim", "split_size")
+# Attributes of feed-forward modules: the number of neurons.
+_NEURON_COUNTS = ("intermediate_size",)
 
 
 def shrink(sublayer: SubLayer, units: Sequence[int]) -> None:
@@ -38,6 +40,12 @@ def shrink(sublayer: SubLayer, units: Sequence[int]) -> None:
     set_linear(sublayer.module, paths.output, columns.contiguous(), bias)
     if paths.counter is not None:
         _count_heads(sublayer, paths.counter, tuple(units))
+    elif sublayer.kind == "ffn":
+        _set_counts(
+            sublayer.module.get_submodule(paths.output.rpartition(".")[0]),
+            _NEURON_COUNTS,
+            len(units),
+        )
 
 
 def set_output(sublayer: SubLayer, weight: Tensor, bias: Tensor | None) -> None:
@@ -66,6 +74,10 @@ def _count_heads(sublayer: SubLayer, path: str, kept: tuple[int, ...]) -> None:
         (_GROUP_COUNTS, len(kept)),
         (_HEAD_DIMENSIONS, len(kept) * sublayer.unit_size),
     ):
-        for name in names:
-            if isinstance(getattr(counter, name, None), int):
-                setattr(counter, name, count)
+        _set_counts(counter, names, count)
+
+
+def _set_counts(module: Any, names: Sequence[str], count: int) -> None:
+    for name in names:
+        if isinstance(getattr(module, name, None), int):
+            setattr(module, name, count)

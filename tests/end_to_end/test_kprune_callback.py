@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BertForMaskedLM
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+)
 
-from kprune_ext import KPruneCallback, KPruneConfig, kprune
+from kprune_ext import KPruneCallback, KPruneConfig, kprune, load_report
 from kprune_ext.callback import become_
 from kprune_ext.modeling import KPruneBertForSequenceClassification
 from tests.end_to_end.test_kprune_ordinary import batch, trainer
@@ -108,3 +112,31 @@ def test_runs_that_are_refused_leave_the_model_alone(tmp_path) -> None:
     assert type(model) is type(tiny_bert())
     for name, value in tiny_bert().state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
+
+
+def test_layers_of_equal_size_resume_again_and_again(tmp_path) -> None:
+    """Their checkpoints are of transformers' own class; the report beside them tells the pruning."""
+    config = KPruneConfig(reduction=0.25, layout="uniform")
+
+    def pruning() -> KPruneCallback:
+        return KPruneCallback(padded(sequences()), config, 2, progress=False)
+
+    model = tiny_bert()
+    trainer(model, tmp_path, [pruning()], save_steps=1).train()
+    report = model.kprune_report
+    for step in (2, 3):  # of which the second was written by the run that resumed
+        folder = tmp_path / f"checkpoint-{step}"
+        again = AutoModelForSequenceClassification.from_pretrained(folder)
+        assert type(again) is BertForSequenceClassification and load_report(folder) == report
+        (tmp_path / "checkpoint-4" / "kprune_report.json").unlink(missing_ok=True)
+        trainer(again, tmp_path, [pruning()], save_steps=1).train(
+            resume_from_checkpoint=str(folder)
+        )
+        for name, value in model.state_dict().items():
+            assert torch.equal(again.state_dict()[name], value), name
+        assert load_report(tmp_path / "checkpoint-4") == report
+    dense = AutoModelForSequenceClassification.from_pretrained(tmp_path / "checkpoint-1")
+    with pytest.raises(ValueError, match="but it is not. Load it from the checkpoint"):
+        trainer(dense, tmp_path, [KPruneCallback(padded(sequences()), config, 1)]).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-1")
+        )

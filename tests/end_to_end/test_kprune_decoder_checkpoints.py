@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -11,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from tests.helpers.kprune_checkpoints import equal_cut, write_case, write_cases
 from tests.helpers.kprune_decoders import (
     CUTS,
     DECODER_CASES,
@@ -30,38 +29,38 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A self-contained checkpoint of every family and task, with whole sub-layers gone."""
+    """A self-contained checkpoint of every family and task: with whole sub-layers gone, and uniform."""
     folder = tmp_path_factory.mktemp("decoders")
-    cases = []
-    for number, (family, task) in enumerate(DECODER_CASES):
-        kept = CUTS[["no heads first", "neither"][number % 2]]
-        pruned, batch = cut(tiny_decoder(family, task), kept), equal_texts()
-        with torch.no_grad():
-            output = pruned(**batch)
-        name = f"{number:02} {task}"
-        pruned.save_pretrained(folder / name / "model", self_contained=True)
-        save_file(batch, folder / name / "inputs")
-        found = {key: value for key, value in output.items() if torch.is_tensor(value)}
-        save_file(
-            {key: value.contiguous() for key, value in found.items()}, folder / name / "outputs"
-        )
-        cases.append([name, TASK_CLASSES[task].__name__])
-    (folder / "cases.json").write_text(json.dumps(cases))
+    cases: dict[str, list[tuple[str, str, float]]] = {"free": [], "uniform": []}
+    for layout, tolerance in (("free", 1e-5), ("uniform", 0.0)):
+        for number, (family, task) in enumerate(DECODER_CASES):
+            model, kept = (
+                tiny_decoder(family, task),
+                CUTS[["no heads first", "neither"][number % 2]],
+            )
+            pruned = cut(model, kept) if layout == "free" else equal_cut(model)
+            name = f"{layout} {number:02} {task}"
+            write_case(folder, name, pruned, equal_texts())
+            cases[layout].append((name, TASK_CLASSES[task].__name__, tolerance))
+    write_cases(folder, cases)
     return folder
 
 
-@pytest.mark.parametrize("mode", ["plugin", "remote"])
-def test_every_family_and_task_in_a_new_process(mode: str, saved: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("mode", "layouts"), [("plugin", 2), ("remote", 1), ("alone", 1)])
+def test_every_family_and_task_in_a_new_process(
+    mode: str, layouts: int, saved: Path, tmp_path: Path
+) -> None:
     script = ROOT / "tests" / "helpers" / "kprune_process.py"
+    path = {} if mode == "alone" else {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, str(script), str(saved), mode, "1e-5"],
+        [sys.executable, str(script), str(saved), mode],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": str(tmp_path)},
+        env=os.environ | path | {"HF_MODULES_CACHE": str(tmp_path)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip().endswith(f"compared {len(DECODER_CASES)}")
+    assert done.stdout.strip().endswith(f"compared {layouts * len(DECODER_CASES)}")
 
 
 @pytest.mark.parametrize("family", DECODERS)

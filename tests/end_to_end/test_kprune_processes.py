@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, ViTImageProcessor, pipeline
 
 from kprune_ext import KPruneConfig, kprune, load_report
@@ -21,6 +20,7 @@ from kprune_ext.modeling.self_contained import MODELING_FILE
 from kprune_ext.units.sublayers import sublayers
 from kprune_ext.units.surgery import shrink
 from tests.helpers.kprune import padded, sequences, tiny_bert, word_tokenizer
+from tests.helpers.kprune_checkpoints import equal_cut, write_case, write_cases
 from tests.helpers.kprune_models import CASES, auto_class, batches_for, tiny
 
 TESTS = Path(__file__).parents[1]
@@ -60,31 +60,26 @@ def with_empty_sublayers(model):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    """A self-contained checkpoint of every family and task."""
+    """A self-contained checkpoint of every family and task, in either layout."""
     folder = tmp_path_factory.mktemp("cases")
-    cases = []
-    for number, (family, task) in enumerate(CASES):
-        pruned, batch = with_empty_sublayers(tiny(family, task)), batches_for(family, 4)[0]
-        with torch.no_grad():
-            output = pruned(**batch)
-        name = f"{number:02} {family} {task}"
-        pruned.save_pretrained(folder / name / "model", self_contained=True)
-        save_file(batch, folder / name / "inputs")
-        tensors = {
-            key: value.contiguous() for key, value in output.items() if torch.is_tensor(value)
-        }
-        save_file(tensors, folder / name / "outputs")
-        cases.append([name, auto_class(task).__name__])
-    (folder / "cases.json").write_text(json.dumps(cases))
+    cases: dict[str, list[tuple[str, str, float]]] = {"free": [], "uniform": []}
+    for layout, prune in (("free", with_empty_sublayers), ("uniform", equal_cut)):
+        for number, (family, task) in enumerate(CASES):
+            name = f"{layout} {number:02} {family} {task}"
+            write_case(folder, name, prune(tiny(family, task)), batches_for(family, 4)[0])
+            cases[layout].append((name, auto_class(task).__name__, 0.0))
+    write_cases(folder, cases)
     return folder
 
 
-@pytest.mark.parametrize("mode", ["plugin", "remote"])
-def test_every_family_and_task_in_a_new_process(mode: str, saved: Path, tmp_path) -> None:
-    """Remote code is also saved again, by transformers alone."""
+@pytest.mark.parametrize(("mode", "layouts"), [("plugin", 2), ("remote", 1), ("alone", 1)])
+def test_every_family_and_task_in_a_new_process(
+    mode: str, layouts: int, saved: Path, tmp_path
+) -> None:
+    """What is loaded without the package is also saved again, by transformers alone."""
     done = run([str(TESTS / "helpers" / "kprune_process.py"), str(saved), mode], tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip().endswith(f"compared {len(CASES)}")
+    assert done.stdout.strip().endswith(f"compared {layouts * len(CASES)}")
 
 
 def test_without_the_plugin_the_message_names_it(tmp_path) -> None:
@@ -127,7 +122,7 @@ def test_the_code_belongs_to_the_self_contained_form_only(tmp_path) -> None:
     assert config["auto_map"]["AutoModelForSequenceClassification"] == (
         "modeling_kprune_ext.KPruneBertForSequenceClassification"
     )
-    assert not hasattr(pruned.config, "auto_map")
+    assert "auto_map" not in pruned.config.to_dict()
 
     # With the plugin, the code is not run; saved again without asking for it, it is not there.
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)

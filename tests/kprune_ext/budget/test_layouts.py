@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from kprune_ext.budget.costs import budget_for, cost_tables, least_units, unit_p
 from kprune_ext.budget.key_value_cache import cache_bytes_of
 from kprune_ext.budget.search import search_masks
 from kprune_ext.budget.selection import selected
-from kprune_ext.budget.uniform import rounded, uniform_sizes
+from kprune_ext.budget.uniform import allowed_sizes, rounded, uniform_sizes
+from kprune_ext.units.plain import PlainSizes, plain_sizes
 from kprune_ext.units.sublayers import sublayers
 from tests.helpers.kprune import tiny_bert
 from tests.helpers.kprune_decoders import DECODERS, cut, equal_texts, tiny_decoder
@@ -32,32 +34,81 @@ def problem(seed: int, heads: int = 3, neurons: int = 12):
     return scores, costs
 
 
+@pytest.mark.parametrize("heads_allowed", [(1, 2, 3), (1, 3), (3,)])
 @pytest.mark.parametrize("round_to", [1, 4])
 @pytest.mark.parametrize("seed", range(5))
-def test_uniform_sizes_keep_the_most_knowledge_that_fits(seed: int, round_to: int) -> None:
+def test_uniform_sizes_keep_the_most_knowledge_that_fits(
+    seed: int, round_to: int, heads_allowed: tuple[int, ...]
+) -> None:
     scores, costs = problem(seed)
+    allowed = PlainSizes(heads_allowed, tuple(range(round_to, 13, round_to)))
     for budget in (5, 20, 33, 66):
         best = {
             (heads, neurons): sum(
                 float(s.sort(descending=True).values[:n].sum())
                 for s, n in zip(scores, (heads, neurons) * 2, strict=True)
             )
-            for heads, neurons in itertools.product(range(4), range(0, 13, round_to))
-            if 0 < 2 * (7 * heads + neurons) <= budget
+            for heads, neurons in itertools.product(allowed.heads, allowed.neurons)
+            if 2 * (7 * heads + neurons) <= budget
         }
         if not best:
             with pytest.raises(ValueError, match="Lower reduction or round_to"):
-                uniform_sizes(scores, KINDS, costs, budget, round_to)
+                uniform_sizes(scores, KINDS, costs, budget, allowed)
             continue
-        assert uniform_sizes(scores, KINDS, costs, budget, round_to) == max(best, key=best.get)
+        assert uniform_sizes(scores, KINDS, costs, budget, allowed) == max(best, key=best.get)
 
 
 def test_uniform_sizes_respect_a_lower_bound() -> None:
     scores, costs = problem(0)
     scores[0] *= 1e-6
     scores[2] *= 1e-6
-    assert uniform_sizes(scores, KINDS, costs, 33.0)[0] == 0
-    assert uniform_sizes(scores, KINDS, costs, 33.0, least=[1, 2, 1, 2])[0] == 1
+    allowed = PlainSizes((1, 2, 3), tuple(range(1, 13)))
+    assert uniform_sizes(scores, KINDS, costs, 66.0 * 0.7, allowed)[0] == 1
+    assert uniform_sizes(scores, KINDS, costs, 66.0 * 0.7, allowed, least=[2, 2, 2, 2])[0] == 2
+
+
+def test_families_name_heads_and_neurons_as_far_as_their_configs_can() -> None:
+    every = tuple(range(1, 21))
+    assert plain_sizes(tiny_decoder("llama").config) == PlainSizes((1, 2, 3), every)
+    # Three heads do not divide 20 dimensions, as Llama's config wants them to, but not Mistral's.
+    sizes = {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 6}
+    assert plain_sizes(tiny_decoder("mistral", **sizes).config).heads == (1, 2, 3, 4, 5)
+    wide = {"hidden_size": 20, **sizes}
+    assert plain_sizes(tiny_decoder("llama", **wide).config).heads == (1, 2, 4, 5)
+    for family in ("gpt2", "opt"):
+        assert plain_sizes(tiny_decoder(family).config) == PlainSizes((3,), every)
+    assert plain_sizes(tiny_bert().config, 16) == PlainSizes((4,), (16, 32, 40))
+
+
+def test_factors_of_longrope_keep_the_heads_of_phi3() -> None:
+    rope = {"rope_type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [1.0, 1.0]}
+    settings = {"rope_parameters": rope, "original_max_position_embeddings": 32}
+    model = tiny_decoder("phi3", rope_scaling=dict(rope, type="longrope"), **settings)
+    assert plain_sizes(model.config).heads == (3,)
+    assert plain_sizes(tiny_decoder("phi3").config).heads == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: tiny_bert(), "keeps all 4 heads, as a plain BertConfig cannot name fewer, and at"),
+        (lambda: tiny_decoder("gpt2"), "keeps all 3 heads, as a plain GPT2Config cannot name"),
+        (
+            lambda: tiny_decoder("qwen3"),
+            "keeps at least 1 of 3 key-value groups, and at least 1 of",
+        ),
+    ],
+)
+def test_the_budget_that_equal_layers_allow_is_named(model, message: str) -> None:
+    made = model()
+    targets = sublayers(made, find_architecture(made))
+    kinds, costs = [t.kind for t in targets], cost_tables(made, targets, "params", 8, None)
+    with pytest.raises(ValueError, match=message) as error:
+        allowed_sizes(made, kinds, costs, 0.95, 1)
+    most = float(re.search(r"largest reduction for this model is ([\d.]+)\.", str(error.value))[1])
+    assert allowed_sizes(made, kinds, costs, most, 1).neurons[0] == 1
+    with pytest.raises(ValueError, match="cannot be reached"):
+        allowed_sizes(made, kinds, costs, most + 2e-6, 1)
 
 
 def test_rounding_is_to_the_nearest_that_fits() -> None:

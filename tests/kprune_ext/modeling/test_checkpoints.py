@@ -17,13 +17,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM
 
 from kprune_ext import kprune
-from kprune_ext.modeling import checkpoints
 from kprune_ext.modeling import replacing_files as saving
+from kprune_ext.modeling import saved
 from tests.helpers.kprune import padded, sequences
 from tests.helpers.kprune_checkpoints import batch, contents, load
 from tests.helpers.kprune_models import outputs_of, tiny
 
+IN_BOTH_LAYOUTS = pytest.mark.parametrize("layout", ["free", "uniform"], indirect=True)
 
+
+@IN_BOTH_LAYOUTS
 def test_a_failing_save_leaves_the_previous_checkpoint(pruned, tmp_path, monkeypatch) -> None:
     pruned.save_pretrained(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
@@ -33,7 +36,7 @@ def test_a_failing_save_leaves_the_previous_checkpoint(pruned, tmp_path, monkeyp
         pruned.classifier.bias += 1
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoints, "card_text", _full_disk)  # after the weights are written
+            patch.setattr(saved, "card_text", _full_disk)  # after the weights are written
             with pytest.raises(OSError, match="no space"):
                 pruned.save_pretrained(tmp_path)
         assert contents(tmp_path) == before
@@ -51,7 +54,7 @@ def test_a_failing_save_leaves_the_previous_checkpoint(pruned, tmp_path, monkeyp
                 pruned.save_pretrained(tmp_path, max_shard_size="8KB", self_contained=True)
         assert contents(tmp_path) == before
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoints, "card_text", _full_disk)
+            patch.setattr(saved, "card_text", _full_disk)
             with pytest.raises(OSError, match="no space"):
                 pruned.save_pretrained(tmp_path / "new" / "folder")
         assert not (tmp_path / "new").exists()
@@ -64,20 +67,24 @@ def _full_disk(*_: Any) -> None:
     raise OSError("no space left on device")
 
 
+@IN_BOTH_LAYOUTS
 def test_a_killed_save_leaves_the_previous_checkpoint(pruned, tmp_path) -> None:
     pruned.save_pretrained(tmp_path)
     before = contents(tmp_path)
     script = """
 import sys, time
 import kprune_ext
-from kprune_ext.modeling import checkpoints
+from kprune_ext.modeling import saved
+from kprune_ext.modeling.classes import UnevenLayers, plain_class
 from transformers import AutoModelForSequenceClassification
 model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
+if not isinstance(model, UnevenLayers):
+    model = plain_class(type(model)).from_pretrained(sys.argv[1])
 model.classifier.bias.data += 1
 def wait(*_):
     print("weights are written", flush=True)
     time.sleep(300)
-checkpoints.card_text = wait
+saved.card_text = wait
 model.save_pretrained(sys.argv[1])
 """
     process = subprocess.Popen(
@@ -100,6 +107,7 @@ def test_a_folder_that_is_a_file(pruned, tmp_path) -> None:
         pruned.save_pretrained(tmp_path / "file")
 
 
+@IN_BOTH_LAYOUTS
 @pytest.mark.parametrize(
     "options", [{"safe_serialization": False}, {"distributed_checkpoint": True}]
 )
@@ -109,6 +117,7 @@ def test_ways_of_saving_that_are_refused(options, pruned, tmp_path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+@IN_BOTH_LAYOUTS
 def test_shards_and_single_files_replace_each_other(pruned, tmp_path) -> None:
     expected = pruned(**batch()).logits
     for size, single in (("8KB", False), ("1GB", True), ("5KB", False), ("8KB", False)):
@@ -129,6 +138,7 @@ def test_shards_and_single_files_replace_each_other(pruned, tmp_path) -> None:
         load(tmp_path)
 
 
+@IN_BOTH_LAYOUTS
 @pytest.mark.parametrize(
     "options",
     [
@@ -152,7 +162,7 @@ def test_options_of_loading(options, size: str, pruned, tmp_path) -> None:
     for name, value in pruned.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value.to(loaded.state_dict()[name].dtype))
     with_info, info = load(tmp_path, output_loading_info=True)
-    assert type(with_info) is type(pruned) and not info["missing_keys"]
+    assert isinstance(pruned, type(with_info)) and not info["missing_keys"]
 
 
 def change_weights(folder: Path, change: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from kprune_ext import KPruneConfig, kprune, load_report
-from kprune_ext.modeling import checkpoints
+from kprune_ext.modeling import saved
 from tests.helpers.kprune import padded, sequences, tiny_bert
 from tests.helpers.kprune_checkpoints import contents, load
 
@@ -106,7 +106,7 @@ def test_push_to_hub(pruned, tmp_path, monkeypatch) -> None:
             files.append(contents(Path(folder_path)))
             return "commit"
 
-    monkeypatch.setattr(checkpoints, "HfApi", Client)
+    monkeypatch.setattr(saved, "HfApi", Client)
     card = ModelCard("---\nlicense: mit\n---\n\n# Remote card\n")
     monkeypatch.setattr(ModelCard, "load", classmethod(lambda *_, **__: card))
     assert pruned.push_to_hub("name", self_contained=True, revision="branch") == "commit"
