@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 WINGS = {
     "kprune_ext": (
         "common", "architectures", "units", "calibration", "knowledge", "budget", "tuning", "report",
-        "modeling", "root", "cli",
+        "modeling", "export", "root", "cli",
     ),
     "peft_corda": (
         "decomposition", "root", "base_model", "export", "analysis", "adapter", "calibration", "cli",
