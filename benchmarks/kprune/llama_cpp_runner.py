@@ -1,4 +1,4 @@
-"""Continues prompts greedily in llama.cpp, for `llama_cpp.py`, which runs this file in another environment.
+"""Continues prompts greedily in llama.cpp, for `llama_cpp.py`, which runs this file elsewhere.
 
 It reads a task as JSON from the standard input, and prints the result as JSON. It imports nothing of
 this repository, as that environment has only llama-cpp-python.

@@ -41,8 +41,19 @@ class DeciLMConfig(PretrainedConfig):
 
     model_type = "nemotron-nas"
 
-    def __init__(self, block_configs=None, **kwargs):
+    def __init__(
+        self,
+        block_configs=None,
+        rope_parameters=None,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
+        self.rope_parameters = rope_parameters
+        self.rope_theta = rope_theta
+        if not isinstance(getattr(type(self), "rope_scaling", None), property):
+            self.rope_scaling = rope_scaling  # transformers before 5
         self.block_configs = [
             SimpleNamespace(attention=_as_object(block["attention"]), ffn=_as_object(block["ffn"]))
             for block in block_configs or []

@@ -107,7 +107,7 @@ def _targets(graph: Graph, sizes: ModelSizes, weights: Weights) -> ModelSizes:
 
 def _refusal(graph: Graph, targets: ModelSizes, weights: Weights, rotary: Rotary) -> str | None:
     """Returns why a graph does not compute a model, or None if it does."""
-    found = _size_refusal(graph, targets) or _config_refusal(graph, weights.config, targets.head)
+    found = _size_refusal(graph, targets) or _config_refusal(graph, weights.config)
     if found is not None:
         return found
     if graph.tied and not weights.tied:
@@ -133,7 +133,7 @@ def _size_refusal(graph: Graph, targets: ModelSizes) -> str | None:
     return None
 
 
-def _config_refusal(graph: Graph, config: Any, head: int) -> str | None:
+def _config_refusal(graph: Graph, config: Any) -> str | None:
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation not in graph.activations:
         return f"its MLP does not compute the activation {activation!r}"
@@ -141,6 +141,4 @@ def _config_refusal(graph: Graph, config: Any, head: int) -> str | None:
         for name in ("attn_logit_softcapping", "final_logit_softcapping"):
             if not getattr(config, name, None):
                 return f"it always caps logits, but {name} is not set"
-    if head % 2:
-        return f"heads have an even number of dimensions there, not {head}"
     return None

@@ -16,7 +16,6 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from ..architectures.table import ROWS
-from ..common.memory import trim_memory
 
 ModelOrFolder = PreTrainedModel | str | os.PathLike[str]
 
@@ -149,10 +148,9 @@ def _in_files(source: str | os.PathLike[str]) -> Weights:
     family = _check(config, shapes, shown)
 
     def read(name: str) -> Tensor:
-        # Opened anew, so that pages of the file that were read do not stay in memory.
+        # Opened anew, so that the pages of the file that were read are released with the tensor.
         with safe_open(where[name], framework="pt") as opened:
-            found: Tensor = opened.get_tensor(name).clone()
-        trim_memory()
+            found: Tensor = opened.get_tensor(name)
         return found
 
     tied = HEAD not in shapes or bool(getattr(config, "tie_word_embeddings", False))

@@ -7,7 +7,15 @@ from typing import Any
 
 import numpy as np
 from gguf import GGUFReader
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -63,7 +71,7 @@ def sentencepiece(prefix: bool = True) -> PreTrainedTokenizerFast:
     backend.post_processor = TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
     )
-    backend.add_tokens([AddedToken("fast▁lane", normalized=False), AddedToken("slow▁lane")])
+    backend.add_tokens([AddedToken("fast▁lane", normalized=False)])
     return _wrapped(backend, unk_token="<unk>")
 
 

@@ -116,7 +116,11 @@ class Graph:
         block, neurons = f"blk.{layer}", self.size("feed_forward_length", layer)
         gate = self.linear(hidden, f"{block}.ffn_gate", neurons)
         up = self.linear(hidden, f"{block}.ffn_up", neurons)
-        act = functional.gelu(gate, approximate="tanh") if self.arch in GEMMA else functional.silu(gate)
+        act = (
+            functional.gelu(gate, approximate="tanh")
+            if self.arch in GEMMA
+            else functional.silu(gate)
+        )
         return self.linear(act * up, f"{block}.ffn_down")
 
     def logits(self, ids: Tensor) -> Tensor:

@@ -216,5 +216,3 @@ def test_sentencepiece_file(tmp_path: Path) -> None:
     keys = fields(path)
     assert keys["tokenizer.ggml.model"] == "llama"
     assert len(keys["tokenizer.ggml.tokens"]) == len(tokenizer) + 5
-
-
