@@ -1,8 +1,9 @@
-"""The command `kprune`, which prunes a model and reports on a pruned one.
+"""The command `kprune`, which prunes a model, reports on a pruned one, and exports it.
 
     kprune prune --model org/name --data texts.jsonl --reduction 0.5 --output pruned
     kprune plan --model org/name --reduction 0.5
     kprune report pruned --plot kept.png
+    kprune export --model pruned --output pruned.gguf --format gguf
     kprune prune --config prune.yaml   # written by: kprune prune ... --print_config
 
 This module imports only what the options need.
@@ -15,9 +16,14 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentParser
 
 from ..common import command_line
-from .options import ALIASES, FLAGS, PlanOptions, PruneOptions, ReportOptions
+from .options import ALIASES, FLAGS, ExportOptions, PlanOptions, PruneOptions, ReportOptions
 
-COMMANDS = {"prune": PruneOptions, "plan": PlanOptions, "report": ReportOptions}
+COMMANDS = {
+    "prune": PruneOptions,
+    "plan": PlanOptions,
+    "report": ReportOptions,
+    "export": ExportOptions,
+}
 
 
 def build_parser() -> ArgumentParser:
@@ -52,6 +58,10 @@ def main(args: Sequence[str] | None = None) -> None:
             from .plan import run_plan
 
             run_plan(options)
+        elif isinstance(options, ExportOptions):
+            from .export import run_export
+
+            run_export(options)
         else:
             from .report import run_report
 

@@ -20,7 +20,11 @@ Task = Literal[
 # Present names of options by earlier name.
 ALIASES = Aliases({"out": "output"})
 # Options that take no value on the command line.
-FLAGS = {"paper": "Use the paper's options in place of the defaults."}
+FLAGS = {
+    "paper": "Use the paper's options in place of the defaults.",
+    "pad": "Fill layers up with zeros to one size, where the engine does not read a size per layer.",
+    "overwrite": "Replace a GGUF file that exists.",
+}
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,33 @@ class PlanOptions:
     device: str | None = None
     revision: str | None = None
     json: str | None = None
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Write a pruned decoder for another engine: a GGUF file for llama.cpp, a DeciLM folder for vLLM.
+
+    Args:
+        model: Folder or hub id of the model, pruned or not.
+        output: GGUF file to write, or the folder to write, which must be new or empty.
+        format: Format to write. The value gguf stands for a GGUF file, deci for a DeciLMForCausalLM
+            checkpoint with block_configs.
+        dtype: Dtype of the matrices. The value auto keeps that of the embedding.
+        tokenizer: Folder or hub id of the tokenizer. By default it is that of the model.
+        pre_tokenizer: Name of llama.cpp for the way in which the tokenizer splits text, if it is not
+            recognised.
+        pad: Fill layers up with zeros to one size, where the engine does not read a size per layer.
+        overwrite: Replace a GGUF file that exists.
+    """
+
+    model: str
+    output: str
+    format: Literal["gguf", "deci"]
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    tokenizer: str | None = None
+    pre_tokenizer: str | None = None
+    pad: bool = False
+    overwrite: bool = False
 
 
 @dataclass(frozen=True)

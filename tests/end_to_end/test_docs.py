@@ -27,8 +27,10 @@ import kprune_ext
 import peft_corda
 from kprune_ext import KPruneReport
 from kprune_ext.architectures import ARCHITECTURES
+from kprune_ext.architectures.llama_cpp import LLAMA_CPP
 from peft_corda import CordaConfig
 from tests.helpers.corda import make_batches, make_model
+from tests.helpers.gguf import byte_level
 from tests.helpers.kprune import word_tokenizer
 from tests.helpers.kprune_decoders import decoder_batches, equal_texts, tiny_decoder
 from tests.helpers.kprune_models import tiny
@@ -40,7 +42,7 @@ PAGES = {
 TRIED = {
     "tutorial-corda.md", "tutorial-kprune.md", "distributed.md", "howto/trl.md", "howto/qlora.md",
     "howto/resume.md", "howto/adapters.md", "howto/export.md", "howto/task.md", "howto/family.md",
-    "howto/decoders.md", "howto/data.md", "howto/how-small.md",
+    "howto/decoders.md", "howto/data.md", "howto/how-small.md", "howto/engines.md",
 }  # fmt: skip
 LORA_OPTIONS = {"r": 8, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
@@ -274,6 +276,17 @@ def test_page_on_language_models(here):
     text = (DOCS / "howto" / "decoders.md").read_text()
     types = {row.model_type for row in ARCHITECTURES if row.is_causal}
     assert types == set(re.findall(r"`(\w+)`", "".join(re.findall(r"\| [^|]+ \|( `.*?) \|", text))))
+
+
+def test_page_on_other_engines(here):
+    tokenizer = byte_level()
+    tiny_decoder("llama", vocab_size=len(tokenizer)).save_pretrained("pruned")
+    tokenizer.save_pretrained("pruned")
+    run_page("howto/engines.md")
+    assert (here / "pruned.gguf").is_file() and (here / "pruned-deci" / "config.json").is_file()
+    text = (DOCS / "howto" / "engines.md").read_text()
+    graphs = {graph.name for family in LLAMA_CPP.values() for graph in family.graphs}
+    assert graphs - {"gemma", "gemma2", "gemma3"} <= set(re.findall(r"`(\w+)`", text))
 
 
 def test_pages_build_without_a_warning(tmp_path):

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 WINGS = {
     "kprune_ext": (
         "common", "architectures", "units", "model_layers", "samples", "calibration", "knowledge",
-        "budget", "tuning", "report", "modeling", "preparation", "root", "cli",
+        "budget", "tuning", "report", "modeling", "preparation", "export", "root", "cli",
     ),
     "peft_corda": (
         "decomposition", "root", "batches", "base_model", "export", "analysis", "adapter", "checkpoint",
