@@ -21,6 +21,8 @@ from .model_card import AdapterFacts, describe
 from .origin import Origin, SeenFactors
 
 SCALINGS = ("balanced", "paper")
+#: Format of saved adapters. Format 1, of versions before 0.2, had `A` and `B` in place of their changes.
+ADAPTER_FORMAT = 2
 
 # LoRA options that CORDA adapters do not support, with the value that turns them off.
 _UNSUPPORTED: dict[str, Any] = {
@@ -73,6 +75,7 @@ class CordaConfig(LoraConfig):
         corda_factors: A file written by `CordaFactors.save`, or a `CordaFactors`. If it is None,
             `calibrate(model, config, dataloader)` sets it. It is not stored with a saved adapter,
             which contains its own start, and a path in an adapter_config.json is ignored.
+        corda_format: Format of a saved adapter, which its config states. There is no need to set it.
 
     Raises:
         ValueError: If an option is unknown, out of range, or not supported by CORDA adapters.
@@ -101,6 +104,10 @@ class CordaConfig(LoraConfig):
         default=None,
         metadata={"help": "Factors file (or CordaFactors) that the adapter is initialized from."},
     )
+    corda_format: int = field(
+        default=ADAPTER_FORMAT,
+        metadata={"help": "Format of a saved adapter, stated by its config. Not to be set."},
+    )
 
     def __post_init__(self) -> None:
         # PEFT passes the content of an adapter_config.json, with the type as plain text.
@@ -122,6 +129,12 @@ class CordaConfig(LoraConfig):
         """
         if self.corda_method is not None:
             _check_choice("corda_method", self.corda_method, METHODS)
+        if self.corda_format not in range(1, ADAPTER_FORMAT + 1):
+            raise ValueError(
+                f"The adapter has format {self.corda_format!r}, but this version of peft-corda reads "
+                f"formats 1 to {ADAPTER_FORMAT}: a later version saved it. Update peft-corda."
+            )
+        self.corda_format = ADAPTER_FORMAT  # of what will be saved
         _check_choice("corda_scaling", self.corda_scaling, SCALINGS)
         _check_choice("corda_weighting", self.corda_weighting, WEIGHTINGS)
         if not (_is_finite(self.corda_damping) and self.corda_damping >= 0):
@@ -198,8 +211,8 @@ class CordaConfig(LoraConfig):
     def to_dict(self) -> dict[str, Any]:
         """Returns the configuration as JSON-ready values, without `corda_factors`.
 
-        A saved adapter contains its own start (`lora_A0`, `lora_B0`), so loading it needs neither
-        the factors nor the calibration data.
+        A saved adapter contains its own start (`lora_start_A`, `lora_start_B`), so loading it needs
+        neither the factors nor the calibration data.
         """
         factors, self.corda_factors = self.corda_factors, None
         try:
