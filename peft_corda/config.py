@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftType
 from peft.utils.other import get_pattern_key
 
 from .decomposition.directions import METHODS, WEIGHTINGS
+from .decomposition.sketch import ROWS
 from .factors import CordaFactors
 from .model_card import AdapterFacts, describe
 from .origin import Origin, SeenFactors
@@ -72,6 +73,9 @@ class CordaConfig(LoraConfig):
             `"sqrt_covariance"`, which decomposes `W C^½`, whose left singular vectors are the
             principal directions of the layer's outputs.
         corda_damping: The dimensionless λ of `C + λ · mean(diag C) · I`.
+        corda_sketch: Number of rows of the sketch of each layer's inputs that calibration keeps with
+            the factors, from which `forgetting` is measured; 0 for none. It takes 2 bytes per row and
+            input dimension, once for layers that share an input.
         corda_factors: A file written by `CordaFactors.save`, or a `CordaFactors`. If it is None,
             `calibrate(model, config, dataloader)` sets it. It is not stored with a saved adapter,
             which contains its own start, and a path in an adapter_config.json is ignored.
@@ -99,6 +103,10 @@ class CordaConfig(LoraConfig):
     corda_damping: float = field(
         default=0.01,
         metadata={"help": "Multiple of the mean input energy added to the covariance's diagonal."},
+    )
+    corda_sketch: int = field(
+        default=ROWS,
+        metadata={"help": "Rows of the sketch of a layer's inputs kept with the factors, or 0."},
     )
     corda_factors: str | CordaFactors | None = field(
         default=None,
@@ -141,6 +149,11 @@ class CordaConfig(LoraConfig):
             raise ValueError(
                 f"`corda_damping` must be a number of at least 0, got {self.corda_damping!r}. "
                 "The default is 0.01."
+            )
+        if self.corda_sketch != 0 and not (_is_rank(self.corda_sketch) and self.corda_sketch > 1):
+            raise ValueError(
+                f"`corda_sketch` must be 0 or a whole number of at least 2, got {self.corda_sketch!r}. "
+                f"The default is {ROWS}."
             )
         if not _is_rank(self.r):
             raise ValueError(f"`r` must be a whole number of at least 1, got {self.r!r}.")

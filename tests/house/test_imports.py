@@ -13,7 +13,8 @@ WINGS = {
         "modeling", "root", "cli",
     ),
     "peft_corda": (
-        "decomposition", "root", "base_model", "export", "analysis", "adapter", "calibration", "cli",
+        "decomposition", "root", "base_model", "export", "analysis", "adapter", "retention",
+        "calibration", "cli",
     ),
 }  # fmt: skip
 FACES = {"__init__", "__main__"}  # these hold what the package shows, and may import anything
