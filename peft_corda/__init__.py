@@ -20,6 +20,10 @@ from .config import CordaConfig
 from .export.callback import CordaExportCallback
 from .export.export import export_lora
 from .factors import CordaFactors, ModuleFactors
+from .retention.budget import fit_to_budget
+from .retention.callbacks import ForgettingCallback, KnowledgeDecayCallback
+from .retention.decay import knowledge_decay
+from .retention.measure import Forgetting, forgetting
 
 __version__ = installed_version()
 
@@ -30,12 +34,18 @@ __all__ = [
     "CordaFactors",
     "CordaModel",
     "CordaReport",
+    "Forgetting",
+    "ForgettingCallback",
+    "KnowledgeDecayCallback",
     "ModuleFactors",
     "allocate_ranks",
     "apply_ranks",
     "calibrate",
     "export_lora",
+    "fit_to_budget",
+    "forgetting",
     "initialize_corda",
+    "knowledge_decay",
     "report",
 ]
 

@@ -16,11 +16,14 @@ from peft import LoraConfig, PeftType
 from peft.utils.other import get_pattern_key
 
 from .decomposition.directions import METHODS, WEIGHTINGS
+from .decomposition.sketch import ROWS
 from .factors import CordaFactors
 from .model_card import AdapterFacts, describe
 from .origin import Origin, SeenFactors
 
 SCALINGS = ("balanced", "paper")
+#: Format of saved adapters. Format 1, of versions before 0.2, had `A` and `B` in place of their changes.
+ADAPTER_FORMAT = 2
 
 # LoRA options that CORDA adapters do not support, with the value that turns them off.
 _UNSUPPORTED: dict[str, Any] = {
@@ -70,9 +73,13 @@ class CordaConfig(LoraConfig):
             `"sqrt_covariance"`, which decomposes `W C^½`, whose left singular vectors are the
             principal directions of the layer's outputs.
         corda_damping: The dimensionless λ of `C + λ · mean(diag C) · I`.
+        corda_sketch: Number of rows of the sketch of each layer's inputs that calibration keeps with
+            the factors, from which `forgetting` is measured; 0 for none. It takes 2 bytes per row and
+            input dimension, once for layers that share an input.
         corda_factors: A file written by `CordaFactors.save`, or a `CordaFactors`. If it is None,
             `calibrate(model, config, dataloader)` sets it. It is not stored with a saved adapter,
             which contains its own start, and a path in an adapter_config.json is ignored.
+        corda_format: Format of a saved adapter, which its config states. There is no need to set it.
 
     Raises:
         ValueError: If an option is unknown, out of range, or not supported by CORDA adapters.
@@ -97,9 +104,17 @@ class CordaConfig(LoraConfig):
         default=0.01,
         metadata={"help": "Multiple of the mean input energy added to the covariance's diagonal."},
     )
+    corda_sketch: int = field(
+        default=ROWS,
+        metadata={"help": "Rows of the sketch of a layer's inputs kept with the factors, or 0."},
+    )
     corda_factors: str | CordaFactors | None = field(
         default=None,
         metadata={"help": "Factors file (or CordaFactors) that the adapter is initialized from."},
+    )
+    corda_format: int = field(
+        default=ADAPTER_FORMAT,
+        metadata={"help": "Format of a saved adapter, stated by its config. Not to be set."},
     )
 
     def __post_init__(self) -> None:
@@ -122,12 +137,23 @@ class CordaConfig(LoraConfig):
         """
         if self.corda_method is not None:
             _check_choice("corda_method", self.corda_method, METHODS)
+        if self.corda_format not in range(1, ADAPTER_FORMAT + 1):
+            raise ValueError(
+                f"The adapter has format {self.corda_format!r}, but this version of peft-corda reads "
+                f"formats 1 to {ADAPTER_FORMAT}: a later version saved it. Update peft-corda."
+            )
+        self.corda_format = ADAPTER_FORMAT  # of what will be saved
         _check_choice("corda_scaling", self.corda_scaling, SCALINGS)
         _check_choice("corda_weighting", self.corda_weighting, WEIGHTINGS)
         if not (_is_finite(self.corda_damping) and self.corda_damping >= 0):
             raise ValueError(
                 f"`corda_damping` must be a number of at least 0, got {self.corda_damping!r}. "
                 "The default is 0.01."
+            )
+        if self.corda_sketch != 0 and not (_is_rank(self.corda_sketch) and self.corda_sketch > 1):
+            raise ValueError(
+                f"`corda_sketch` must be 0 or a whole number of at least 2, got {self.corda_sketch!r}. "
+                f"The default is {ROWS}."
             )
         if not _is_rank(self.r):
             raise ValueError(f"`r` must be a whole number of at least 1, got {self.r!r}.")
@@ -198,8 +224,8 @@ class CordaConfig(LoraConfig):
     def to_dict(self) -> dict[str, Any]:
         """Returns the configuration as JSON-ready values, without `corda_factors`.
 
-        A saved adapter contains its own start (`lora_A0`, `lora_B0`), so loading it needs neither
-        the factors nor the calibration data.
+        A saved adapter contains its own start (`lora_start_A`, `lora_start_B`), so loading it needs
+        neither the factors nor the calibration data.
         """
         factors, self.corda_factors = self.corda_factors, None
         try:

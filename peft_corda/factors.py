@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -16,30 +15,14 @@ from kprune_ext.common.files import atomic_save
 from kprune_ext.common.version import installed_version
 
 from .decomposition.directions import METHODS, Directions
-from .soundness import CHECKSUM, check_sound, check_sum, checksum_of
+from .decomposition.sketch import InputSketch
+from .soundness import CHECKSUM, check_sketch, check_sound, check_sum, checksum_of
+from .weight_sample import WeightSample, same_sample
 
 FORMAT = "peft_corda.factors"
 FORMAT_VERSION = 2
-# Number of weight entries stored per module, by which the base model is recognized.
-SAMPLE_SIZE = 32
-# Two roundings of one weight to bfloat16 differ by less than this, relative to its magnitude.
-SAMPLE_RTOL = 2.0**-7
 _PARTS = ("U", "S", "weight_norms")
-
-
-@dataclass(frozen=True, eq=False)
-class WeightSample:
-    """Sample of a weight, to check that it is the one that was calibrated.
-
-    Attributes:
-        sample: Entries of the weight, from `sample_of`.
-        shape: Shape of the weight, `(out, in)`.
-        error: Largest absolute change of an entry that quantization may have caused.
-    """
-
-    sample: Tensor
-    shape: tuple[int, int]
-    error: float = 0.0
+_SKETCH = "input_sketch"
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +38,9 @@ class ModuleFactors:
         effective_rank: Effective number of directions of the inputs, between 1 and `in`
             (`covariance.effective_rank`); None where only a cross-covariance was collected.
         tokens: Number of calibration tokens that the layer received.
+        inputs: Name of the layer whose sketch of the inputs is also that of this layer; None if there
+            is no sketch.
+        output_energy: Mean of `‖W x‖²` over the calibration data, estimated from the sketch.
     """
 
     directions: Mapping[str, Directions]
@@ -63,6 +49,8 @@ class ModuleFactors:
     energy: float
     effective_rank: float | None
     tokens: int
+    inputs: str | None = None
+    output_energy: float = 0.0
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -75,11 +63,13 @@ class CordaFactors:
         modules: Factors by module name, as in `model.named_modules()` of the base model.
         damping: The λ of the damped covariance.
         weighting: Either `"covariance"` or `"sqrt_covariance"`.
+        sketches: Sketches of the inputs, by the first of the layers that share them.
     """
 
     modules: Mapping[str, ModuleFactors]
     damping: float
     weighting: str = "covariance"
+    sketches: Mapping[str, InputSketch] = field(default_factory=dict)
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -102,12 +92,21 @@ class CordaFactors:
     def __repr__(self) -> str:
         return (
             f"CordaFactors(methods={self.methods}, modules={len(self.modules)}, "
-            f"tokens={self.tokens}, damping={self.damping}, weighting={self.weighting!r})"
+            f"tokens={self.tokens}, damping={self.damping}, weighting={self.weighting!r}, "
+            f"sketches={len(self.sketches)})"
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CordaFactors:
         # Factors are immutable and as large as an adapter, so copies of a config share them.
         return self
+
+    def without_directions(self) -> CordaFactors:
+        """Returns what `forgetting` needs and no more: the sketches of the inputs.
+
+        An adapter cannot be started from it, and its file is smaller.
+        """
+        modules = {name: replace(module, directions={}) for name, module in self.modules.items()}
+        return replace(self, modules=modules)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the factors to one safetensors file, which appears only when it is complete."""
@@ -137,6 +136,11 @@ class CordaFactors:
                     name: _read_module(tensors, name, about)
                     for name, about in json.loads(metadata["modules"]).items()
                 }
+                sketches = {
+                    name: InputSketch(tensors[f"{name}.{_SKETCH}"], about["input_energy"])
+                    for name, about in json.loads(metadata["modules"]).items()
+                    if "input_energy" in about
+                }
                 damping, weighting = float(metadata["damping"]), metadata["weighting"]
                 check_sum(path, tensors, metadata)
         except (
@@ -149,7 +153,8 @@ class CordaFactors:
             raise ValueError(f"{path!r} is not a readable factors file: {error}") from error
         for name, module in modules.items():
             check_sound(name, module.directions, module.shape, module.weight_sample)
-        return cls(modules, damping, weighting)
+            check_sketch(name, module.inputs, module.shape, sketches)
+        return cls(modules, damping, weighting, sketches)
 
     def check_fits(
         self,
@@ -201,7 +206,7 @@ class CordaFactors:
         changed = [
             name
             for name, seen in weights.items()
-            if not _same_sample(seen, self.modules[name].weight_sample)
+            if not same_sample(seen, self.modules[name].weight_sample)
         ]
         if changed:
             raise ValueError(
@@ -239,6 +244,12 @@ def contents_of(factors: CordaFactors) -> tuple[dict[str, Tensor], dict[str, str
             "effective_rank": module.effective_rank,
             "tokens": module.tokens,
         }
+        if module.inputs is not None:
+            about[name] |= {"inputs": module.inputs, "output_energy": module.output_energy}
+        if name in factors.sketches:
+            sketch = factors.sketches[name]
+            tensors[f"{name}.{_SKETCH}"] = sketch.rows
+            about[name]["input_energy"] = sketch.energy
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
@@ -250,19 +261,6 @@ def contents_of(factors: CordaFactors) -> tuple[dict[str, Tensor], dict[str, str
         "modules": json.dumps(about),
     }
     return tensors, {**metadata, CHECKSUM: checksum_of(tensors, metadata)}
-
-
-def sample_of(weight: Tensor) -> Tensor:
-    """Returns `SAMPLE_SIZE` evenly spaced entries of a weight, in float32 on the CPU."""
-    flat = weight.reshape(-1)
-    positions = torch.linspace(0, flat.numel() - 1, SAMPLE_SIZE, dtype=torch.float64).long()
-    return flat[positions.to(flat.device)].float().cpu()
-
-
-def _same_sample(seen: WeightSample, theirs: Tensor) -> bool:
-    # A base model in another float dtype, or quantized, is still the same base model.
-    least = float(theirs.abs().max()) * 1e-6
-    return bool(torch.allclose(seen.sample, theirs, rtol=SAMPLE_RTOL, atol=max(least, seen.error)))
 
 
 def _read_module(
@@ -278,6 +276,8 @@ def _read_module(
         energy=about["energy"],
         effective_rank=about["effective_rank"],
         tokens=about["tokens"],
+        inputs=about.get("inputs"),
+        output_energy=about.get("output_energy", 0.0),
     )
 
 

@@ -30,8 +30,9 @@ import peft_corda  # before the adapter is loaded
 
 - Method: CorDA ([arXiv 2406.05223](https://arxiv.org/abs/2406.05223)), {method}.
 - Rank: {rank}.
-- `lora_A0` and `lora_B0` are the initial values of `lora_A` and `lora_B`. The adapter adds the
-  difference, `s (B A − B0 A0)`, to the unchanged weights of the base model.
+- `lora_start_A` and `lora_start_B` are the start `A0`, `B0` of the adapter; `lora_A` and `lora_B` are
+  the changes from it, `A − A0` and `B − B0`. The adapter adds `s (B A − B0 A0)` to the unchanged
+  weights of the base model. It needs peft-corda 0.2 or later.
 - `peft-corda export` converts it to a plain LoRA adapter, which needs no plugin.
 """
 _MEANINGS = {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .decomposition.directions import Directions
+from .decomposition.sketch import InputSketch
 
 # Key of the checksum among the metadata of a file. Files of earlier versions have none.
 CHECKSUM = "sha256"
@@ -67,3 +68,33 @@ def check_sound(
             )
     if not bool(sample.isfinite().all()):
         raise ValueError(f"The weight sample of {name} has NaN or infinite values. {remedy}")
+
+
+def check_sketch(
+    name: str, inputs: str | None, shape: tuple[int, int], sketches: Mapping[str, InputSketch]
+) -> None:
+    """Checks that a module has the sketch that it names, of its shape, with finite values.
+
+    Args:
+        name: Name of the module, for the message.
+        inputs: Name under which the sketch of its inputs is kept, if there is one.
+        shape: Shape of its weight, `(out, in)`.
+        sketches: All sketches.
+
+    Raises:
+        ValueError: If the sketch is missing, has another shape, or is not finite.
+    """
+    if inputs is None:
+        return
+    found = sketches.get(inputs)
+    if found is None or found.rows.ndim != 2 or found.rows.shape[1] != shape[1]:
+        given = "is missing" if found is None else f"has the shape {tuple(found.rows.shape)}"
+        raise ValueError(
+            f"The sketch of the inputs of {name} with weight (out, in) = {tuple(shape)} {given}. The "
+            "factors are damaged. Calibrate again, or load an intact copy of their file."
+        )
+    if not bool(found.rows.isfinite().all()):
+        raise ValueError(
+            f"The sketch of the inputs of {name} has NaN or infinite values. The factors are damaged. "
+            "Calibrate again, or load an intact copy of their file."
+        )

@@ -50,9 +50,9 @@ def adapted(model: nn.Module, side: str, rank: int, targets: str) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     for layer in peft_model.modules():
         if isinstance(layer, CordaLinear):
-            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            a, b, *_ = layer.factors_of("default")
             noise = [0.01 * torch.randn(t.shape, generator=generator).to(t) for t in (a, b)]
-            layer.start_adapter("default", a.detach() + noise[0], b.detach() + noise[1])
+            layer.set_factors("default", *noise, a, b)
     return peft_model.train()
 
 

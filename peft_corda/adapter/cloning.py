@@ -1,8 +1,8 @@
 """Clones of an adapter, as trainers make them for a reference policy.
 
 TRL's DPO, KTO, GRPO and RLOO trainers add an adapter with the config of an existing one, and then copy
-all parameters. The start `A0`, `B0` of a CORDA adapter consists of buffers, so a new adapter takes it
-over from the adapter whose config it is given.
+all parameters, which are the changes from the start. The start `A0`, `B0` of a CORDA adapter consists of
+buffers, so a new adapter takes it over from the adapter whose config it is given.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..decomposition.low_rank import Product, stacked, truncated, truncated_dense
+from ..decomposition.low_rank import Product, stacked, truncated, truncated_dense, update_product
 from .layer import CordaLayer
 
 
@@ -28,10 +28,10 @@ class Combination:
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """Factors `A` and `B` of an adapter with scale 1, and their starting values."""
+    """The start `A0` and `B0` of an adapter with scale 1, and the changes `ΔA` and `ΔB` from it."""
 
-    factor_a: Tensor
-    factor_b: Tensor
+    change_a: Tensor
+    change_b: Tensor
     start_a: Tensor
     start_b: Tensor
 
@@ -70,28 +70,27 @@ def combined(
 
 def _side_by_side(layer: CordaLayer, own: Sequence[tuple[str, float]], rank: int) -> Factors:
     """All factors side by side, with their own starting values, padded with zeros to `rank`."""
-    trained, start = [], []
+    changes, start = [], []
     for name, weight in own:
-        factor_a, factor_b, start_a, start_b = layer.factors_of(name)
+        change_a, change_b, start_a, start_b = layer.factors_of(name)
         scale = weight * layer.scaling[name]
-        trained.append((factor_b, scale * factor_a))
+        changes.append((change_b, scale * change_a))
         start.append((start_b, scale * start_a))
-    factor_b, factor_a = stacked(trained)
+    change_b, change_a = stacked(changes)
     start_b, start_a = stacked(start)
-    missing = rank - len(factor_a)
+    missing = rank - len(change_a)
     return Factors(
-        factor_a=pad(factor_a, (0, 0, 0, missing)),
-        factor_b=pad(factor_b, (0, missing)),
+        change_a=pad(change_a, (0, 0, 0, missing)),
+        change_b=pad(change_b, (0, missing)),
         start_a=pad(start_a, (0, 0, 0, missing)),
         start_b=pad(start_b, (0, missing)),
     )
 
 
 def _update(layer: CordaLayer, name: str, weight: float = 1.0) -> Product:
-    """The update as the product of `w s [B, −B0]` and `[A; A0]`."""
-    factor_a, factor_b, start_a, start_b = layer.factors_of(name)
-    scale = weight * layer.scaling[name]
-    return stacked([(scale * factor_b, factor_a), (-scale * start_b, start_a)])
+    """The weighted update `w s (B A − B0 A0)` as one product, in float64."""
+    change_a, change_b, start_a, start_b = (part.double() for part in layer.factors_of(name))
+    return update_product(change_a, change_b, start_a, start_b, weight * layer.scaling[name])
 
 
 def _merged(layer: CordaLayer, own: Sequence[tuple[str, float]], how: Combination) -> Tensor:

@@ -1,13 +1,12 @@
-"""Computes `result + s · (B A − B0 A0) x`, exactly `result` where `A = A0` and `B = B0`.
+"""Computes `result + s · (B A − B0 A0) x` from the changes of `A` and `B`.
 
-Two separate products would need four multiplications, and would cancel only if the same kernels run.
-Written as
+With `A = A0 + ΔA` and `B = B0 + ΔB`,
 
-    B A − B0 A0 = B (A − A0) + (B − B0) A0
+    B A − B0 A0 = B ΔA + ΔB A0.
 
-every term is zero at the start, whatever the kernel. Both terms share one multiplication with
-`[A − A0; A0]` and one with `[B, B − B0]`, and the sum keeps the digits that a difference of large
-products would lose.
+Both terms share one multiplication with `[ΔA; A0]` and one with `[B, ΔB]`. Where the changes are zero,
+so is every term, whatever the kernel and the dtype. No digits are lost to a difference of large
+products.
 
 A custom autograd function saves memory and time in the backward pass. Where autograd asks for something
 that such a function cannot give (`torch.func`, forward-mode differentiation, tracing), the same products
@@ -27,8 +26,8 @@ from torch.nn import functional as F
 def add_difference(
     result: Tensor,
     x: Tensor,
-    factor_a: Tensor,
-    factor_b: Tensor,
+    change_a: Tensor,
+    change_b: Tensor,
     start_a: Tensor,
     start_b: Tensor,
     scale: float,
@@ -36,39 +35,39 @@ def add_difference(
     """Add the adapter's output to the output of the base layer.
 
     The starting values need no gradients, and nothing is saved for them: the backward pass needs
-    `x`, which the gradient of `A` needs anyway, and `A x`.
+    `x`, which the gradient of `ΔA` needs anyway, and `A x`.
 
     Args:
         result: Output of the base layer, `(…, out)`.
         x: Input of the layer, `(…, in)`, in the dtype of the factors.
-        factor_a: The factor `A`, `(r, in)`.
-        factor_b: The factor `B`, `(out, r)`.
-        start_a: The starting value `A0`, of the shape of `A`; without gradient.
-        start_b: The starting value `B0`, of the shape of `B`; without gradient.
+        change_a: The change `ΔA = A − A0`, `(r, in)`.
+        change_b: The change `ΔB = B − B0`, `(out, r)`.
+        start_a: The starting value `A0`, `(r, in)`; without gradient.
+        start_b: The starting value `B0`, `(out, r)`; without gradient.
         scale: The scale `s`.
 
     Returns:
         The sum, `(…, out)`, in the wider dtype of `result` and the computation. Under autocast the
         products are computed in the dtype of autocast.
     """
-    factors = (factor_a, factor_b, start_a, start_b)
+    factors = (change_a, change_b, start_a, start_b)
     if not torch.is_autocast_enabled(x.device.type):
         return _apply(result, x, *factors, scale)
     dtype = torch.get_autocast_dtype(x.device.type)
-    # The factors are subtracted in full precision, before the cast.
+    # `B0` and `ΔB` are added in full precision, before the cast.
     with torch.autocast(x.device.type, enabled=False):
         return _apply(result, x.to(dtype), *factors, scale)
 
 
 def _apply(result: Tensor, x: Tensor, *rest: Any) -> Tensor:
-    if _is_transformed():
+    if is_transformed():
         return _plain(result, x, *rest)
     if torch.is_grad_enabled():
         return cast(Tensor, _AddDifference.apply(result, x, *rest))
     return _forward(result, x, *rest)[0]
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether autograd functions are unsuitable: in `torch.func`, forward mode, tracing and export."""
     if torch._C._are_functorch_transforms_active():
         return True
@@ -81,29 +80,29 @@ def _is_transformed() -> bool:
 def _plain(
     result: Tensor,
     x: Tensor,
-    factor_a: Tensor,
-    factor_b: Tensor,
+    change_a: Tensor,
+    change_b: Tensor,
     start_a: Tensor,
     start_b: Tensor,
     scale: float,
 ) -> Tensor:
     """Returns the sum, computed by operations that autograd knows, none of them in place."""
-    hidden = F.linear(x, _down(factor_a, start_a, x.dtype))
-    return result + F.linear(hidden, _up(factor_b, start_b, x.dtype)) * scale
+    hidden = F.linear(x, _down(change_a, start_a, x.dtype))
+    return result + F.linear(hidden, _up(change_b, start_b, x.dtype)) * scale
 
 
 def _forward(
     result: Tensor,
     x: Tensor,
-    factor_a: Tensor,
-    factor_b: Tensor,
+    change_a: Tensor,
+    change_b: Tensor,
     start_a: Tensor,
     start_b: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the sum, and `[(A − A0) x, A0 x]`."""
-    hidden = x.reshape(-1, x.shape[-1]) @ _down(factor_a, start_a, x.dtype).T
-    up = _up(factor_b, start_b, x.dtype)
+    """Returns the sum, and `[ΔA x, A0 x]`."""
+    hidden = x.reshape(-1, x.shape[-1]) @ _down(change_a, start_a, x.dtype).T
+    up = _up(change_b, start_b, x.dtype)
     if result.dtype != x.dtype:
         return result + (hidden @ up.T).mul_(scale).view(result.shape), hidden
     # Not a view, which a custom function may not return to callers that change it in place.
@@ -118,48 +117,48 @@ class _AddDifference(torch.autograd.Function):
         ctx: Any,
         result: Tensor,
         x: Tensor,
-        factor_a: Tensor,
-        factor_b: Tensor,
+        change_a: Tensor,
+        change_b: Tensor,
         start_a: Tensor,
         start_b: Tensor,
         scale: float,
     ) -> Tensor:
-        summed, hidden = _forward(result, x, factor_a, factor_b, start_a, start_b, scale)
-        rank = len(factor_a)
+        summed, hidden = _forward(result, x, change_a, change_b, start_a, start_b, scale)
+        rank = len(change_a)
         trained = hidden[:, :rank] + hidden[:, rank:]  # A x
-        ctx.save_for_backward(x, trained, factor_a, factor_b, start_a, start_b)
+        ctx.save_for_backward(x, trained, change_a, change_b, start_a, start_b)
         ctx.scale = scale
         return summed
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, trained, factor_a, factor_b, start_a, start_b = ctx.saved_tensors
+        x, trained, change_a, change_b, start_a, start_b = ctx.saved_tensors
         _, wants_x, wants_a, wants_b, *_ = ctx.needs_input_grad
-        rank, dtype = len(factor_a), x.dtype
+        rank, dtype = len(change_a), x.dtype
         rows = x.reshape(-1, x.shape[-1])
         given = gradient.reshape(-1, gradient.shape[-1]).to(dtype)
         if torch.is_grad_enabled():
             # The gradients are differentiated in turn, which needs `A x` as a function of both.
-            trained = rows @ factor_a.to(dtype).T
+            trained = rows @ (start_a + change_a).to(dtype).T
         for_x = for_a = for_b = hidden = None
         if wants_x:
-            hidden = (given @ _up(factor_b, start_b, dtype)).mul_(ctx.scale)
-            for_x = (hidden @ _down(factor_a, start_a, dtype)).view(x.shape)
+            hidden = (given @ _up(change_b, start_b, dtype)).mul_(ctx.scale)
+            for_x = (hidden @ _down(change_a, start_a, dtype)).view(x.shape)
         if wants_a:
-            own = (
-                (given @ factor_b.to(dtype)).mul_(ctx.scale) if hidden is None else hidden[:, :rank]
-            )
-            for_a = (own.T @ rows).to(factor_a.dtype)
+            if hidden is None:
+                hidden = (given @ (start_b + change_b).to(dtype)).mul_(ctx.scale)
+            own = hidden[:, :rank]
+            for_a = (own.T @ rows).to(change_a.dtype)
         if wants_b:
-            for_b = (given.T @ trained).mul_(ctx.scale).to(factor_b.dtype)
+            for_b = (given.T @ trained).mul_(ctx.scale).to(change_b.dtype)
         return gradient, for_x, for_a, for_b, None, None, None
 
 
-def _down(factor_a: Tensor, start_a: Tensor, dtype: torch.dtype) -> Tensor:
-    """The stacked factors `[A − A0; A0]`, `(2r, in)`."""
-    return torch.cat([factor_a - start_a, start_a]).to(dtype)
+def _down(change_a: Tensor, start_a: Tensor, dtype: torch.dtype) -> Tensor:
+    """The stacked factors `[ΔA; A0]`, `(2r, in)`."""
+    return torch.cat([change_a, start_a]).to(dtype)
 
 
-def _up(factor_b: Tensor, start_b: Tensor, dtype: torch.dtype) -> Tensor:
-    """The stacked factors `[B, B − B0]`, `(out, 2r)`."""
-    return torch.cat([factor_b, factor_b - start_b], dim=1).to(dtype)
+def _up(change_b: Tensor, start_b: Tensor, dtype: torch.dtype) -> Tensor:
+    """The stacked factors `[B, ΔB]`, `(out, 2r)`."""
+    return torch.cat([start_b + change_b, change_b], dim=1).to(dtype)

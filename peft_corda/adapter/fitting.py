@@ -10,7 +10,8 @@ from kprune_ext.common.processes import Processes
 from ..base_model.quantized import rounding_of
 from ..base_model.weights import dense_weight, weight_shape
 from ..config import CordaConfig, rank_of
-from ..factors import CordaFactors, WeightSample, sample_of
+from ..factors import CordaFactors
+from ..weight_sample import WeightSample, sample_of
 
 
 def factors_of(config: CordaConfig) -> CordaFactors | None:

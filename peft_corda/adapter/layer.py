@@ -1,13 +1,14 @@
-"""The adapter layer: `base(x) + s · (B A dropout(x) − B0 A0 x)`.
+"""The adapter layer: `base(x) + s · (B A − B0 A0) dropout(x)`.
 
-`A (r, in)` and `B (out, r)` are trained; `A0` and `B0` are frozen copies of their starting values.
-The base weight is never changed, so disabling, deleting or unloading the adapter restores the base
-model bit for bit, and a checkpoint loads on the original base model.
+`A0 (r, in)` and `B0 (out, r)` are the frozen start. What is trained, as `lora_A` and `lora_B`, is the
+change `ΔA = A − A0` and `ΔB = B − B0`, which is zero at first: whatever pulls parameters to zero, such
+as weight decay, pulls the model to its base, and in 16 bits small changes are not rounded away next to
+the start. The base weight is never changed, so disabling, deleting or unloading the adapter restores
+the base model bit for bit, and a checkpoint loads on the original base model.
 """
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, cast
 
 import torch
@@ -23,11 +24,10 @@ from transformers.pytorch_utils import Conv1D
 from kprune_ext.common.placement import execution_device, fill, is_dtensor, is_partitioned
 
 from ..base_model.weights import _innermost, weight_shape
-from .difference import add_difference
+from ..decomposition.low_rank import update_product
+from .difference import add_difference, is_transformed
 from .observers import is_observed
-from .start_buffers import StartBuffers
-
-_START_NAMES = ("lora_A0", "lora_B0")
+from .start_buffers import OLD_NAMES, StartBuffers, without_old_names
 
 
 class CordaVariant(LoraVariant):
@@ -53,32 +53,36 @@ class CordaVariant(LoraVariant):
     def forward(
         module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
-        factor_a, factor_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        start_a, start_b = module.lora_A0[active_adapter], module.lora_B0[active_adapter]
+        change_a, change_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        start_a, start_b = module.lora_start_A[active_adapter], module.lora_start_B[active_adapter]
         scale, dropout = module.scaling[active_adapter], module.lora_dropout[active_adapter]
-        drops = dropout.training and not isinstance(dropout, nn.Identity)
-        # Sharded factors are full tensors only within the forward of their own modules.
-        apart = is_partitioned(factor_a.weight) or is_dtensor(factor_a.weight)
-        if not (drops or apart or is_observed(factor_a, factor_b, dropout)):
+        # Sharded parameters are full tensors only within the forward of their own modules.
+        apart = is_partitioned(change_a.weight) or is_dtensor(change_a.weight)
+        if not (apart or result.is_meta or is_transformed()):
+            module.lora_start_B.check_filled(active_adapter, change_b.weight)
+        if not (apart or is_observed(change_a, change_b, dropout)):
+            dropped = dropout(x) if dropout.training else x
             summed = add_difference(
-                result, x, factor_a.weight, factor_b.weight, start_a, start_b, scale
+                result, dropped, change_a.weight, change_b.weight, start_a, start_b, scale
             )
         else:
-            # Both products use the same kernels, so that equal factors cancel to the last bit.
-            hidden = factor_a(dropout(x))
+            # B A − B0 A0 = ΔB A + B0 ΔA, each term zero at the start.
+            dropped = dropout(x)
+            hidden = change_a(dropped)
             dtype = hidden.dtype  # FSDP2's mixed precision casts parameters, but not buffers
-            start = F.linear(F.linear(x.to(dtype), start_a.to(dtype)), start_b.to(dtype))
-            summed = result + (factor_b(hidden) - start) * scale
-        if factor_b.weight.requires_grad and summed.requires_grad:
-            module.watch_for_start(active_adapter, summed)
+            whole = hidden + F.linear(dropped.to(dtype), start_a.to(dtype))  # A x
+            added = change_b(whole) + F.linear(hidden, start_b.to(dtype))
+            summed = result + added * scale
+        if change_b.weight.requires_grad and summed.requires_grad:
+            module.lora_start_B.watch(active_adapter, summed)
         return summed
 
 
 class CordaLayer(LoraLayer):
     """Base class of all CORDA adapter layers; comes before PEFT's LoRA layer in their bases."""
 
-    lora_A0: StartBuffers
-    lora_B0: StartBuffers
+    lora_start_A: StartBuffers
+    lora_start_B: StartBuffers
     fan_in_fan_out: bool
 
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant:
@@ -88,43 +92,44 @@ class CordaLayer(LoraLayer):
         self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any
     ) -> None:
         """Add an adapter without a start; its output is zero until one is set."""
-        if not hasattr(self, "lora_A0"):
-            self.lora_A0, self.lora_B0 = StartBuffers(), StartBuffers()
+        if not hasattr(self, "lora_start_A"):
+            self.lora_start_A, self.lora_start_B = StartBuffers(), StartBuffers()
             # PEFT then moves, casts, saves and deletes them with the adapter.
-            self.other_param_names = (*self.other_param_names, *_START_NAMES)
+            self.other_param_names = (*self.other_param_names, *OLD_NAMES)
         out_features, in_features = weight_shape(_innermost(cast(nn.Module, self)))
-        self.lora_A0[adapter_name] = torch.zeros(r, in_features)
-        self.lora_B0[adapter_name] = torch.zeros(out_features, r)
+        self.lora_start_A[adapter_name] = torch.zeros(r, in_features)
+        self.lora_start_B[adapter_name] = torch.zeros(out_features, r)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         if config.init_lora_weights is False:
             # The caller wants random factors, which count as a start.
-            self.lora_B0.started.add(adapter_name)
+            self.lora_start_B.started.add(adapter_name)
         if getattr(config, "corda_method", None) is None:
-            self.lora_B0.may_train_without.add(adapter_name)
+            self.lora_start_B.may_train_without.add(adapter_name)
 
     def start_adapter(self, adapter_name: str, factor_a: Tensor, factor_b: Tensor) -> None:
-        """Set the start of an adapter: `A (r, in)` and `B (out, r)`, and their frozen copies."""
-        self.set_factors(adapter_name, factor_a, factor_b, factor_a, factor_b)
+        """Set the start of an adapter, `A0 (r, in)` and `B0 (out, r)`, with no change from it yet."""
+        nothing = torch.zeros_like(factor_a), torch.zeros_like(factor_b)
+        self.set_factors(adapter_name, *nothing, factor_a, factor_b)
 
     def set_factors(
         self,
         adapter_name: str,
-        factor_a: Tensor,
-        factor_b: Tensor,
+        change_a: Tensor,
+        change_b: Tensor,
         start_a: Tensor,
         start_b: Tensor,
     ) -> None:
-        """Set `A` and `B`, and `A0` and `B0` as their starting values."""
+        """Set the start `A0` and `B0` of an adapter, and the trained changes `ΔA` and `ΔB`."""
         device = self._base_device()
         if device.type == "meta":  # the base is loaded later, the frozen factors are not
-            device = factor_a.device
-        for linears, starts, factor, start in (
-            (self.lora_A, self.lora_A0, factor_a, start_a),
-            (self.lora_B, self.lora_B0, factor_b, start_b),
+            device = start_a.device
+        for linears, starts, change, start in (
+            (self.lora_A, self.lora_start_A, change_a, start_a),
+            (self.lora_B, self.lora_start_B, change_b, start_b),
         ):
             linear = _linear(linears, adapter_name)
             # The layout that a checkpoint loads into, so that the same kernels run after loading.
-            value = factor.to(device, linear.weight.dtype).contiguous()
+            value = change.to(device, linear.weight.dtype).contiguous()
             if linear.weight.is_meta:
                 linear.weight = nn.Parameter(
                     value.clone(), requires_grad=linear.weight.requires_grad
@@ -133,7 +138,7 @@ class CordaLayer(LoraLayer):
                 # In place, since an optimizer may already hold the parameter.
                 fill(linear.weight, value)
             starts[adapter_name] = start.to(value).contiguous().clone()
-        self.lora_B0.started.add(adapter_name)
+        self.lora_start_B.started.add(adapter_name)
 
     def _load_from_state_dict(
         self,
@@ -145,12 +150,16 @@ class CordaLayer(LoraLayer):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load as any module, with an error for an adapter that lacks its start, and has none yet."""
-        for part, start in (("lora_A", "lora_A0"), ("lora_B", "lora_B0")):
+        """Load as any module, also what earlier versions saved.
+
+        It is an error if the state has an adapter without its start, and the adapter has none yet.
+        """
+        without_old_names(state_dict, prefix, list(self.lora_A))
+        for part, start in (("lora_A", "lora_start_A"), ("lora_B", "lora_start_B")):
             for name in self.lora_A:
                 factor, key = f"{prefix}{part}.{name}.weight", f"{prefix}{start}.{name}"
                 is_missing = factor in state_dict and key not in state_dict
-                if is_missing and name not in self.lora_B0.started:
+                if is_missing and name not in self.lora_start_B.started:
                     error_msgs.append(
                         f"The checkpoint has {factor}, but lacks {key}, without which the adapter "
                         "computes something else. Save it again with save_pretrained."
@@ -177,16 +186,16 @@ class CordaLayer(LoraLayer):
             return
         if is_clone:
             self.cast_adapter(adapter_name, self.adapter_dtype(original))
-        if original not in self.lora_B0.started:
+        if original not in self.lora_start_B.started:
             return
-        start_a, start_b = self.lora_A0[original], self.lora_B0[original]
+        start_a, start_b = self.lora_start_A[original], self.lora_start_B[original]
         is_meta = start_a.is_meta or _linear(self.lora_A, adapter_name).weight.is_meta
         if not is_meta and (bool(start_a.any()) or bool(start_b.any())):
-            self.set_factors(adapter_name, start_a, start_b, start_a, start_b)
+            self.start_adapter(adapter_name, start_a, start_b)
         if is_clone:
-            self.lora_B0.started.add(adapter_name)
+            self.lora_start_B.started.add(adapter_name)
         else:
-            self.lora_B0.started.discard(adapter_name)
+            self.lora_start_B.started.discard(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
@@ -197,14 +206,14 @@ class CordaLayer(LoraLayer):
         bfloat16 of a base layer would round a float32 adapter.
         """
         target = self._base_device() if device is None else device
-        if adapter_name not in self.lora_B0.started:
+        if adapter_name not in self.lora_start_B.started:
             super()._move_adapter_to_device_of_base_layer(adapter_name, target)
             return
         if target.type == "meta":
             return
         for linears in (self.lora_A, self.lora_B):
             linears[adapter_name].to(target)
-        for start in (self.lora_A0, self.lora_B0):
+        for start in (self.lora_start_A, self.lora_start_B):
             start[adapter_name] = start[adapter_name].to(target)
 
     def adapter_dtype(self, adapter_name: str) -> torch.dtype:
@@ -214,55 +223,30 @@ class CordaLayer(LoraLayer):
         """Cast the factors of an adapter and their start."""
         for linears in (self.lora_A, self.lora_B):
             linears[adapter_name].to(dtype)
-        for starts in (self.lora_A0, self.lora_B0):
+        for starts in (self.lora_start_A, self.lora_start_B):
             starts[adapter_name] = starts[adapter_name].to(dtype)
-
-    def watch_for_start(self, adapter_name: str, output: Tensor) -> None:
-        """Make the backward pass of `output` an error unless the adapter was given a start.
-
-        Trained without a start, the adapter would be a plain LoRA. If its config names no method, that
-        is only a warning. The forward pass never fails, since weights may be loaded into the adapter,
-        or one adapter replaced by another, while the model is in training mode.
-        """
-        if adapter_name in self.lora_B0.started:
-            return
-
-        may = adapter_name in self.lora_B0.may_train_without
-
-        def complain(_: Tensor) -> None:
-            text = (
-                f"The CORDA adapter {adapter_name!r} has no start yet, so it "
-                f"{'trains' if may else 'would train'} as a plain LoRA. Call calibrate(model, config, "
-                "dataloader) before get_peft_model, set CordaConfig(corda_factors='file'), or call "
-                "initialize_corda(model, dataloader) now."
-            )
-            if not may:
-                raise RuntimeError(text)
-            # Python shows it only once, since the text is the same for all layers.
-            warnings.warn(
-                text + " CordaConfig(corda_method=...) makes this an error.", stacklevel=2
-            )
-
-        output.register_hook(complain)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Returns `s (B A − B0 A0)` in the layout of the base weight and the dtype of the adapter."""
-        trained_a = _linear(self.lora_A, adapter).weight
-        trained_b = _linear(self.lora_B, adapter).weight
-        # At least float32: a difference of two products loses digits.
-        working = torch.promote_types(trained_a.dtype, torch.float32)
-        delta = trained_b.to(working) @ trained_a.to(working)
-        delta = delta - self.lora_B0[adapter].to(working) @ self.lora_A0[adapter].to(working)
-        delta = transpose(delta, self.fan_in_fan_out) * self.scaling[adapter]
-        return delta.to(trained_a.dtype)
+        changes = _linear(self.lora_A, adapter).weight, _linear(self.lora_B, adapter).weight
+        # At least float32, as the products are sums of many terms.
+        working = torch.promote_types(changes[0].dtype, torch.float32)
+        left, right = update_product(
+            changes[0].to(working),
+            changes[1].to(working),
+            self.lora_start_A[adapter].to(working),
+            self.lora_start_B[adapter].to(working),
+        )
+        delta = transpose(left @ right, self.fan_in_fan_out) * self.scaling[adapter]
+        return delta.to(changes[0].dtype)
 
     def factors_of(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns `A (r, in)`, `B (out, r)` and their starting values `A0` and `B0`, all detached."""
+        """Returns the changes `ΔA (r, in)`, `ΔB (out, r)` and the start `A0`, `B0`, all detached."""
         return (
             _linear(self.lora_A, adapter_name).weight.detach(),
             _linear(self.lora_B, adapter_name).weight.detach(),
-            self.lora_A0[adapter_name],
-            self.lora_B0[adapter_name],
+            self.lora_start_A[adapter_name],
+            self.lora_start_B[adapter_name],
         )
 
     def _to_merge(self, adapter_names: list[str] | None) -> list[str]:

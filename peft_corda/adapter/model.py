@@ -17,7 +17,7 @@ from ..base_model.targets import find_targets
 from ..base_model.weights import decomposable, dense_weight, weight_shape
 from ..config import CordaConfig, saved_last
 from ..decomposition.starting_factors import starting_factors
-from ..export.adapter_tensors import check_folder, check_tensors
+from ..export.adapter_tensors import check_folder, check_tensors, converted
 from ..export.peft_conversion import convert_for_saving
 from ..factors import CordaFactors
 from ..origin import SeenFactors
@@ -132,7 +132,7 @@ class CordaModel(LoraModel):
         return [
             f"base_model.{name}"
             for name, _ in self.named_buffers()
-            if ".lora_A0." in name or ".lora_B0." in name
+            if ".lora_start_A." in name or ".lora_start_B." in name
         ]
 
     def _fill(self, adapter_name: str, factors: CordaFactors) -> Starts:
@@ -191,9 +191,11 @@ class CordaModel(LoraModel):
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """As in PEFT (0.21 and later), after a check of the tensors."""
+        """As in PEFT (0.21 and later), after a check of the tensors, which may be of an old version."""
         check_tensors(state_dict)
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        return super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, converted(state_dict)
+        )
 
     @torch.no_grad()
     def add_weighted_adapter(
@@ -243,7 +245,7 @@ class CordaModel(LoraModel):
         self._pending_originals.clear()
         for key, layer in self.adapter_layers(adapter_name).items():
             new = found[key]
-            layer.set_factors(adapter_name, new.factor_a, new.factor_b, new.start_a, new.start_b)
+            layer.set_factors(adapter_name, new.change_a, new.change_b, new.start_a, new.start_b)
         self.set_requires_grad(adapter_name, requires_grad=False)
 
     @classmethod

@@ -29,18 +29,22 @@ class Layout:
     at_once: bool = True
 
 
-def with_cross(groups: Sequence[Group], targets: Mapping[str, nn.Module]) -> list[Group]:
+def with_cross(
+    groups: Sequence[Group], targets: Mapping[str, nn.Module], probes: int = 0
+) -> list[Group]:
     """Returns the groups, with the cross-covariance of outputs and inputs where that is smaller.
 
     `Σ y xᵀ = W Σ x xᵀ` takes at most half the work and memory for a wide weight (such as the down
     projection of a transformer). It includes the rounding of the outputs, which does not affect the
-    largest directions of `W C` but would affect the smallest, so it is valid only for `"ipm"`.
+    largest directions of `W C` but would affect the smallest, so it is valid only for `"ipm"`. A sketch
+    of the inputs, of `probes` rows, is then collected beside it.
     """
 
     def chosen(group: Group) -> Group:
         outputs = weight_shape(targets[group.leader])[0]
+        rows = min(probes, group.features)
         smaller = len(group.members) == 1 and 2 * outputs <= group.features
-        return replace(group, outputs=outputs) if smaller else group
+        return replace(group, outputs=outputs, probes=rows) if smaller else group
 
     return [chosen(group) for group in groups]
 
@@ -173,12 +177,14 @@ class Group:
         called_once: Whether each module was called exactly once in a forward pass, for certain.
         outputs: Output dimensions if the cross-covariance of outputs and inputs is collected instead
             of the covariance of the inputs, else None.
+        probes: Rows of a sketch of the inputs that are collected beside the cross-covariance.
     """
 
     members: tuple[str, ...]
     features: int
     called_once: bool = True
     outputs: int | None = None
+    probes: int = 0
 
     @property
     def leader(self) -> str:
@@ -187,5 +193,5 @@ class Group:
 
     def bytes(self, itemsize: int = _FLOAT32) -> int:
         """Returns the memory of the covariance sum in bytes."""
-        rows = self.features if self.outputs is None else self.outputs + 1
+        rows = self.features if self.outputs is None else self.outputs + 1 + self.probes
         return itemsize * self.features * rows

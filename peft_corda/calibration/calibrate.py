@@ -14,6 +14,7 @@ from kprune_ext.common.locks import only_user_of
 from kprune_ext.common.memory import trim_memory
 
 from ..config import CordaConfig
+from ..decomposition.sketch import InputSketch
 from ..factors import CordaFactors, ModuleFactors
 from .collect import collect_covariances
 from .decompose import factorise
@@ -130,16 +131,19 @@ def _warn_if_few(factors: CordaFactors) -> None:
 def _run(run: Calibration, config: CordaConfig) -> CordaFactors:
     """Run the passes that are not finished yet."""
     found: dict[str, ModuleFactors] = {}
+    sketches: dict[str, InputSketch] = {}
     for number in range(len(run.plan.passes)):
         part = run.finished(number, config)
         if part is None:
             part = _run_pass(run, number, config)
             run.finish(number, part)
         found.update(part.modules)
+        sketches.update(part.sketches)
     return CordaFactors(
         modules={name: found[name] for name in run.targets},
         damping=config.corda_damping,
         weighting=config.corda_weighting,
+        sketches=sketches,
     )
 
 
@@ -150,8 +154,8 @@ def _run_pass(run: Calibration, number: int, config: CordaConfig) -> CordaFactor
         run.runner, run.batches, groups, options, run.plan.carried(number)
     )
     trim_memory()
-    modules = factorise(
+    factors = factorise(
         groups, covariances, run.targets, config, run.methods, run.processes, options.progress
     )
     trim_memory()
-    return CordaFactors(modules, config.corda_damping, config.corda_weighting)
+    return factors

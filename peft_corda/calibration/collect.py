@@ -237,7 +237,14 @@ class _Sums:
             if group.outputs is None:
                 new = CovarianceAccumulator(group.features, device, dtype)
             else:
-                new = CrossAccumulator(group.features, group.outputs, device, dtype)
+                new = CrossAccumulator(
+                    group.features,
+                    group.outputs,
+                    device,
+                    dtype,
+                    probes=group.probes,
+                    stream=self._options.processes.rank,
+                )
             self.accumulators[name] = new
         return self.accumulators[name]
 

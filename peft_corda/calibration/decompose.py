@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from accelerate.utils import tqdm
@@ -22,7 +23,9 @@ from ..decomposition.covariance import (
     effective_rank,
 )
 from ..decomposition.directions import Directions, decompose, decompose_product, right_factor
-from ..factors import SAMPLE_SIZE, ModuleFactors, sample_of
+from ..decomposition.sketch import InputSketch, output_energy, sketch_of
+from ..factors import CordaFactors, ModuleFactors
+from ..weight_sample import SAMPLE_SIZE, sample_of
 from .passes import owners_of
 
 
@@ -35,7 +38,7 @@ def factorise(
     methods: Sequence[str],
     processes: Processes,
     progress: bool = True,
-) -> dict[str, ModuleFactors]:
+) -> CordaFactors:
     """Decompose every module of these groups, with the work divided among the processes.
 
     Args:
@@ -49,7 +52,7 @@ def factorise(
         progress: Whether to show a progress bar.
 
     Returns:
-        Factors by module name, on the CPU.
+        Factors of the modules, and sketches of their inputs, on the CPU.
     """
     owners = owners_of(
         [_cost(group, targets, config, methods) for group in groups], processes.count
@@ -57,6 +60,7 @@ def factorise(
     # Sharded weights are gathered in rounds, with one piece of work per process in each.
     rounds = processes.rounds(owners) if processes.collective_forward else [range(len(groups))]
     found: dict[str, ModuleFactors] = {}
+    sketches: dict[str, InputSketch] = {}
     bar = tqdm(total=len(groups), desc="Decomposing", disable=not progress)
     for pieces in rounds:
         gathered: dict[str, Tensor] = {}
@@ -71,9 +75,13 @@ def factorise(
             for piece in pieces:
                 group = groups[piece]
                 if owners[piece] == processes.rank:
-                    own = _decomposed(group, covariances, targets, config, methods, gathered)
+                    own, sketch = _decomposed(
+                        group, covariances, targets, config, methods, gathered
+                    )
                 else:
-                    own = _placeholders(group, covariances, targets, config, methods)
+                    own, sketch = _placeholders(group, covariances, targets, config, methods)
+                if sketch is not None:
+                    sketches[group.leader] = sketch
                 found.update(own)
                 bar.update()
     bar.close()
@@ -81,7 +89,12 @@ def factorise(
         for group, owner in zip(groups, owners, strict=True):
             for name in group.members:
                 found[name] = _shared(found[name], owner, processes)
-    return found
+            if group.leader in sketches:
+                own_rows = sketches[group.leader]
+                sketches[group.leader] = replace(
+                    own_rows, rows=processes.from_owner(own_rows.rows, owner)
+                )
+    return CordaFactors(found, config.corda_damping, config.corda_weighting, sketches)
 
 
 def _decomposed(
@@ -91,10 +104,11 @@ def _decomposed(
     config: CordaConfig,
     methods: Sequence[str],
     gathered: dict[str, Tensor],
-) -> dict[str, ModuleFactors]:
-    """Factors of the modules of one group; weights that were not gathered are read."""
+) -> tuple[dict[str, ModuleFactors], InputSketch | None]:
+    """Factors of the modules of one group, and their sketch; weights not gathered are read."""
     covariance = covariances.pop(group.leader)
     factor, spread, tokens = None, None, covariance.tokens
+    sketch = _sketch(covariance, config)
     if isinstance(covariance, Covariance):
         spread = effective_rank(covariance.matrix)
         # In place, as a copy would take most of the memory in use.
@@ -126,8 +140,21 @@ def _decomposed(
             energy=energy,
             effective_rank=spread,
             tokens=tokens,
+            inputs=None if sketch is None else group.leader,
+            output_energy=0.0 if sketch is None else output_energy(sketch, decomposable(weight)),
         )
-    return found
+    return found, sketch
+
+
+def _sketch(covariance: Covariance | CrossCovariance, config: CordaConfig) -> InputSketch | None:
+    """The sketch of the inputs of a group, on the CPU; None if the config leaves it out."""
+    if config.corda_sketch == 0:
+        return None
+    if isinstance(covariance, CrossCovariance):
+        found = covariance.sketch
+    else:
+        found = sketch_of(covariance.matrix, config.corda_sketch)
+    return None if found is None else replace(found, rows=found.rows.cpu().contiguous().clone())
 
 
 def _placeholders(
@@ -136,17 +163,30 @@ def _placeholders(
     targets: Mapping[str, nn.Module],
     config: CordaConfig,
     methods: Sequence[str],
-) -> dict[str, ModuleFactors]:
-    """Factors of the right shapes, for a group that another process decomposes."""
-    tokens = covariances.pop(group.leader).tokens
+) -> tuple[dict[str, ModuleFactors], InputSketch | None]:
+    """Factors and a sketch of the right shapes, for a group that another process decomposes."""
+    covariance = covariances.pop(group.leader)
+    tokens, sketch = covariance.tokens, None
+    if isinstance(covariance, CrossCovariance):
+        sketch = _sketch(covariance, config)
+    elif config.corda_sketch:
+        rows = torch.zeros(min(config.corda_sketch, group.features), group.features)
+        energy = float(covariance.matrix.diagonal().double().sum())
+        sketch = InputSketch(rows.bfloat16(), energy)
     found = {}
     for name in group.members:
         shape, rank = weight_shape(targets[name]), rank_of(config, name)
         empty = Directions(torch.zeros(shape[0], rank), torch.zeros(rank), torch.zeros(rank))
         found[name] = ModuleFactors(
-            dict.fromkeys(methods, empty), shape, torch.zeros(SAMPLE_SIZE), 0, 0, tokens
+            directions=dict.fromkeys(methods, empty),
+            shape=shape,
+            weight_sample=torch.zeros(SAMPLE_SIZE),
+            energy=0,
+            effective_rank=0,
+            tokens=tokens,
+            inputs=None if sketch is None else group.leader,
         )
-    return found
+    return found, sketch
 
 
 def _shared(module: ModuleFactors, owner: int, processes: Processes) -> ModuleFactors:
@@ -154,7 +194,8 @@ def _shared(module: ModuleFactors, owner: int, processes: Processes) -> ModuleFa
         return processes.from_owner(tensor, owner)
 
     spread = float("nan") if module.effective_rank is None else module.effective_rank
-    numbers = share(torch.tensor([module.energy, spread], dtype=torch.float64))
+    known = [module.energy, spread, module.output_energy]
+    numbers = share(torch.tensor(known, dtype=torch.float64))
     return ModuleFactors(
         directions={
             method: Directions(share(own.U), share(own.S), share(own.weight_norms))
@@ -165,6 +206,8 @@ def _shared(module: ModuleFactors, owner: int, processes: Processes) -> ModuleFa
         energy=float(numbers[0]),
         effective_rank=None if numbers[1].isnan() else float(numbers[1]),
         tokens=module.tokens,
+        inputs=module.inputs,
+        output_energy=float(numbers[2]),
     )
 
 

@@ -10,7 +10,8 @@ rank `r`. A multiplication and an addition are 2 FLOPs.
 - workspace and arithmetic of one decomposition: see `decomposition.cost`;
 - peak: hidden states, factors so far, statistics not yet used in the pass, and the larger of the
   activations (with all of the pass's statistics) and the workspace of the decomposition;
-- factors: `r (out + 2) + 32` numbers of 4 bytes per module and method, on the CPU;
+- factors: `r (out + 2) + 32` numbers of 4 bytes per module and method, and `k · in` of 2 bytes per group
+  for its sketch, on the CPU;
 - arithmetic of a forward pass: `2 out · in · T` per module, times the share of the model that is run
   again in later passes;
 - arithmetic of the statistics: `in² · T` per group (half of a full product).
@@ -36,10 +37,10 @@ from ..base_model.input_groups import Group, layout_of, with_cross
 from ..base_model.targets import find_targets
 from ..base_model.weights import weight_shape
 from ..config import CordaConfig, rank_of
-from ..decomposition.cost import FLOAT32, total_arithmetic, workspace
+from ..decomposition.cost import FLOAT32, sketch_workspace, total_arithmetic, workspace
 from ..decomposition.directions import METHODS
-from ..factors import SAMPLE_SIZE
-from .passes import owners_of, passes_within
+from ..weight_sample import SAMPLE_SIZE
+from .passes import owners_of, passes_within, peak_of
 from .plan import default_memory
 
 # Number of tokens of the example that shows which modules share an input.
@@ -83,7 +84,7 @@ def estimate(
     own_sequences = -(-sequences // gpus)
     groups, hidden = _looked_at(model, targets, own_sequences * length)
     if chosen == ("ipm",) and config.corda_weighting == "covariance":
-        groups = with_cross(groups, targets)
+        groups = with_cross(groups, targets, config.corda_sketch)
     limits = default_memory(model, groups, FLOAT32) if max_memory is None else (max_memory,)
     passes, carried = passes_within(groups, limits, FLOAT32, hidden)
     hidden = (hidden or 0) if carried else 0
@@ -103,6 +104,12 @@ def estimate(
         name: FLOAT32 * (len(chosen) * ranks[name] * (shape[0] + 2) + SAMPLE_SIZE)
         for name, shape in shapes.items()
     }
+    if config.corda_sketch:
+        for group in groups:
+            sizes[group.leader] += 2 * min(config.corda_sketch, group.features) * group.features
+            if group.outputs is None:
+                least = sketch_workspace(group.features)
+                workspaces[group.leader] = max(workspaces[group.leader], least)
     costs = [
         total_arithmetic([(shapes[name], ranks[name]) for name in group.members], chosen)
         for group in groups
@@ -123,7 +130,7 @@ def estimate(
         activations=activations,
         workspace=max(workspaces.values()),
         factors=sum(sizes.values()),
-        peak=hidden + _peak(passes, workspaces, sizes, activations),
+        peak=hidden + peak_of(passes, workspaces, sizes, activations),
         forward_flops=sequences * length * _run_flops(passes, shapes, carried),
         statistics_flops=float(sequences * length * sum(_sum_flops(group) for group in groups)),
         decomposition_flops=sum(costs),
@@ -166,25 +173,6 @@ def _looked_at(
             "calibrate, which prints its plan."
         ) from error
     return groups, None if found is None else found.chain.bytes_per_token * tokens
-
-
-def _peak(
-    passes: Sequence[Sequence[Group]],
-    workspaces: Mapping[str, int],
-    sizes: Mapping[str, int],
-    activations: int,
-) -> int:
-    """Peak bytes of statistics, factors so far, and the running model or a decomposition."""
-    most = done = 0
-    for groups in passes:
-        held = sum(group.bytes() for group in groups)
-        most = max(most, done + held + activations)
-        for group in groups:  # its statistics are freed before its work begins
-            held -= group.bytes()
-            work = max(workspaces[name] for name in group.members)
-            done += sum(sizes[name] for name in group.members)
-            most = max(most, done + held + work)
-    return most
 
 
 def _run_flops(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..base_model.input_groups import _FLOAT32, Group
 
@@ -64,6 +64,25 @@ def passes_within(
     if hidden is None or not enough:
         return plain, False
     return plan_passes(groups, enough[0] - hidden, itemsize), True
+
+
+def peak_of(
+    passes: Sequence[Sequence[Group]],
+    workspaces: Mapping[str, int],
+    sizes: Mapping[str, int],
+    activations: int,
+) -> int:
+    """Peak bytes of statistics, factors so far, and the running model or a decomposition."""
+    most = done = 0
+    for groups in passes:
+        held = sum(group.bytes() for group in groups)
+        most = max(most, done + held + activations)
+        for group in groups:  # its statistics are freed before its work begins
+            held -= group.bytes()
+            work = max(workspaces[name] for name in group.members)
+            done += sum(sizes[name] for name in group.members)
+            most = max(most, done + held + work)
+    return most
 
 
 def owners_of(costs: Sequence[float], count: int) -> list[int]:

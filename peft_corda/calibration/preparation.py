@@ -128,7 +128,7 @@ def prepare(
     first, layout = look_at(runner, batches, processes)
     groups = layout.groups
     if chosen == ("ipm",) and config.corda_weighting == "covariance":
-        groups = with_cross(groups, targets)
+        groups = with_cross(groups, targets, config.corda_sketch)
     with processes.error_barrier():
         # Where the first batch leaves out a target, it does not show what its blocks depend on.
         size, one = dtype.itemsize, layout.at_once

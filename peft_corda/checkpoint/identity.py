@@ -23,12 +23,14 @@ from kprune_ext.common.processes import Processes
 from ..base_model.input_groups import Group
 from ..batches.batches import digest_of
 from ..config import CordaConfig, rank_of
-from ..factors import sample_of
+from ..weight_sample import sample_of
 
 WEIGHTS = "model's weights"
 _EVERY_BIT = f"{WEIGHTS} (every bit)"
 # Entries that version 0.1 did not write.
-LATER = frozenset({_EVERY_BIT, "model's config", "model's buffers", "model's adapters"})
+LATER = frozenset(
+    {_EVERY_BIT, "model's config", "model's buffers", "model's adapters", "corda_sketch"}
+)
 _CONFIG = (
     "r",
     "rank_pattern",
@@ -38,6 +40,7 @@ _CONFIG = (
     "layers_pattern",
     "corda_weighting",
     "corda_damping",
+    "corda_sketch",
 )
 
 
@@ -63,6 +66,7 @@ def identity(
         "methods": list(methods),
         "corda_weighting": config.corda_weighting,
         "corda_damping": config.corda_damping,
+        "corda_sketch": config.corda_sketch,
         "ranks": {name: rank_of(config, name) for name in targets},
         **model_identity(model),
         "dtype": str(dtype),

@@ -7,6 +7,7 @@ addition are 2 FLOPs.
 - Workspace in float64: `in² + out · in + n · in + n²` numbers (`out · n` in place of `n²` for tall `W`,
   `4 n²` without iteration), with `in²` in float32 in place of `n²` for wide `W`; for `"ipm"` by
   iteration, `in²` in float64 and in float32; in each case `(out + 3 n) w` for the block of vectors.
+- A sketch of the inputs, made before: `2 in²` in float32, the covariance included, and `in³ / 3`.
 - Arithmetic: `2 n · in²` for the product, `2 in · n²` for its triangle, `2 out · n²` if tall, and
   `10 n³` for eigenvectors, or `8 n² · w` where they are found by iteration.
 """
@@ -19,6 +20,11 @@ from .subspace_iteration import block_width, is_faster
 from .triangular import in_float32
 
 FLOAT32, FLOAT64 = 4, 8
+
+
+def sketch_workspace(columns: int) -> int:
+    """Bytes needed to make a sketch of the inputs, including their covariance."""
+    return 2 * FLOAT32 * columns**2
 
 
 def workspace(rows: int, columns: int, rank: int, method: str) -> int:

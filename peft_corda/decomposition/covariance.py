@@ -12,6 +12,7 @@ from torch import Tensor
 from kprune_ext.common.precision import NARROW_ROWS, add_product, adds_narrow, exact_products
 
 from .eigen import add_lower_gram, energy_of, mirror_lower
+from .sketch import InputSketch, signs
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,21 +99,27 @@ class CrossCovariance:
         matrix: The matrix `W C (out, in)`.
         energy: Mean of the diagonal of `C`.
         tokens: Number of rows in the sum.
+        sketch: Sketch of the inputs; None if none was collected.
     """
 
     matrix: Tensor
     energy: float
     tokens: int
+    sketch: InputSketch | None = None
 
 
 class CrossAccumulator(CovarianceAccumulator):
-    """Sums `y xᵀ` over batches, and in an additional last row the squares of `x`.
+    """Sums `y xᵀ` over batches, in an additional row the squares of `x`, and a sketch of `x`.
+
+    The sketch takes `probes` more rows, `Σ g xᵀ` with independent random signs `g` for each token.
 
     Args:
         features: Input dimensions.
         outputs: Output dimensions.
         device: As for `CovarianceAccumulator`.
         dtype: As for `CovarianceAccumulator`.
+        probes: Number of rows of the sketch; 0 for none.
+        stream: Number of this process, as the signs of processes must differ.
     """
 
     def __init__(
@@ -121,9 +128,17 @@ class CrossAccumulator(CovarianceAccumulator):
         outputs: int,
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
+        probes: int = 0,
+        stream: int = 0,
     ) -> None:
-        self.sum = torch.zeros(outputs + 1, features, dtype=dtype, device=device)
+        self.sum = torch.zeros(outputs + 1 + probes, features, dtype=dtype, device=device)
         self.tokens = 0
+        self._outputs, self._probes, self._stream = outputs, probes, stream
+
+    def restore(self, total: Tensor, tokens: int) -> None:
+        if len(total) < len(self.sum):  # by version 0.1, without a sketch
+            self.sum, self._probes = self.sum[: len(total)], 0
+        super().restore(total, tokens)
 
     def update_pair(self, inputs: Tensor, outputs: Tensor) -> None:
         """Adds inputs `(tokens, in)` and their outputs `(tokens, out)`, without the bias."""
@@ -136,18 +151,26 @@ class CrossAccumulator(CovarianceAccumulator):
         )
         with allowed:
             for rows, given in parts:
-                add_product(self.sum[:-1], given.T, rows)
-                self.sum[-1] += rows.to(self.sum.dtype).square().sum(dim=0)
+                add_product(self.sum[: self._outputs], given.T, rows)
+                self.sum[self._outputs] += rows.to(self.sum.dtype).square().sum(dim=0)
+            if self._probes and len(inputs):
+                seed = (self._stream << 40) + self.tokens
+                probes = signs(self._probes, len(inputs), seed).to(inputs.device, self.sum.dtype)
+                self.sum[self._outputs + 1 :] += probes @ inputs.to(self.sum.dtype)
         self.tokens += inputs.shape[0]
 
     def energy(self) -> Tensor:
-        return self.sum[-1].sum()
+        return self.sum[self._outputs].sum()
 
     def finish(self) -> CrossCovariance:  # type: ignore[override]
         if self.tokens == 0:
             raise ValueError("No token was added, so the mean outer product is undefined.")
-        mean = self.sum / self.tokens
-        return CrossCovariance(mean[:-1], float(mean[-1].double().mean()), self.tokens)
+        mean = self.sum[: self._outputs + 1] / self.tokens
+        squares, sketch = mean[-1].double(), None
+        if self._probes:
+            rows = self.sum[self._outputs + 1 :] / (self.tokens * self._probes) ** 0.5
+            sketch = InputSketch(rows.bfloat16(), float(squares.sum()))
+        return CrossCovariance(mean[:-1], float(squares.mean()), self.tokens, sketch)
 
 
 def damped_cross(cross: CrossCovariance, weight: Tensor, damping: float) -> Tensor:

@@ -15,6 +15,28 @@ from torch.nn.functional import pad
 Product = tuple[Tensor, Tensor]
 
 
+def update_product(
+    change_a: Tensor, change_b: Tensor, start_a: Tensor, start_b: Tensor, scale: float = 1.0
+) -> Product:
+    """The update `s (B A − B0 A0)` of an adapter, from its changes and its start, as one product.
+
+    With `A = A0 + ΔA` and `B = B0 + ΔB` it is `s [ΔB, B0] [A; ΔA]`, which is zero where the changes
+    are, and loses no digits to a difference of large products.
+
+    Args:
+        change_a: The change `ΔA (r, in)`.
+        change_b: The change `ΔB (out, r)`.
+        start_a: The start `A0 (r, in)`.
+        start_b: The start `B0 (out, r)`.
+        scale: The scale `s`.
+
+    Returns:
+        `L (out, 2r)` and `R (2r, in)`.
+    """
+    left = torch.cat([change_b, start_b], dim=1)
+    return left if scale == 1 else scale * left, torch.cat([start_a + change_a, change_a])
+
+
 def stacked(products: Sequence[Product]) -> Product:
     """Returns `L (out, Σk)` and `R (Σk, in)` with `L R = Σ Lᵢ Rᵢ`, in float64."""
     return (

@@ -32,7 +32,8 @@ def _check_apart(src: str, dst: str) -> None:
     inner, outer = os.path.realpath(dst), os.path.realpath(src)
     if inner == outer:
         raise ValueError(
-            f"dst is src, {dst!r}, whose lora_A0 and lora_B0 would be lost. Give another folder."
+            f"dst is src, {dst!r}, whose start (lora_start_A, lora_start_B) would be lost. Give another "
+            "folder."
         )
     if os.path.commonpath([inner, outer]) == outer:
         raise ValueError(

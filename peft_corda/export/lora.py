@@ -12,8 +12,8 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from ..config import CordaConfig
-from ..decomposition.low_rank import stacked, truncated
-from .adapter_tensors import check_shapes, incomplete, modules_of
+from ..decomposition.low_rank import Product, stacked, truncated, update_product
+from .adapter_tensors import check_shapes, incomplete, is_old, modules_of
 
 
 def lora_tensors(
@@ -25,8 +25,8 @@ def lora_tensors(
     """Converts the tensors of a CORDA checkpoint to those of a LoRA checkpoint.
 
     Args:
-        tensors: The factors `A (r, in)`, `B (out, r)` and their starts by module, and any other saved
-            tensors.
+        tensors: The changes `ΔA (r, in)`, `ΔB (out, r)` and the starts by module (`A` and `B` in place
+            of the changes from versions before 0.2), and any other saved tensors.
         config: Config of the checkpoint, for the scaling of each module.
         rank: Rank of all modules, by default twice the largest one.
         dtype: Dtype of the new factors, by default that of the old ones.
@@ -40,6 +40,7 @@ def lora_tensors(
     modules = modules_of(tensors)
     if not modules:
         raise incomplete("any lora_A tensor")
+    was_old = is_old(tensors)
     ranks = {name: tensors[keys["A"]].shape[0] for name, keys in modules.items()}
     rank = 2 * max(ranks.values()) if rank is None else rank
     used = {key for keys in modules.values() for key in keys.values()}
@@ -48,14 +49,21 @@ def lora_tensors(
         scaling = _scaling(config, name, ranks[name])
         found = {part: tensors[key].detach().cpu() for part, key in keys.items()}
         check_shapes(name, found)
-        a, b, a0, b0 = (found[part] for part in ("A", "B", "A0", "B0"))
-        update = stacked([(scaling * b.double(), a), (-scaling * b0.double(), a0)])
+        update = _update(found, scaling, was_old)
         _check_finite(name, *update)
         factor_b, factor_a = truncated(update, rank)
-        result[keys["A"]] = factor_a.to(dtype or a.dtype).contiguous()
-        result[keys["B"]] = factor_b.to(dtype or b.dtype).contiguous()
+        result[keys["A"]] = factor_a.to(dtype or found["A"].dtype).contiguous()
+        result[keys["B"]] = factor_b.to(dtype or found["B"].dtype).contiguous()
         _check_finite(name, result[keys["A"]], result[keys["B"]])
     return result, rank
+
+
+def _update(found: Mapping[str, Tensor], scaling: float, was_old: bool) -> Product:
+    """The update `s (B A − B0 A0)` as one product, in float64."""
+    a, b, a0, b0 = (found[part].double() for part in ("A", "B", "A0", "B0"))
+    if was_old:
+        return stacked([(scaling * b, a), (-scaling * b0, a0)])
+    return update_product(a, b, a0, b0, scaling)
 
 
 def lora_config(config: CordaConfig, rank: int) -> LoraConfig:

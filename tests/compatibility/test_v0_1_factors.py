@@ -17,6 +17,7 @@ from tests.helpers.v0_1 import (
     load_factors,
     outputs_of,
     read_json,
+    start_key,
     text,
 )
 
@@ -83,7 +84,7 @@ def test_adapters_start_from_factors(name: str, given: str) -> None:
     assert len(wanted) == 2 * 14
     for key, value in wanted.items():
         near = 1e-4 * float(value.abs().max())
-        torch.testing.assert_close(state[key], value, rtol=1e-4, atol=near)
+        torch.testing.assert_close(state[start_key(key)], value, rtol=1e-4, atol=near)
 
 
 def test_ranks_are_allocated_from_factors() -> None:

@@ -62,7 +62,11 @@ def sent_anew(model: PeftModel) -> dict[str, Any]:
     wrapped = DistributedDataParallel(model)
     sent = {id(buffer) for buffer in wrapped.modules_buffers}
     names = {name for name, buffer in model.named_buffers() if id(buffer) in sent}
-    starts = [name for name, _ in model.named_buffers() if ".lora_A0" in name or ".lora_B0" in name]
+    starts = [
+        name
+        for name, _ in model.named_buffers()
+        if ".lora_start_A" in name or ".lora_start_B" in name
+    ]
     # A buffer that one process changes would be set right by a broadcast.
     start = model.get_buffer(starts[0])
     with torch.no_grad():

@@ -26,7 +26,7 @@ def test_processes_have_the_same_factors(moment, seen):
 
 def test_only_the_trained_factors_change(seen):
     for name, start in seen[0]["start"].items():
-        frozen = ".lora_A0." in name or ".lora_B0." in name
+        frozen = ".lora_start_A." in name or ".lora_start_B." in name
         assert torch.equal(start, seen[0]["whole"][name]) == frozen, name
 
 

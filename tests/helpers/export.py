@@ -33,16 +33,16 @@ def updates_of(adapted):
     found = {}
     for name, layer in adapted.base_model.model.named_modules():
         if hasattr(layer, "lora_A") and isinstance(layer.lora_A, nn.ModuleDict):
-            delta = layer.scaling["default"] * product(layer.lora_A, layer.lora_B)
-            if hasattr(layer, "lora_A0"):
-                start = layer.lora_B0["default"].double() @ layer.lora_A0["default"].double()
-                delta -= layer.scaling["default"] * start
+            a, b = (own["default"].weight.double().detach() for own in (layer.lora_A, layer.lora_B))
+            delta = b @ a
+            if hasattr(layer, "lora_start_A"):  # these are the changes from the start
+                a0, b0 = (
+                    start["default"].double() for start in (layer.lora_start_A, layer.lora_start_B)
+                )
+                delta = (b0 + b) @ (a0 + a) - b0 @ a0
+            delta = layer.scaling["default"] * delta
             found[name] = delta
     return found
-
-
-def product(lora_a, lora_b):
-    return (lora_b["default"].weight.double() @ lora_a["default"].weight.double()).detach()
 
 
 def loaded(folder, kind="llama", **options):

@@ -59,12 +59,33 @@ def outputs_of(model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
         return {key: value for key, value in model(**batch).items() if torch.is_tensor(value)}
 
 
+def start_key(key: str) -> str:
+    """The name that the start has now, of a factor that began there in version 0.1."""
+    return (
+        key.replace(".lora_A.", ".lora_start_A.")
+        .replace(".lora_B.", ".lora_start_B.")
+        .replace(".weight", "")
+    )
+
+
 def check_same(actual: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     """The same tensors to the bit."""
     assert sorted(actual) == sorted(wanted)
     for key, value in wanted.items():
         assert actual[key].dtype == value.dtype, key
         assert torch.equal(actual[key], value), key
+
+
+def check_converted(found: dict[str, Tensor], old: dict[str, Tensor]) -> None:
+    """Starts to the bit under their new names, and changes of `A` and `B` in their place."""
+    assert len(found) == len(old)
+    for key, value in old.items():
+        new = key.replace("lora_A0", "lora_start_A").replace("lora_B0", "lora_start_B")
+        if ".lora_A." in key or ".lora_B." in key:
+            start = old[key.replace("A.weight", "A0").replace("B.weight", "B0")]
+            value = (value.double() - start.double()).to(value.dtype)
+        assert found[new].dtype == value.dtype, key
+        assert torch.equal(found[new], value), key
 
 
 def check_outputs(model: torch.nn.Module, batch: Batch, wanted: dict[str, Tensor]) -> None:

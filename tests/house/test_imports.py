@@ -13,8 +13,8 @@ WINGS = {
         "budget", "tuning", "report", "modeling", "preparation", "export", "root", "cli",
     ),
     "peft_corda": (
-        "decomposition", "root", "batches", "base_model", "export", "analysis", "adapter", "checkpoint",
-        "calibration", "cli",
+        "decomposition", "root", "batches", "base_model", "export", "analysis", "adapter", "retention",
+        "checkpoint", "calibration", "cli",
     ),
 }  # fmt: skip
 FACES = {"__init__", "__main__"}  # these hold what the package shows, and may import anything

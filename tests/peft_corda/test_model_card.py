@@ -27,7 +27,7 @@ def test_says_what_to_do_without_the_plugin_and_what_the_adapter_is(tmp_path):
         "pip install peft-corda",
         "import peft_corda  # before the adapter is loaded",
     ]
-    assert "Rank: 4 to 6." in section and "lora_A0" in section
+    assert "Rank: 4 to 6." in section and "lora_start_A" in section
     assert ModelCard.load(tmp_path / "README.md").data["library_name"] == "peft"
 
 

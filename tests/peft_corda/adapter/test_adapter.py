@@ -33,7 +33,7 @@ def test_start_is_exact_to_the_bit(kind, method, dtype):
     before = logits_of(model, batch)
     adapted = get_peft_model(model, config)
     assert torch.equal(logits_of(adapted, batch), before)
-    assert sum(p.abs().sum() for n, p in adapted.named_parameters() if "lora_B" in n) > 0
+    assert all(b.any() for n, b in adapted.named_buffers() if "lora_start_B" in n)
     train_steps(adapted, batch)
     assert not torch.equal(logits_of(adapted, batch), before)
 
@@ -46,7 +46,7 @@ def test_start_is_the_projection_of_the_weight_whatever_the_scaling(options, sca
     for name, layer in adapted.base_model.adapter_layers("default").items():
         directions = config.corda_factors.modules[name].directions[config.corda_method].U
         expected = directions @ directions.T @ layer.get_base_layer().weight
-        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        a, b = layer.lora_start_A["default"], layer.lora_start_B["default"]
         torch.testing.assert_close(layer.scaling["default"] * b @ a, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -56,7 +56,7 @@ def test_adapter_of_a_bfloat16_base_starts_from_float32_factors():
     for name, layer in adapted.base_model.adapter_layers("default").items():
         directions = config.corda_factors.modules[name].directions[config.corda_method].U
         expected = directions @ directions.T @ layer.get_base_layer().weight.float()
-        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        a, b = layer.lora_start_A["default"], layer.lora_start_B["default"]
         assert a.dtype == b.dtype == torch.float32
         torch.testing.assert_close(b @ a, expected, rtol=1e-4, atol=1e-6)  # bf16 would miss by 4e-3
 
@@ -68,7 +68,7 @@ def test_autocast_adapter_dtype_false_keeps_the_dtype_of_the_base():
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     layer = next(iter(adapted.base_model.adapter_layers("default").values()))
     assert layer.lora_A["default"].weight.dtype == torch.bfloat16
-    assert layer.lora_A0["default"].dtype == torch.bfloat16
+    assert layer.lora_start_A["default"].dtype == torch.bfloat16
     assert torch.equal(logits_of(adapted, batch), before)
 
 
@@ -163,7 +163,7 @@ def test_smaller_rank_starts_from_the_same_factors():
     for name, layer in adapted.base_model.adapter_layers("default").items():
         directions = config.corda_factors.modules[name].directions[config.corda_method].U[:, :3]
         expected = directions @ directions.T @ layer.get_base_layer().weight
-        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        a, b = layer.lora_start_A["default"], layer.lora_start_B["default"]
         torch.testing.assert_close(b @ a, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -185,7 +185,7 @@ def test_inject_adapter_in_model():
     before = logits_of(model, batch)
     injected = inject_adapter_in_model(config, model)
     assert torch.equal(logits_of(injected, batch), before)
-    assert injected.model.layers[0].mlp.up_proj.lora_B["default"].weight.abs().sum() > 0
+    assert injected.model.layers[0].mlp.up_proj.lora_start_B["default"].any()
 
 
 def test_gradients_reach_the_trained_factors_alone_and_the_input():
@@ -209,21 +209,25 @@ def test_layer_is_the_virtual_residual():
     base = layer.get_base_layer()
     x = torch.randn(5, 48)
     a, b = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
-    a0, b0 = layer.lora_A0["default"].double(), layer.lora_B0["default"].double()
-    dense = base.weight.double().T + 2.0 * (b @ a - b0 @ a0)  # Conv1D holds (in, out)
+    a0, b0 = layer.lora_start_A["default"].double(), layer.lora_start_B["default"].double()
+    added = 2.0 * ((b0 + b) @ (a0 + a) - b0 @ a0)
+    dense = base.weight.double().T + added  # Conv1D holds (in, out)
     expected = x.double() @ dense.T + base.bias.double()
     torch.testing.assert_close(layer(x).double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_dropout_acts_on_the_trained_path_alone():
+def test_dropout_acts_on_the_input_of_the_update_alone():
+    """As in LoRA; in training, too, the start is exact."""
     model, config = calibrated("llama", lora_dropout=0.5)
     adapted = get_peft_model(model, config)
     layer = adapted.base_model.model.model.layers[0].mlp.up_proj
     x = torch.randn(4, 48)
-    layer.eval()
-    assert torch.equal(layer(x), layer.base_layer(x))
-    layer.train()
+    assert torch.equal(layer.train()(x), layer.base_layer(x))
     with torch.no_grad():
-        layer.lora_A["default"].weight.zero_()
-    expected = layer.base_layer(x) - x @ layer.lora_A0["default"].T @ layer.lora_B0["default"].T
-    torch.testing.assert_close(layer(x), expected)
+        layer.lora_A["default"].weight.normal_(), layer.lora_B["default"].weight.normal_()
+    torch.manual_seed(0)
+    found = layer(x) - layer.base_layer(x)
+    torch.manual_seed(0)
+    dropped = torch.nn.functional.dropout(x, 0.5)
+    expected = dropped @ layer.get_delta_weight("default").T
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)

@@ -106,7 +106,7 @@ def test_new_factors_count(tmp_path):
     config.corda_method, config.corda_factors = "ipm", other.corda_factors
     model.add_adapter("second", config)
     layer = model.base_model.model.model.layers[0].mlp.up_proj
-    assert not torch.equal(layer.lora_A0["second"], layer.lora_A0["default"])
+    assert not torch.equal(layer.lora_start_A["second"], layer.lora_start_A["default"])
 
 
 def test_equal_config_does_not_count_as_a_start(tmp_path):
@@ -121,4 +121,4 @@ def test_fresh_config_has_no_start(tmp_path):
     model = policy(tmp_path, False)
     model.add_adapter("second", make_config(r=4, corda_method=None))
     layer = model.base_model.model.model.layers[0].mlp.up_proj
-    assert not layer.lora_A0["second"].any() and "second" not in layer.lora_B0.started
+    assert not layer.lora_start_A["second"].any() and "second" not in layer.lora_start_B.started

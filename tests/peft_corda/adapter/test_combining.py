@@ -35,7 +35,7 @@ def two_adapters(kind="llama", ranks=(4, 4), alphas=(4, 12), **options):
 
 def update(layer, name):
     a, b, a0, b0 = (t.double() for t in layer.factors_of(name))
-    return layer.scaling[name] * (b @ a - b0 @ a0)
+    return layer.scaling[name] * ((b0 + b) @ (a0 + a) - b0 @ a0)
 
 
 def sums(adapted, weights=WEIGHTS):

@@ -42,14 +42,17 @@ def with_value(key, value):
 
 
 DAMAGES = {
-    "no A0": (without("lora_A0"), "lacks 14 tensors, such as .*lora_A0"),
-    "no B0": (without("lora_B0"), "lacks 14 tensors, such as .*lora_B0"),
-    "no start": (without("lora_A0", "lora_B0"), "lacks 28 tensors"),
+    "no A0": (without("lora_start_A"), "lacks 14 tensors, such as .*lora_start_A"),
+    "no B0": (without("lora_start_B"), "lacks 14 tensors, such as .*lora_start_B"),
+    "no start": (without("lora_start_A", "lora_start_B"), "lacks 28 tensors"),
     "no factors": (without("lora_A.weight", "lora_B.weight"), "lacks 28 tensors"),
     "half a pair": (without("0.self_attn.q_proj.lora_A.weight"), "lacks 1 tensors"),
-    "NaN": (with_value(f"{Q}.lora_A0", float("nan")), "q_proj has NaN or infinite values"),
+    "NaN": (with_value(f"{Q}.lora_start_A", float("nan")), "q_proj has NaN or infinite values"),
     "infinite": (with_value(f"{Q}.lora_B.weight", float("inf")), "q_proj has NaN or infinite"),
-    "shape": (lambda t: t.update({f"{Q}.lora_A0": torch.ones(8, 7)}), "shapes of the factors of"),
+    "shape": (
+        lambda t: t.update({f"{Q}.lora_start_A": torch.ones(8, 7)}),
+        "shapes of the factors of",
+    ),
 }
 
 
@@ -79,7 +82,7 @@ def test_damaged_adapter(kind, tmp_path):
 def test_start_that_is_missing_for_an_adapter_without_one(tmp_path):
     model = get_peft_model(make_model("llama"), make_config())
     tensors = {k: v for k, v in trained().state_dict().items() if "lora_A." in k or "lora_B." in k}
-    with pytest.raises(RuntimeError, match="lacks .*lora_A0.default"):
+    with pytest.raises(RuntimeError, match="lacks .*lora_start_A.default"):
         model.load_state_dict(tensors, strict=False)
 
 

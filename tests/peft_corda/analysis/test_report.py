@@ -54,7 +54,7 @@ def test_norm_ratio_is_that_of_the_adapters(factors, method, scaling):
     assert [module.name for module in found.modules] == list(layers)
     for module in found.modules:
         layer = layers[module.name]
-        a, b = (own["default"].weight.detach() for own in (layer.lora_A, layer.lora_B))
+        _, _, a, b = layer.factors_of("default")
         assert module.norm_ratio == pytest.approx(float(a.norm() / b.norm()), rel=1e-3)
         assert (module.rank, *module.shape) == (a.shape[0], b.shape[0], a.shape[1])
         assert module.parameters == a.numel() + b.numel()

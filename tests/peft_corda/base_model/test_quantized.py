@@ -100,7 +100,7 @@ def test_start_is_the_projection_of_what_the_layer_multiplies_by(folder, kind):
             base.train()  # else it is packed on some CPUs, with rounded scales
             weight = (base(identity) - (0 if base.bias is None else base.bias)).T
             assert torch.allclose(dense_weight(name, base), weight, atol=1e-6)
-        factor_a, factor_b, *_ = layer.factors_of("default")
+        _, _, factor_a, factor_b = layer.factors_of("default")
         directions = torch.linalg.qr(factor_b).Q
         projection = directions @ directions.T @ dense_weight(name, base).float()
         product = layer.scaling["default"] * factor_b @ factor_a
@@ -245,9 +245,8 @@ def test_prepared_for_training_with_checkpointing(folder, kind):
     train_steps(model, make_batches()[0])
     assert_same(codes_of(model), before)
     for layer in model.base_model.adapter_layers("default").values():
-        factor_a, factor_b, start_a, start_b = layer.factors_of("default")
-        assert not torch.equal(factor_a, start_a)
-        assert not torch.equal(factor_b, start_b)
+        change_a, change_b, *_ = layer.factors_of("default")
+        assert change_a.any() and change_b.any()
 
 
 class TestTorchao:

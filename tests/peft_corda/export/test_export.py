@@ -53,6 +53,7 @@ def test_config_is_that_of_a_plain_lora_of_one_rank(tmp_path):
     export_lora(tmp_path / "corda", tmp_path / "lora")
     after = config_of(tmp_path / "lora")
     assert set(before) - set(after) == {
+        "corda_format",
         "corda_damping", "corda_factors", "corda_method", "corda_scaling", "corda_weighting"
     }  # fmt: skip
     changed = {key: value for key, value in after.items() if value != before[key]}
@@ -119,7 +120,7 @@ def test_other_tensors_are_passed_on(tmp_path):
     assert others == {key for key in after if "lora_" not in key}
     assert {key.split(".")[-1] for key in others} == {"bias", "weight", "trainable_tokens_delta"}
     assert all(torch.equal(before[key], after[key]) for key in others)
-    assert not any("lora_A0" in key or "lora_B0" in key for key in after)
+    assert not any("lora_start_A" in key or "lora_start_B" in key for key in after)
     config = PeftConfig.from_pretrained(tmp_path / "lora")
     assert (config.bias, config.task_type, config.trainable_token_indices) == (
         "lora_only", "SEQ_CLS", tokens

@@ -13,7 +13,7 @@ from tests.helpers.export import config_of, saved
 
 def drop_start(folder):
     path = folder / "adapter_model.safetensors"
-    save_file({k: v for k, v in load_file(path).items() if "A0" not in k}, path)
+    save_file({k: v for k, v in load_file(path).items() if "start_A" not in k}, path)
 
 
 def drop_all(folder):
@@ -30,7 +30,7 @@ def break_values(folder):
 def reshape_one(folder):
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
-    key = next(k for k in tensors if "lora_B0" in k)
+    key = next(k for k in tensors if "lora_start_B" in k)
     tensors[key] = tensors[key][:, :5].contiguous()
     save_file(tensors, path)
 
@@ -69,7 +69,11 @@ class TestErrors:
                 ValueError,
                 "is not a readable safetensors file",
             ),
-            (drop_start, ValueError, r"lacks 2 tensors, such as base_model.*q_proj.lora_A0.*again"),
+            (
+                drop_start,
+                ValueError,
+                r"lacks 2 tensors, such as base_model.*q_proj.lora_start_A.*again",
+            ),
             (drop_all, ValueError, "lacks any lora_A tensor"),
             (break_values, ValueError, "q_proj has NaN or infinite values"),
             (reshape_one, ValueError, r"q_proj do not match: A \(8, 48\).*B0 \(48, 5\)"),
