@@ -7,18 +7,41 @@ one.
 Method: CorDA, arXiv 2406.05223 (NeurIPS 2024).
 """
 
-from kprune_ext.common.version import installed_version
+from typing import TYPE_CHECKING
 
-from .adapter.model import CordaModel
-from .adapter.registration import register_corda
-from .analysis.allocation import allocate_ranks, apply_ranks
-from .analysis.report import CordaReport, report
-from .calibration.calibrate import calibrate
-from .calibration.initialize import initialize_corda
-from .config import CordaConfig
-from .export.callback import CordaExportCallback
-from .export.export import export_lora
-from .factors import CordaFactors, ModuleFactors
+from kprune_ext.common.version import installed_version
+from kprune_ext.console.importing import on_import, public_names
+
+if TYPE_CHECKING:
+    from .adapter.model import CordaModel
+    from .adapter.registration import register_corda
+    from .analysis.allocation import allocate_ranks, apply_ranks
+    from .analysis.report import CordaReport, report
+    from .calibration.calibrate import calibrate
+    from .calibration.initialize import initialize_corda
+    from .config import CordaConfig
+    from .export.callback import CordaExportCallback
+    from .export.export import export_lora
+    from .factors import CordaFactors, ModuleFactors
+else:
+    __getattr__, __dir__ = public_names(
+        __name__,
+        {
+            "CordaConfig": ".config",
+            "CordaExportCallback": ".export.callback",
+            "CordaFactors": ".factors",
+            "CordaModel": ".adapter.model",
+            "CordaReport": ".analysis.report",
+            "ModuleFactors": ".factors",
+            "allocate_ranks": ".analysis.allocation",
+            "apply_ranks": ".analysis.allocation",
+            "calibrate": ".calibration.calibrate",
+            "export_lora": ".export.export",
+            "initialize_corda": ".calibration.initialize",
+            "register_corda": ".adapter.registration",
+            "report": ".analysis.report",
+        },
+    )
 
 __version__ = installed_version()
 
@@ -34,7 +57,15 @@ __all__ = [
     "calibrate",
     "export_lora",
     "initialize_corda",
+    "register_corda",
     "report",
 ]
 
-register_corda()
+
+def _register() -> None:
+    from .adapter.registration import register_corda
+
+    register_corda()
+
+
+on_import(_register)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..common.command_line import Aliases
+from ..console.options import Command
 
 Task = Literal[
     "auto",
@@ -17,10 +18,22 @@ Task = Literal[
     "embeddings",
     "image-classification",
 ]
-# Present names of options by earlier name.
-ALIASES = Aliases({"out": "output"})
-# Options that take no value on the command line.
-FLAGS = {"paper": "Use the paper's options in place of the defaults."}
+# Present names of options by earlier name, and names that other programs use.
+ALIASES = Aliases(
+    {"out": "output"},
+    meant={
+        "sparsity": ("reduction",),
+        "ratio": ("reduction",),
+        "amount": ("reduction",),
+        "dataset": ("data", "data_name"),
+        "samples": ("max_tokens",),
+        "num_samples": ("max_tokens",),
+        "model_name_or_path": ("model",),
+        "output_dir": ("output",),
+        "length": ("max_length",),
+        "torch_dtype": ("dtype",),
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -147,3 +160,34 @@ class ReportOptions:
     source: str
     json: str | None = None
     plot: str | None = None
+
+
+COMMANDS = {
+    "prune": Command(
+        PruneOptions,
+        "prune:run_prune",
+        groups={
+            "what to remove": ("metric", "layout", "round_to", "latency", "sequence_length", "paper"),
+            "calibration data": (
+                "text_field", "image_field", "data_name", "split", "max_length", "max_tokens", "seed",
+            ),
+            "method": (
+                "lambda_rep", "schedule", "score_fraction", "ridge", "min_share", "min_head_share",
+            ),
+            "loading and running the model": (
+                "device", "device_map", "dtype", "revision", "batch_size",
+            ),
+        },
+        hint="Nothing was written. Fewer --max_tokens, or --schedule once, take less time.",
+    ),
+    "plan": Command(
+        PlanOptions,
+        "plan:run_plan",
+        groups={
+            "what to remove": ("metric", "layout", "schedule"),
+            "calibration data": ("max_tokens", "max_length"),
+            "loading and running the model": ("device", "dtype", "revision"),
+        },
+    ),
+    "report": Command(ReportOptions, "report:run_report", positional=True),
+}  # fmt: skip

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kprune_ext.common.command_line import Aliases
+from kprune_ext.console.options import Command
 
 Task = Literal[
     "causal-lm",
@@ -15,13 +16,23 @@ Task = Literal[
     "question-answering",
     "embeddings",
 ]
-ALIASES = Aliases()
-# Options that take no value on the command line.
-FLAGS = {
-    "trust_remote_code": "Run code that comes with the model. Use it only if you trust the source.",
-    "pack": "Concatenate the texts and cut them into sequences of max_length tokens.",
-    "use_rslora": "Divide lora_alpha by the square root of the rank (rsLoRA), not by the rank.",
-}
+# Names that other programs use.
+ALIASES = Aliases(
+    meant={
+        "rank": ("r",),
+        "lora_r": ("r",),
+        "alpha": ("lora_alpha",),
+        "dropout": ("lora_dropout",),
+        "dataset": ("data", "data_name"),
+        "samples": ("num_samples",),
+        "model_name_or_path": ("model",),
+        "output_dir": ("output",),
+        "length": ("max_length",),
+        "torch_dtype": ("dtype",),
+        "resume": ("checkpoint_dir",),
+        "method": ("corda_method",),
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,3 +231,32 @@ class PlanOptions:
     max_memory: int | str | None = None
     gpus: int = 1
     json: str | None = None
+
+
+_DATA = (
+    "data_name", "split", "text_field", "target_field", "num_samples", "max_length", "pack", "seed",
+)  # fmt: skip
+_GROUPS = {
+    "adapter": (
+        "task", "r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern",
+        "alpha_pattern", "use_rslora", "lora_dropout", "bias", "modules_to_save",
+    ),
+    "start": ("corda_method", "corda_scaling", "corda_weighting", "corda_damping"),
+    "calibration data": _DATA,
+    "memory and time": ("batch_size", "max_memory", "checkpoint_dir", "gpus"),
+    "loading the model": (
+        "device", "device_map", "dtype", "revision", "gguf_file", "trust_remote_code",
+    ),
+}  # fmt: skip
+_RESUME = (
+    "With --checkpoint_dir FOLDER, the same command resumes where it was interrupted; nothing else was "
+    "written."
+)
+
+COMMANDS = {
+    "calibrate": Command(CalibrateOptions, "calibrate:run_calibrate", groups=_GROUPS, hint=_RESUME),
+    "report": Command(ReportOptions, "report:run_report", positional=True),
+    "init": Command(InitOptions, "adapters:run_init", groups=_GROUPS, hint=_RESUME),
+    "export": Command(ExportOptions, "adapters:run_export", positional=True),
+    "plan": Command(PlanOptions, "plan:run_plan", groups=_GROUPS),
+}
