@@ -82,6 +82,8 @@ class PruneOptions:
         dtype: Dtype to load the weights in. The value auto keeps the dtype in which they are stored.
         revision: Branch, tag or commit of the model on the hub.
         plot: File to write a figure of the kept units to. It requires matplotlib.
+        self_contained: Write a modelling file as well, with which transformers loads the pruned model
+            without this package, given trust_remote_code=True.
     """
 
     model: str
@@ -114,6 +116,7 @@ class PruneOptions:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     revision: str | None = None
     plot: str | None = None
+    self_contained: bool = False
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,7 @@ COMMANDS = {
                 "device", "device_map", "dtype", "revision", "batch_size",
             ),
         },
-        hint="Nothing was written. Fewer --max_tokens, or --schedule once, take less time.",
+        after_ctrl_c=lambda _: "No model was written. A run with fewer --max_tokens is shorter.",
     ),
     "plan": Command(
         PlanOptions,

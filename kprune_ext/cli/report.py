@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from ..common.files import check_output_files
+from ..common.presentation import check_figure
 from ..modeling.saved_report import load_report
-from ..report.figure import check_figure
 from ..report.report import REPORT_FILE, KPruneReport
 
 if TYPE_CHECKING:

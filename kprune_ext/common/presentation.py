@@ -65,3 +65,19 @@ def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
     """
     with replacing(path) as temporary:
         figure.savefig(temporary, format=Path(path).suffix[1:] or "png", dpi=120)
+
+
+def check_figure(path: str | os.PathLike[str]) -> None:
+    """Checks that a figure can be written in the format that a path names, before the work.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If matplotlib does not know the format.
+    """
+    known = empty_figure(1, 1).canvas.get_supported_filetypes()
+    ending = Path(path).suffix[1:].lower() or "png"
+    if ending not in known:
+        raise ValueError(
+            f"Figures cannot be written as {ending!r}, the ending of {os.fspath(path)!r}. Give the path "
+            f"of a file that ends in one of {', '.join(sorted(known))}."
+        )

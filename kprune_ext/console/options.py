@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import UnionType
@@ -66,14 +66,14 @@ class Command:
         positional: Whether the required options are positional arguments.
         groups: Names of options by title, in the order in which the help lists them. Options that are
             in no group come after the required ones.
-        hint: What to do after an interruption with Ctrl-C, given the options.
+        after_ctrl_c: How to go on after an interruption with Ctrl-C, given the options.
     """
 
     options: type
     run: str
     positional: bool = False
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    hint: str = ""
+    after_ctrl_c: Callable[[Any], str] = lambda _: ""
 
     @property
     def sign(self) -> str:

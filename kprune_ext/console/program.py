@@ -85,7 +85,8 @@ class Program:
         """
         name, options = self.parsed(sys.argv[1:] if args is None else args)
         command = self.commands[name]
-        with errors_in_one_line(f"{self.name} {name}", command.hint), without_foreign_messages():
+        title, hint = f"{self.name} {name}", command.after_ctrl_c(options)
+        with errors_in_one_line(title, hint), without_foreign_messages():
             finish_imports()
             module, _, function = command.run.partition(":")
             getattr(import_module(f"{self.package}.{module}"), function)(options)

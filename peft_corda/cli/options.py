@@ -248,15 +248,25 @@ _GROUPS = {
         "device", "device_map", "dtype", "revision", "gguf_file", "trust_remote_code",
     ),
 }  # fmt: skip
-_RESUME = (
-    "With --checkpoint_dir FOLDER, the same command resumes where it was interrupted; nothing else was "
-    "written."
-)
+
+
+def _how_to_resume(options: ModelOptions) -> str:
+    if options.checkpoint_dir is not None:
+        return (
+            f"The same command goes on from what is in --checkpoint_dir {options.checkpoint_dir}."
+        )
+    return (
+        "Nothing was written. With --checkpoint_dir FOLDER, a calibration can be interrupted, and the "
+        "same command goes on with it."
+    )
+
 
 COMMANDS = {
-    "calibrate": Command(CalibrateOptions, "calibrate:run_calibrate", groups=_GROUPS, hint=_RESUME),
+    "calibrate": Command(
+        CalibrateOptions, "calibrate:run_calibrate", groups=_GROUPS, after_ctrl_c=_how_to_resume
+    ),
     "report": Command(ReportOptions, "report:run_report", positional=True),
-    "init": Command(InitOptions, "adapters:run_init", groups=_GROUPS, hint=_RESUME),
+    "init": Command(InitOptions, "adapters:run_init", groups=_GROUPS, after_ctrl_c=_how_to_resume),
     "export": Command(ExportOptions, "adapters:run_export", positional=True),
     "plan": Command(PlanOptions, "plan:run_plan", groups=_GROUPS),
 }

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from kprune_ext.common.files import check_output_files
+from kprune_ext.common.presentation import check_figure
 
 from ..analysis.allocation import allocate_ranks
 from ..analysis.report import CordaReport, report
@@ -29,6 +30,8 @@ def run_report(options: ReportOptions) -> CordaReport:
     """
     outputs = {"json": options.json, "plot": options.plot}
     check_output_files(outputs, {"factors": options.factors})
+    if options.plot is not None:
+        check_figure(options.plot)
     factors = CordaFactors.load(options.factors)
     method = pick_method(factors, options.method)
     config = None
