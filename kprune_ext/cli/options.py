@@ -156,11 +156,13 @@ class ReportOptions:
 
     Args:
         source: Folder of a pruned model that `kprune prune` wrote, or a report file.
+        format: How the report is printed: as a table, as Markdown or as JSON.
         json: File to write the report to, as JSON.
         plot: File to write a figure of the kept units to. It requires matplotlib.
     """
 
     source: str
+    format: Literal["table", "md", "json"] = "table"
     json: str | None = None
     plot: str | None = None
 

@@ -29,11 +29,14 @@ def run_report(options: ReportOptions) -> KPruneReport:
     if options.plot is not None:
         check_figure(options.plot)
     report = load_report(options.source)
-    if options.plot is not None:
-        report.plot(options.plot)
     if options.json is not None:
         report.save_json(options.json)
-    print_report(report)
+    if options.plot is not None:
+        report.plot(options.plot)
+    if options.format == "table":
+        print_report(report)
+    else:
+        print(report.markdown() if options.format == "md" else report.to_json())
     return report
 
 

@@ -60,14 +60,14 @@ class ModelOptions:
         pack: Concatenate the texts and cut them into sequences of max_length tokens. By default each
             row is a sequence, truncated or padded.
         seed: Seed of the order in which rows are taken; with null, the first rows are taken in order.
-        r: Rank of the adapters; for calibrate, the largest rank that the factors support.
-        target_modules: Names of the linear layers to adapt, as in a LoraConfig.
+        target_modules: Names of the linear layers to adapt, as in a LoraConfig: one or several names,
+            a pattern (a regular expression of the full name), or all-linear.
         exclude_modules: Names of modules to leave out.
         rank_pattern: Ranks of some modules, by name, in place of r.
         corda_damping: Multiple of the mean input energy that is added to the covariance's diagonal.
-        corda_weighting: Matrix that the weight is multiplied by before it is decomposed.
         max_memory: Memory limit of the statistics at a time, such as 4GiB. If they need more, the
-            calibration takes more passes over the data.
+            calibration takes more passes over the data. By default it is half of the memory that is
+            free; with checkpoint_dir, or in several processes, an eighth of the size of the model.
         checkpoint_dir: Folder with checkpoints, from which an interrupted calibration is resumed.
     """
 
@@ -88,12 +88,10 @@ class ModelOptions:
     batch_size: int = 8
     pack: bool = False
     seed: int | None = 0
-    r: int = 16
     target_modules: list[str] | str = "all-linear"
     exclude_modules: list[str] | str | None = None
     rank_pattern: dict[str, int] | None = None
     corda_damping: float = 0.01
-    corda_weighting: Literal["covariance", "sqrt_covariance"] = "covariance"
     max_memory: int | str | None = None
     checkpoint_dir: str | None = None
 
@@ -107,14 +105,18 @@ class CalibrateOptions(ModelOptions):
             of a dataset on the Hub. Give text with the knowledge to keep for kpm, and text of the
             task for ipm.
         output: Factors file to write, such as factors.safetensors.
+        r: Largest rank of an adapter that the factors support.
         corda_method: Directions to find: "kpm" for those that the data uses least, "ipm" for those
             that it uses most, or "both".
+        corda_weighting: Matrix that the weight is multiplied by before it is decomposed.
         report: JSON file to write the report to.
     """
 
     data: str
     output: str
+    r: int = 16
     corda_method: Literal["kpm", "ipm", "both"] = "kpm"
+    corda_weighting: Literal["covariance", "sqrt_covariance"] = "covariance"
     report: str | None = None
 
 
@@ -127,6 +129,8 @@ class InitOptions(ModelOptions):
             is_trainable=True).
         factors: Factors file written by calibrate. The calibration options then have no effect.
         data: Text to calibrate on, as for calibrate, in place of factors.
+        r: Rank of the adapters; by default the largest that the factors file supports, and 16 with
+            data.
         lora_alpha: Numerator of the scaling lora_alpha / r; by default r, the paper's setting.
         alpha_pattern: Values of lora_alpha for some modules, by name.
         use_rslora: Divide lora_alpha by the square root of the rank (rsLoRA), not by the rank.
@@ -134,7 +138,10 @@ class InitOptions(ModelOptions):
         bias: Biases to train.
         modules_to_save: Names of modules that are trained in full, without an adapter.
         corda_method: Directions to start from: "kpm" for those that the data uses least, "ipm" for
-            those that it uses most.
+            those that it uses most. By default those of the factors file, or "kpm" if it holds both
+            and with data.
+        corda_weighting: Matrix that the weight is multiplied by before it is decomposed; by default
+            that of the factors file, or the covariance.
         corda_scaling: Division of the start between A and B: "balanced" gives both the same singular
             values, "paper" is the paper's division.
     """
@@ -142,13 +149,15 @@ class InitOptions(ModelOptions):
     output: str
     factors: str | None = None
     data: str | None = None
+    r: int | None = None
     lora_alpha: int | None = None
     alpha_pattern: dict[str, int] | None = None
     use_rslora: bool = False
     lora_dropout: float = 0.0
     bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: list[str] | None = None
-    corda_method: Literal["kpm", "ipm"] = "kpm"
+    corda_method: Literal["kpm", "ipm"] | None = None
+    corda_weighting: Literal["covariance", "sqrt_covariance"] | None = None
     corda_scaling: Literal["balanced", "paper"] = "balanced"
 
 
@@ -180,6 +189,7 @@ class ReportOptions:
         r: Rank of the adapters; by default the largest rank that the file supports.
         corda_scaling: Division of the start between A and B: "balanced" gives both the same singular
             values, "paper" is the paper's division.
+        format: How the report is printed: as a table, as Markdown or as JSON.
         json: JSON file to write the report to.
         plot: Image file to plot the spectra to; needs matplotlib.
         budget: Maximum number of trainable parameters, within which a rank_pattern is printed.
@@ -191,6 +201,7 @@ class ReportOptions:
     method: Literal["kpm", "ipm"] | None = None
     r: int | None = None
     corda_scaling: Literal["balanced", "paper"] = "balanced"
+    format: Literal["table", "md", "json"] = "table"
     json: str | None = None
     plot: str | None = None
     budget: int | None = None
