@@ -71,7 +71,10 @@ def run_plan(options: PlanOptions) -> Estimate:
     machine = "this machine" if options.gpus == 1 else f"{options.gpus} machines like this one"
     print(f"Takes {duration(seconds)} on {machine} ({device.type}), by rates measured just now.")
     if (advice := fewer_passes(found, lambda limit: within(max_memory=limit))) is not None:
-        print(advice)
+        by_default = (
+            "" if options.max_memory else " By default, calibrate takes half of the free memory."
+        )
+        print(advice + by_default)
     return found
 
 

@@ -141,6 +141,8 @@ def test_a_plan_has_seconds_and_says_what_halves_the_passes(tmp_path, capsys):
     size = lines[-1].split()[2].rstrip(",")
     cli.main([*arguments, f"--max_memory={size}", f"--json={tmp_path / 'less.json'}"])
     assert json.loads((tmp_path / "less.json").read_text())["passes"] <= -(-plan["passes"] // 2)
+    cli.main(arguments)
+    assert "passes" not in capsys.readouterr().out.splitlines()[-1]
     cli.main([*arguments, "--max_memory=1GiB"])
     assert "--max_memory" not in capsys.readouterr().out.splitlines()[-1]
 
