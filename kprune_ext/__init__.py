@@ -3,22 +3,38 @@
 Importing the package registers the pruned model classes with transformers' Auto classes.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .budget.latency import LatencyTable
-from .budget.latency_measurement import measure_latency
-from .budget_search import kprune_to
 from .common.version import installed_version
-from .modeling.classes import register as _register
-from .modeling.saved_report import load_report
-from .preparation.config import KPruneConfig
-from .pruning import kprune
-from .report.report import KPruneReport
-from .report.rows import SubLayerReport
-from .trials import KPruneSearch
+from .console.importing import on_import, public_names
 
 if TYPE_CHECKING:
+    from .budget.latency import LatencyTable
+    from .budget.latency_measurement import measure_latency
+    from .budget_search import kprune_to
     from .callback import KPruneCallback
+    from .modeling.saved_report import load_report
+    from .preparation.config import KPruneConfig
+    from .pruning import kprune
+    from .report.report import KPruneReport
+    from .report.rows import SubLayerReport
+    from .trials import KPruneSearch
+else:
+    __getattr__, __dir__ = public_names(
+        __name__,
+        {
+            "KPruneCallback": ".callback",
+            "KPruneConfig": ".preparation.config",
+            "KPruneReport": ".report.report",
+            "KPruneSearch": ".trials",
+            "LatencyTable": ".budget.latency",
+            "SubLayerReport": ".report.rows",
+            "kprune": ".pruning",
+            "kprune_to": ".budget_search",
+            "load_report": ".modeling.saved_report",
+            "measure_latency": ".budget.latency_measurement",
+        },
+    )
 
 __version__ = installed_version()
 
@@ -36,17 +52,11 @@ __all__ = [
     "measure_latency",
 ]
 
-_register()
+
+def _register() -> None:
+    from .modeling.classes import register
+
+    register()
 
 
-def __getattr__(name: str) -> Any:
-    # On demand: the Trainer callback imports much of transformers that pruning does not need.
-    if name == "KPruneCallback":
-        from .callback import KPruneCallback
-
-        return KPruneCallback
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+on_import(_register)

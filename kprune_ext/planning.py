@@ -100,6 +100,8 @@ class PruningPlan:
         )
         return "\n".join(lines)
 
+    __repr__ = __str__
+
 
 def plan_pruning(
     model: nn.Module,

@@ -7,23 +7,53 @@ one.
 Method: CorDA, arXiv 2406.05223 (NeurIPS 2024).
 """
 
-from kprune_ext.common.version import installed_version
+from typing import TYPE_CHECKING
 
-from .adapter.model import CordaModel
-from .adapter.registration import register_corda
-from .analysis.allocation import allocate_ranks, apply_ranks
-from .analysis.report import CordaReport, report
-from .calibration.calibrate import calibrate
-from .calibration.callback import CordaCalibrationCallback
-from .calibration.initialize import initialize_corda
-from .config import CordaConfig
-from .export.callback import CordaExportCallback
-from .export.export import export_lora
-from .factors import CordaFactors, ModuleFactors
-from .retention.budget import fit_to_budget
-from .retention.callbacks import ForgettingCallback, KnowledgeDecayCallback
-from .retention.decay import knowledge_decay
-from .retention.measure import Forgetting, forgetting
+from kprune_ext.common.version import installed_version
+from kprune_ext.console.importing import on_import, public_names
+
+if TYPE_CHECKING:
+    from .adapter.model import CordaModel
+    from .adapter.registration import register_corda
+    from .analysis.allocation import allocate_ranks, apply_ranks
+    from .analysis.report import CordaReport, report
+    from .calibration.calibrate import calibrate
+    from .calibration.callback import CordaCalibrationCallback
+    from .calibration.initialize import initialize_corda
+    from .config import CordaConfig
+    from .export.callback import CordaExportCallback
+    from .export.export import export_lora
+    from .factors import CordaFactors, ModuleFactors
+    from .retention.budget import fit_to_budget
+    from .retention.callbacks import ForgettingCallback, KnowledgeDecayCallback
+    from .retention.decay import knowledge_decay
+    from .retention.measure import Forgetting, forgetting
+else:
+    __getattr__, __dir__ = public_names(
+        __name__,
+        {
+            "CordaCalibrationCallback": ".calibration.callback",
+            "CordaConfig": ".config",
+            "CordaExportCallback": ".export.callback",
+            "CordaFactors": ".factors",
+            "CordaModel": ".adapter.model",
+            "CordaReport": ".analysis.report",
+            "Forgetting": ".retention.measure",
+            "ForgettingCallback": ".retention.callbacks",
+            "KnowledgeDecayCallback": ".retention.callbacks",
+            "ModuleFactors": ".factors",
+            "allocate_ranks": ".analysis.allocation",
+            "apply_ranks": ".analysis.allocation",
+            "calibrate": ".calibration.calibrate",
+            "export_lora": ".export.export",
+            "fit_to_budget": ".retention.budget",
+            "forgetting": ".retention.measure",
+            "initialize_corda": ".calibration.initialize",
+            "knowledge_decay": ".retention.decay",
+            "register_corda": ".adapter.registration",
+            "report": ".analysis.report",
+        },
+    )
 
 __version__ = installed_version()
 
@@ -46,7 +76,15 @@ __all__ = [
     "forgetting",
     "initialize_corda",
     "knowledge_decay",
+    "register_corda",
     "report",
 ]
 
-register_corda()
+
+def _register() -> None:
+    from .adapter.registration import register_corda
+
+    register_corda()
+
+
+on_import(_register)

@@ -15,26 +15,21 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
-from ..common import command_line
-from .options import ALIASES, FLAGS, ExportOptions, PlanOptions, PruneOptions, ReportOptions
+from ..console.program import Program
+from .options import ALIASES, COMMANDS
 
-COMMANDS = {
-    "prune": PruneOptions,
-    "plan": PlanOptions,
-    "report": ReportOptions,
-    "export": ExportOptions,
-}
+PROGRAM = Program(
+    name="kprune",
+    description="K-prune: structured pruning of transformers models without retraining.",
+    package=__package__,
+    commands=COMMANDS,
+    aliases=ALIASES,
+)
 
 
 def build_parser() -> ArgumentParser:
     """Returns the parser of the command line and of YAML files."""
-    return command_line.build_parser(
-        "kprune",
-        "K-prune: structured pruning of transformers models without retraining.",
-        COMMANDS,
-        flags=FLAGS,
-        positional=("report",),
-    )
+    return PROGRAM.parser()
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -47,25 +42,7 @@ def main(args: Sequence[str] | None = None) -> None:
         SystemExit: With a message, if the arguments or the files they name are invalid. Nothing is
             written then.
     """
-    name, options = command_line.parsed_options(build_parser(), COMMANDS, args, ALIASES)
-    with command_line.errors_in_one_line(f"kprune {name}"):
-        # PyTorch and transformers are slow to import: not for --help or a mistyped option.
-        if isinstance(options, PruneOptions):
-            from .prune import run_prune
-
-            run_prune(options)
-        elif isinstance(options, PlanOptions):
-            from .plan import run_plan
-
-            run_plan(options)
-        elif isinstance(options, ExportOptions):
-            from .export import run_export
-
-            run_export(options)
-        else:
-            from .report import run_report
-
-            run_report(options)
+    PROGRAM.run(args)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..common.command_line import Aliases
+from ..console.options import Command
 
 Task = Literal[
     "auto",
@@ -17,14 +18,22 @@ Task = Literal[
     "embeddings",
     "image-classification",
 ]
-# Present names of options by earlier name.
-ALIASES = Aliases({"out": "output"})
-# Options that take no value on the command line.
-FLAGS = {
-    "paper": "Use the paper's options in place of the defaults.",
-    "pad": "Fill layers up with zeros to one size, where the engine does not read a size per layer.",
-    "overwrite": "Replace a GGUF file that exists.",
-}
+# Present names of options by earlier name, and names that other programs use.
+ALIASES = Aliases(
+    {"out": "output"},
+    meant={
+        "sparsity": ("reduction",),
+        "ratio": ("reduction",),
+        "amount": ("reduction",),
+        "dataset": ("data", "data_name"),
+        "samples": ("max_tokens",),
+        "num_samples": ("max_tokens",),
+        "model_name_or_path": ("model",),
+        "output_dir": ("output",),
+        "length": ("max_length",),
+        "torch_dtype": ("dtype",),
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,8 @@ class PruneOptions:
         dtype: Dtype to load the weights in. The value auto keeps the dtype in which they are stored.
         revision: Branch, tag or commit of the model on the hub.
         plot: File to write a figure of the kept units to. It requires matplotlib.
+        self_contained: Write a modelling file as well, with which transformers loads the pruned model
+            without this package, given trust_remote_code=True.
     """
 
     model: str
@@ -105,6 +116,7 @@ class PruneOptions:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     revision: str | None = None
     plot: str | None = None
+    self_contained: bool = False
 
 
 @dataclass(frozen=True)
@@ -171,10 +183,44 @@ class ReportOptions:
 
     Args:
         source: Folder of a pruned model that `kprune prune` wrote, or a report file.
+        format: How the report is printed: as a table, as Markdown or as JSON.
         json: File to write the report to, as JSON.
         plot: File to write a figure of the kept units to. It requires matplotlib.
     """
 
     source: str
+    format: Literal["table", "md", "json"] = "table"
     json: str | None = None
     plot: str | None = None
+
+
+COMMANDS = {
+    "prune": Command(
+        PruneOptions,
+        "prune:run_prune",
+        groups={
+            "what to remove": ("metric", "layout", "round_to", "latency", "sequence_length", "paper"),
+            "calibration data": (
+                "text_field", "image_field", "data_name", "split", "max_length", "max_tokens", "seed",
+            ),
+            "method": (
+                "lambda_rep", "schedule", "score_fraction", "ridge", "min_share", "min_head_share",
+            ),
+            "loading and running the model": (
+                "device", "device_map", "dtype", "revision", "batch_size",
+            ),
+        },
+        after_ctrl_c=lambda _: "No model was written. A run with fewer --max_tokens is shorter.",
+    ),
+    "plan": Command(
+        PlanOptions,
+        "plan:run_plan",
+        groups={
+            "what to remove": ("metric", "layout", "schedule"),
+            "calibration data": ("max_tokens", "max_length"),
+            "loading and running the model": ("device", "dtype", "revision"),
+        },
+    ),
+    "report": Command(ReportOptions, "report:run_report", positional=True),
+    "export": Command(ExportOptions, "export:run_export"),
+}  # fmt: skip

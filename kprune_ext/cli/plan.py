@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..common.files import check_output_files, write_json
+from ..console.rates import duration, product_rate
 from ..planning import PruningPlan, plan_pruning
 from ..preparation.config import KPruneConfig
 from .inputs import check_device
@@ -38,7 +39,13 @@ def run_plan(options: PlanOptions) -> PruningPlan:
         model = AutoModelForCausalLM.from_config(about, dtype=dtype)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     plan = plan_pruning(model, config, length=options.max_length, device=device)
+    where = torch.device(device)
+    rate = product_rate(where, dtype)
     if options.json is not None:
-        write_json(options.json, plan.to_dict(), indent=2)
+        write_json(options.json, plan.to_dict() | {"seconds": plan.flops / rate}, indent=2)
     print(plan)
+    print(
+        f"Takes {duration(plan.flops / rate)} on this machine ({where.type}), by a rate measured just "
+        f"now ({rate / 1e9:,.0f} GFLOP/s)."
+    )
     return plan

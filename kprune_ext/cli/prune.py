@@ -16,15 +16,16 @@ from ..common.files import (
     replacing_folder,
     resolved,
 )
+from ..common.presentation import check_figure
 from ..common.text_data import load_rows
 from ..modeling.classes import model_task
 from ..preparation.config import KPruneConfig
 from ..pruning import kprune
-from ..report.figure import check_figure
 from .inputs import check_device, image_batches, language_batches, load_model, text_batches
 from .report import print_report
 
 if TYPE_CHECKING:
+    from ..report.report import KPruneReport
     from .options import PruneOptions
 
 
@@ -59,9 +60,16 @@ def run_prune(options: PruneOptions) -> PreTrainedModel:
         is_causal = model_task(model).is_causal
         batches = (language_batches if is_causal else text_batches)(rows, processor, options, about)
     pruned: Any = kprune(model, batches, config, latency=_latency(options, model))
-    _save_all(out, pruned, processor, options.plot)
+    _save_all(out, pruned, processor, options.self_contained)
     print_report(pruned.kprune_report)
-    print(f"Wrote {options.output}. Load it as usual after `import kprune_ext`.")
+    how = (
+        "with trust_remote_code=True, or without it after `import kprune_ext`"
+        if options.self_contained
+        else "as usual after `import kprune_ext`"
+    )
+    print(f"Wrote {options.output}. Load it {how}.")
+    if options.plot is not None:
+        _plot(pruned.kprune_report, options.plot, options.output)
     return pruned
 
 
@@ -119,8 +127,23 @@ def _latency(options: PruneOptions, model: PreTrainedModel) -> LatencyTable | No
     return table
 
 
-def _save_all(out: str, pruned: Any, processor: Any, plot: str | None) -> None:
-    """Writes the model with its report, its processor and its figure, all of them or none.
+def _plot(report: KPruneReport, path: str, saved: str) -> None:
+    """Writes the figure; the model is on disk by now.
+
+    Raises:
+        OSError: If it cannot be written; the message says that the model was.
+    """
+    try:
+        report.plot(path)
+    except Exception as error:  # matplotlib has many
+        raise OSError(
+            f"The model is complete in {saved}, but its figure plot={path!r} could not be written "
+            f"({error}). Draw it again with: kprune report {saved} --plot FILE"
+        ) from error
+
+
+def _save_all(out: str, pruned: Any, processor: Any, self_contained: bool) -> None:
+    """Writes the model with its report and its processor, all of them or none.
 
     Raises:
         OSError: If they cannot be written, as on a full disk.
@@ -128,10 +151,8 @@ def _save_all(out: str, pruned: Any, processor: Any, plot: str | None) -> None:
     made = [path for path in Path(out).parents if not path.exists()]
     try:
         with replacing_folder(out) as folder:
-            pruned.save_pretrained(folder)
+            pruned.save_pretrained(folder, self_contained=self_contained)
             processor.save_pretrained(folder)
-            if plot is not None:
-                pruned.kprune_report.plot(plot)
     except Exception as error:
         for path in made:
             if path.is_dir() and not any(path.iterdir()):

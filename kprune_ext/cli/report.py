@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from ..common.files import check_output_files
+from ..common.presentation import check_figure
 from ..modeling.saved_report import load_report
-from ..report.figure import check_figure
 from ..report.report import REPORT_FILE, KPruneReport
 
 if TYPE_CHECKING:
@@ -29,11 +29,14 @@ def run_report(options: ReportOptions) -> KPruneReport:
     if options.plot is not None:
         check_figure(options.plot)
     report = load_report(options.source)
-    if options.plot is not None:
-        report.plot(options.plot)
     if options.json is not None:
         report.save_json(options.json)
-    print_report(report)
+    if options.plot is not None:
+        report.plot(options.plot)
+    if options.format == "table":
+        print_report(report)
+    else:
+        print(report.markdown() if options.format == "md" else report.to_json())
     return report
 
 

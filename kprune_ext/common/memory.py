@@ -7,8 +7,10 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate.utils import (
     convert_file_size_to_int,
@@ -41,6 +43,22 @@ def free_memory(device: torch.device) -> int | None:
     free, _ = torch.cuda.mem_get_info(device)
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(free + held)
+
+
+def available_memory(device: torch.device) -> int:
+    """Returns the bytes that are free on a device: of a GPU, or of this machine or container."""
+    on_gpu = free_memory(device)
+    if on_gpu is not None:
+        return on_gpu
+    found = int(psutil.virtual_memory().available)
+    try:  # what a container may take, which psutil does not know
+        limit, used = (
+            int(Path("/sys/fs/cgroup", name).read_text())
+            for name in ("memory.max", "memory.current")
+        )
+    except (OSError, ValueError):
+        return found
+    return max(0, min(found, limit - used))
 
 
 @contextmanager

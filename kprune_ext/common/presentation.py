@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import os
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,30 @@ def with_section(text: str, section: str | None, owner: str) -> str:
         return text
     rest = found.sub("\n\n", text).rstrip("\n")
     return rest + "\n" if section is None else f"{rest}\n\n{start}\n{section}{end}\n"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns a table in Markdown, without a line break at its end."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def html_table(header: Sequence[str], rows: Iterable[Sequence[str]], below: str = "") -> str:
+    """Returns a table as HTML, for notebooks.
+
+    Args:
+        header: The names of the columns.
+        rows: The cells of each row.
+        below: Text under the table, whose line breaks are kept.
+    """
+
+    def line(cells: Sequence[str], kind: str) -> str:
+        inside = "".join(f"<{kind}>{html.escape(cell)}</{kind}>" for cell in cells)
+        return f"<tr>{inside}</tr>"
+
+    body = "".join(line(row, "td") for row in rows)
+    text = f"<pre>{html.escape(below)}</pre>" if below else ""
+    return f"<table><thead>{line(header, 'th')}</thead><tbody>{body}</tbody></table>{text}"
 
 
 def empty_figure(width: float, height: float) -> Any:
@@ -65,3 +91,19 @@ def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
     """
     with replacing(path) as temporary:
         figure.savefig(temporary, format=Path(path).suffix[1:] or "png", dpi=120)
+
+
+def check_figure(path: str | os.PathLike[str]) -> None:
+    """Checks that a figure can be written in the format that a path names, before the work.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If matplotlib does not know the format.
+    """
+    known = empty_figure(1, 1).canvas.get_supported_filetypes()
+    ending = Path(path).suffix[1:].lower() or "png"
+    if ending not in known:
+        raise ValueError(
+            f"Figures cannot be written as {ending!r}, the ending of {os.fspath(path)!r}. Give the path "
+            f"of a file that ends in one of {', '.join(sorted(known))}."
+        )

@@ -11,6 +11,7 @@ from ..budget.costs import METRICS, Metric
 from ..common.memory import bytes_of
 from .config_checks import (
     CPU_BATCH_TOKENS,
+    documented,
     left_open,
     number,
     one_of,
@@ -27,6 +28,7 @@ Sensitivity = Literal["fisher", "gradient"]
 Layout = Literal["free", "uniform"]
 
 
+@documented
 @dataclasses.dataclass(frozen=True)
 class KPruneConfig:
     """Options of `kprune_ext.kprune`; immutable, and checked on construction.
@@ -222,9 +224,7 @@ class KPruneConfig:
         "bytes. Hidden states beyond it are kept in a memory-mapped temporary file.",
     )
     seed: int = option(
-        0,
-        whole_number(least=None),
-        "Seed of the choice of samples on which knowledge is measured.",
+        0, whole_number(least=None), "Seed of the choice of samples that knowledge is measured on."
     )
 
     def __post_init__(self) -> None:

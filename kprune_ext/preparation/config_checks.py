@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import textwrap
 from collections.abc import Callable
-from dataclasses import field
-from typing import Any
+from dataclasses import field, fields
+from typing import Any, TypeVar
 
 from ..common.memory import bytes_of
 
 #: Called with `(name, value)`; raises a ValueError or TypeError if the value is invalid.
 Check = Callable[[str, Any], None]
+T = TypeVar("T")
 
+_WIDTH = 92  # of lines in a docstring
 #: Tokens per batch of a forward pass on a CPU.
 CPU_BATCH_TOKENS = 2048
 #: What None stands for: in encoders, and in decoders.
@@ -49,6 +53,22 @@ def option(default: Any, check: Check, text: str) -> Any:
         text: The help text.
     """
     return field(default=default, metadata={"help": text, "check": check})
+
+
+def documented(kind: type[T]) -> type[T]:
+    """Adds the options of a dataclass to its docstring, with their types, defaults and help texts.
+
+    Args:
+        kind: A dataclass whose fields were made by `option`, and whose docstring ends in `Raises`.
+    """
+    lines = ["Args:"]
+    for own in fields(kind):  # type: ignore[arg-type]
+        text = f"{own.name} ({own.type}, {own.default!r} by default): {own.metadata['help']}"
+        first, *rest = textwrap.wrap(text, _WIDTH, break_on_hyphens=False)
+        lines += [f"    {first}", *(f"        {line}" for line in rest)]
+    about, _, errors = inspect.cleandoc(kind.__doc__ or "").partition("Raises:")
+    kind.__doc__ = "\n".join([about.rstrip(), "", *lines, "", f"Raises:{errors}"])
+    return kind
 
 
 def whole_number(least: int | None = 1) -> Check:

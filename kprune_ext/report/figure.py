@@ -4,26 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from ..common.presentation import empty_figure, save_figure
 from .rows import SubLayerReport
-
-
-def check_figure(path: str | os.PathLike[str]) -> None:
-    """Checks that a figure can be written in the format that a path names, before the work.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
-        ValueError: If matplotlib does not know the format.
-    """
-    known = empty_figure(1, 1).canvas.get_supported_filetypes()
-    ending = Path(path).suffix[1:].lower() or "png"
-    if ending not in known:
-        raise ValueError(
-            f"Figures cannot be written as {ending!r}, the ending of {os.fspath(path)!r}. Give the path "
-            f"of a file that ends in one of {', '.join(sorted(known))}."
-        )
 
 
 def save_kept(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common.files import write_json
+from ..common.presentation import html_table, markdown_table
 from .checks import MOST_JSON, check_fields, check_rows
 from .figure import save_kept
 from .rows import SubLayerReport
@@ -31,7 +32,7 @@ _METRIC_NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class KPruneReport:
-    """The result of a pruning run; `str()` gives a readable table, `rich.print` a coloured one.
+    """The result of a pruning run: a summary in a REPL, a table when printed and in notebooks.
 
     Attributes:
         sublayers: The rows of the sub-layers, bottom-up.
@@ -175,12 +176,9 @@ class KPruneReport:
             )
         return table
 
-    def markdown(self) -> str:
-        """Returns a Markdown table with a row per layer, and the summary below it."""
-        lines = [
-            f"| layer | {self.attention_units} | neurons | MFLOPs | parameters |",
-            "| --- | --- | --- | --- | --- |",
-        ]
+    def _cells(self) -> tuple[list[str], list[list[str]]]:
+        """Names of columns, and a row of cells per layer."""
+        cells = []
         for layer in sorted({row.layer for row in self.sublayers}):
             rows = {row.kind: row for row in self.sublayers if row.layer == layer}
             kept = [f"{rows[k].units} / {rows[k].units_before}" for k in ("attention", "ffn")]
@@ -188,9 +186,22 @@ class KPruneReport:
                 sum(getattr(row, name) for row in rows.values())
                 for name in ("flops", "flops_before", "parameters", "parameters_before")
             )
-            spent = f"{flops / 1e6:.2f} / {before / 1e6:.2f} | {size:,} / {size_before:,}"
-            lines.append(f"| {layer} | {' | '.join(kept)} | {spent} |")
-        return "\n".join([*lines, "", *(f"- {line}" for line in self.summary().splitlines())])
+            spent = [f"{flops / 1e6:.2f} / {before / 1e6:.2f}", f"{size:,} / {size_before:,}"]
+            cells.append([str(layer), *kept, *spent])
+        return ["layer", self.attention_units, "neurons", "MFLOPs", "parameters"], cells
+
+    def markdown(self) -> str:
+        """Returns a Markdown table with a row per layer, and the summary below it."""
+        below = [f"- {line}" for line in self.summary().splitlines()]
+        return "\n".join([markdown_table(*self._cells()), "", *below])
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._cells(), self.summary())
+
+    def __repr__(self) -> str:
+        return (
+            f"KPruneReport of {len(self.sublayers)} sub-layers; print it for all\n{self.summary()}"
+        )
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
         yield self.table()

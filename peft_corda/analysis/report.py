@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from kprune_ext.common.files import write_json
+from kprune_ext.common.presentation import html_table, markdown_table
 
 from ..config import SCALINGS, CordaConfig, rank_of
 from ..decomposition.starting_factors import norm_ratio
@@ -24,10 +25,15 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
     from rich.table import Table
 
+_COLUMNS = ("module", "out × in", "rank", "energy share", "input rank", "tokens", "‖A‖/‖B‖")
+
+# Most lines that a report takes in a REPL.
+_MOST_LINES = 18
+
 
 @dataclass(frozen=True)
 class CordaReport:
-    """Result of `report`; `str()` is a summary, and rich prints it with a table of all modules.
+    """Result of `report`: a summary as text, with a table of all modules in rich and in notebooks.
 
     Attributes:
         method: The method, `"kpm"` or `"ipm"`.
@@ -111,11 +117,17 @@ class CordaReport:
         from rich.table import Table
 
         table = Table(title=f"CorDA {self.method}: {_meaning(self.method)}")
-        table.add_column("module")
-        for column in ("out × in", "rank", "energy share", "input rank", "tokens", "‖A‖/‖B‖"):
+        table.add_column(_COLUMNS[0])
+        for column in _COLUMNS[1:]:
             table.add_column(column, justify="right")
-        for module in self.modules:
-            table.add_row(
+        for row in self._cells():
+            table.add_row(*row)
+        return table
+
+    def _cells(self) -> list[list[str]]:
+        """A row of cells per module."""
+        return [
+            [
                 module.name,
                 f"{module.shape[0]} × {module.shape[1]}",
                 str(module.rank),
@@ -123,8 +135,30 @@ class CordaReport:
                 "—" if module.effective_rank is None else f"{module.effective_rank:.1f}",
                 f"{module.tokens:,}",
                 f"{module.norm_ratio:.3g}",
-            )
-        return table
+            ]
+            for module in self.modules
+        ]
+
+    def markdown(self) -> str:
+        """Returns a Markdown table with a row per module, and the summary below it."""
+        first, *types = str(self).splitlines()
+        return "\n".join(
+            [
+                markdown_table(_COLUMNS, self._cells()),
+                "",
+                first,
+                "",
+                *(f"- {line.strip()}" for line in types),
+            ]
+        )
+
+    def _repr_html_(self) -> str:
+        return html_table(_COLUMNS, self._cells(), str(self))
+
+    def __repr__(self) -> str:
+        lines = str(self).splitlines()
+        more = [f"  and {len(lines) - _MOST_LINES} more types"] if len(lines) > _MOST_LINES else []
+        return "\n".join(lines[:_MOST_LINES] + more)
 
     def __str__(self) -> str:
         worst = "least" if self.method == "ipm" else "most"

@@ -284,3 +284,5 @@ class Estimate:
                 f"  the busiest device does {self.decomposition_share:.0%} of the decompositions",
             ]
         )
+
+    __repr__ = __str__

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel, get_peft_model
 
 from kprune_ext.common.files import check_distinct, check_output_folder, replacing_folder
 
+from ..analysis.spectra import pick_method
 from ..config import CordaConfig
 from ..export.export import export_lora
 from ..factors import CordaFactors
@@ -16,6 +18,9 @@ from .calibrate import calibrated
 
 if TYPE_CHECKING:
     from .options import ExportOptions, InitOptions
+
+#: Rank of an adapter if neither the options nor a factors file say.
+_DEFAULT_RANK = 16
 
 
 def run_export(options: ExportOptions) -> str:
@@ -43,14 +48,23 @@ def run_init(options: InitOptions) -> str:
     inputs = ("model", "factors", "data", "checkpoint_dir")
     check_distinct({"output": options.output}, {name: getattr(options, name) for name in inputs})
     check_options(options)
-    config = _config(options)
     if options.data is not None:
+        chosen = replace(
+            options,
+            r=_DEFAULT_RANK if options.r is None else options.r,
+            corda_method=options.corda_method or "kpm",
+            corda_weighting=options.corda_weighting or "covariance",
+        )
+        config = _config(chosen)
         model, _ = calibrated(options, options.data, config, (config.method_for(),))
     else:
         assert options.factors is not None  # one of the two is given
         factors = CordaFactors.load(options.factors)
+        chosen = with_values_of(factors, options)
+        config = _config(chosen)
         config.corda_factors, config.corda_damping = factors, factors.damping
         model = load_model(options)
+        print(_taken(chosen, options))
     adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
     with replacing_folder(options.output) as folder:
@@ -62,7 +76,38 @@ def run_init(options: InitOptions) -> str:
     return options.output
 
 
+def with_values_of(factors: CordaFactors, options: InitOptions) -> InitOptions:
+    """Returns the options with those that are not given taken from the factors.
+
+    Where the factors of some modules are of a smaller rank than others, `rank_pattern` says so.
+
+    Raises:
+        ValueError: If the factors do not hold the method that is asked for.
+    """
+    held = factors.methods
+    method = options.corda_method or (held[0] if len(held) == 1 else "kpm")
+    pick_method(factors, method)
+    weighting = options.corda_weighting or factors.weighting
+    given: dict[str, Any] = {"corda_method": method, "corda_weighting": weighting}
+    if options.r is None:
+        ranks = {name: factors.rank(name, method) for name in factors.modules}
+        given["r"] = most = max(ranks.values())
+        if options.rank_pattern is None:
+            given["rank_pattern"] = {n: rank for n, rank in ranks.items() if rank < most} or None
+    return replace(options, **given)
+
+
+def _taken(chosen: InitOptions, options: InitOptions) -> str:
+    """Says in a line which rank and scaling the adapter has."""
+    assert chosen.r is not None
+    alpha = chosen.r if chosen.lora_alpha is None else chosen.lora_alpha
+    where = "" if options.r is not None else f" from {options.factors}"
+    paper = "" if alpha == chosen.r else "; the paper's setting is lora_alpha = r"
+    return f"The adapter has {chosen.corda_method}, r={chosen.r}{where}, lora_alpha={alpha}{paper}."
+
+
 def _config(options: InitOptions) -> CordaConfig:
+    assert options.r is not None and options.corda_weighting is not None  # chosen by now
     return CordaConfig(
         r=options.r,
         lora_alpha=options.r if options.lora_alpha is None else options.lora_alpha,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,8 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
 from kprune_ext.common.files import check_output_files, replacing
+from kprune_ext.common.memory import available_memory
+from kprune_ext.common.processes import Processes
 from kprune_ext.common.text_data import Batch, load_rows, packed_batches, padded_batches, read_texts
 
 from ..analysis.report import CordaReport, report
@@ -71,11 +74,36 @@ def calibrated(
         model,
         config,
         batches,
-        options.max_memory,
+        _memory(options, model),
         methods=methods,
         checkpoint_dir=options.checkpoint_dir,
     )
     return model, factors
+
+
+def _memory(options: ModelOptions, model: nn.Module) -> int | str | None:
+    """Returns the memory limit: half of what is free, unless it must be the same later or elsewhere.
+
+    A calibration that is resumed, and all processes of one, need the same passes and so the same limit.
+    """
+    if options.max_memory is not None or Processes().count > 1:
+        return options.max_memory
+    if options.checkpoint_dir is not None:
+        print(
+            "max_memory is an eighth of the model's size, so that the calibration can be resumed. With "
+            "more memory, fewer passes may do: pass --max_memory.",
+            file=sys.stderr,
+        )
+        return None
+    parameter = next(model.parameters())
+    limit = available_memory(parameter.device) // 2
+    if limit < sum(p.numel() * p.element_size() for p in model.parameters()) // 8:
+        return None  # scarce: the default is as much as is needed
+    print(
+        f"max_memory is {limit / 2**30:.1f} GiB, half of what is free on {parameter.device}.",
+        file=sys.stderr,
+    )
+    return limit
 
 
 def _batches(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kprune_ext.common.command_line import Aliases
+from kprune_ext.console.options import Command
 
 Task = Literal[
     "causal-lm",
@@ -15,13 +16,23 @@ Task = Literal[
     "question-answering",
     "embeddings",
 ]
-ALIASES = Aliases()
-# Options that take no value on the command line.
-FLAGS = {
-    "trust_remote_code": "Run code that comes with the model. Use it only if you trust the source.",
-    "pack": "Concatenate the texts and cut them into sequences of max_length tokens.",
-    "use_rslora": "Divide lora_alpha by the square root of the rank (rsLoRA), not by the rank.",
-}
+# Names that other programs use.
+ALIASES = Aliases(
+    meant={
+        "rank": ("r",),
+        "lora_r": ("r",),
+        "alpha": ("lora_alpha",),
+        "dropout": ("lora_dropout",),
+        "dataset": ("data", "data_name"),
+        "samples": ("num_samples",),
+        "model_name_or_path": ("model",),
+        "output_dir": ("output",),
+        "length": ("max_length",),
+        "torch_dtype": ("dtype",),
+        "resume": ("checkpoint_dir",),
+        "method": ("corda_method",),
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +60,14 @@ class ModelOptions:
         pack: Concatenate the texts and cut them into sequences of max_length tokens. By default each
             row is a sequence, truncated or padded.
         seed: Seed of the order in which rows are taken; with null, the first rows are taken in order.
-        r: Rank of the adapters; for calibrate, the largest rank that the factors support.
-        target_modules: Names of the linear layers to adapt, as in a LoraConfig.
+        target_modules: Names of the linear layers to adapt, as in a LoraConfig: one or several names,
+            a pattern (a regular expression of the full name), or all-linear.
         exclude_modules: Names of modules to leave out.
         rank_pattern: Ranks of some modules, by name, in place of r.
         corda_damping: Multiple of the mean input energy that is added to the covariance's diagonal.
-        corda_weighting: Matrix that the weight is multiplied by before it is decomposed.
         max_memory: Memory limit of the statistics at a time, such as 4GiB. If they need more, the
-            calibration takes more passes over the data.
+            calibration takes more passes over the data. By default it is half of the memory that is
+            free; with checkpoint_dir, or in several processes, an eighth of the size of the model.
         checkpoint_dir: Folder with checkpoints, from which an interrupted calibration is resumed.
     """
 
@@ -77,12 +88,10 @@ class ModelOptions:
     batch_size: int = 8
     pack: bool = False
     seed: int | None = 0
-    r: int = 16
     target_modules: list[str] | str = "all-linear"
     exclude_modules: list[str] | str | None = None
     rank_pattern: dict[str, int] | None = None
     corda_damping: float = 0.01
-    corda_weighting: Literal["covariance", "sqrt_covariance"] = "covariance"
     max_memory: int | str | None = None
     checkpoint_dir: str | None = None
 
@@ -96,14 +105,18 @@ class CalibrateOptions(ModelOptions):
             of a dataset on the Hub. Give text with the knowledge to keep for kpm, and text of the
             task for ipm.
         output: Factors file to write, such as factors.safetensors.
+        r: Largest rank of an adapter that the factors support.
         corda_method: Directions to find: "kpm" for those that the data uses least, "ipm" for those
             that it uses most, or "both".
+        corda_weighting: Matrix that the weight is multiplied by before it is decomposed.
         report: JSON file to write the report to.
     """
 
     data: str
     output: str
+    r: int = 16
     corda_method: Literal["kpm", "ipm", "both"] = "kpm"
+    corda_weighting: Literal["covariance", "sqrt_covariance"] = "covariance"
     report: str | None = None
 
 
@@ -116,6 +129,8 @@ class InitOptions(ModelOptions):
             is_trainable=True).
         factors: Factors file written by calibrate. The calibration options then have no effect.
         data: Text to calibrate on, as for calibrate, in place of factors.
+        r: Rank of the adapters; by default the largest that the factors file supports, and 16 with
+            data.
         lora_alpha: Numerator of the scaling lora_alpha / r; by default r, the paper's setting.
         alpha_pattern: Values of lora_alpha for some modules, by name.
         use_rslora: Divide lora_alpha by the square root of the rank (rsLoRA), not by the rank.
@@ -123,7 +138,10 @@ class InitOptions(ModelOptions):
         bias: Biases to train.
         modules_to_save: Names of modules that are trained in full, without an adapter.
         corda_method: Directions to start from: "kpm" for those that the data uses least, "ipm" for
-            those that it uses most.
+            those that it uses most. By default those of the factors file, or "kpm" if it holds both
+            and with data.
+        corda_weighting: Matrix that the weight is multiplied by before it is decomposed; by default
+            that of the factors file, or the covariance.
         corda_scaling: Division of the start between A and B: "balanced" gives both the same singular
             values, "paper" is the paper's division.
     """
@@ -131,13 +149,15 @@ class InitOptions(ModelOptions):
     output: str
     factors: str | None = None
     data: str | None = None
+    r: int | None = None
     lora_alpha: int | None = None
     alpha_pattern: dict[str, int] | None = None
     use_rslora: bool = False
     lora_dropout: float = 0.0
     bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: list[str] | None = None
-    corda_method: Literal["kpm", "ipm"] = "kpm"
+    corda_method: Literal["kpm", "ipm"] | None = None
+    corda_weighting: Literal["covariance", "sqrt_covariance"] | None = None
     corda_scaling: Literal["balanced", "paper"] = "balanced"
 
 
@@ -169,6 +189,7 @@ class ReportOptions:
         r: Rank of the adapters; by default the largest rank that the file supports.
         corda_scaling: Division of the start between A and B: "balanced" gives both the same singular
             values, "paper" is the paper's division.
+        format: How the report is printed: as a table, as Markdown or as JSON.
         json: JSON file to write the report to.
         plot: Image file to plot the spectra to; needs matplotlib.
         budget: Maximum number of trainable parameters, within which a rank_pattern is printed.
@@ -180,6 +201,7 @@ class ReportOptions:
     method: Literal["kpm", "ipm"] | None = None
     r: int | None = None
     corda_scaling: Literal["balanced", "paper"] = "balanced"
+    format: Literal["table", "md", "json"] = "table"
     json: str | None = None
     plot: str | None = None
     budget: int | None = None
@@ -220,3 +242,42 @@ class PlanOptions:
     max_memory: int | str | None = None
     gpus: int = 1
     json: str | None = None
+
+
+_DATA = (
+    "data_name", "split", "text_field", "target_field", "num_samples", "max_length", "pack", "seed",
+)  # fmt: skip
+_GROUPS = {
+    "adapter": (
+        "task", "r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern",
+        "alpha_pattern", "use_rslora", "lora_dropout", "bias", "modules_to_save",
+    ),
+    "start": ("corda_method", "corda_scaling", "corda_weighting", "corda_damping"),
+    "calibration data": _DATA,
+    "memory and time": ("batch_size", "max_memory", "checkpoint_dir", "gpus"),
+    "loading the model": (
+        "device", "device_map", "dtype", "revision", "gguf_file", "trust_remote_code",
+    ),
+}  # fmt: skip
+
+
+def _how_to_resume(options: ModelOptions) -> str:
+    if options.checkpoint_dir is not None:
+        return (
+            f"The same command goes on from what is in --checkpoint_dir {options.checkpoint_dir}."
+        )
+    return (
+        "Nothing was written. With --checkpoint_dir FOLDER, a calibration can be interrupted, and the "
+        "same command goes on with it."
+    )
+
+
+COMMANDS = {
+    "calibrate": Command(
+        CalibrateOptions, "calibrate:run_calibrate", groups=_GROUPS, after_ctrl_c=_how_to_resume
+    ),
+    "report": Command(ReportOptions, "report:run_report", positional=True),
+    "init": Command(InitOptions, "adapters:run_init", groups=_GROUPS, after_ctrl_c=_how_to_resume),
+    "export": Command(ExportOptions, "adapters:run_export", positional=True),
+    "plan": Command(PlanOptions, "plan:run_plan", groups=_GROUPS),
+}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from kprune_ext.common.files import check_output_files
+from kprune_ext.common.presentation import check_figure
 
 from ..analysis.allocation import allocate_ranks
 from ..analysis.report import CordaReport, report
@@ -29,6 +30,8 @@ def run_report(options: ReportOptions) -> CordaReport:
     """
     outputs = {"json": options.json, "plot": options.plot}
     check_output_files(outputs, {"factors": options.factors})
+    if options.plot is not None:
+        check_figure(options.plot)
     factors = CordaFactors.load(options.factors)
     method = pick_method(factors, options.method)
     config = None
@@ -44,12 +47,24 @@ def run_report(options: ReportOptions) -> CordaReport:
             min_rank=options.min_rank,
             mean_rank=options.mean_rank,
         )
-    if options.plot is not None:
-        own.plot(options.plot)
     if options.json is not None:
         own.save_json(options.json)
-    # A file or pipe has no width to fit into, so names are not truncated there.
-    Console(width=None if sys.stdout.isatty() else 200).print(own)
-    if ranks is not None:
-        print(json.dumps({"rank_pattern": ranks}, indent=1))
+    if options.plot is not None:
+        own.plot(options.plot)
+    _print(own, ranks, options.format)
     return own
+
+
+def _print(own: CordaReport, ranks: dict[str, int] | None, form: str) -> None:
+    if form == "json":
+        contents = own.to_dict() | ({} if ranks is None else {"rank_pattern": ranks})
+        print(json.dumps(contents, indent=1))
+        return
+    if form == "md":
+        print(own.markdown())
+    else:
+        # A file or pipe has no width to fit into, so names are not truncated there.
+        Console(width=None if sys.stdout.isatty() else 200).print(own)
+    if ranks is not None:
+        shown = json.dumps({"rank_pattern": ranks}, indent=1)
+        print(f"\n```json\n{shown}\n```" if form == "md" else shown)

@@ -8,7 +8,7 @@ import yaml
 
 import kprune_ext.cli
 import peft_corda.cli
-from kprune_ext.common.command_line import PEFT_TASKS, TASKS, Aliases, with_present_names
+from kprune_ext.common.command_line import PEFT_TASKS, TASKS
 
 PRUNE = ["prune", "--model=org/name", "--data=texts.jsonl"]
 CALIBRATE = ["calibrate", "--model=org/name", "--data=texts.jsonl", "--output=factors"]
@@ -79,24 +79,3 @@ def test_device_or_device_map(main, tmp_path):
     command = PRUNE if main is kprune_ext.cli.main else CALIBRATE
     with pytest.raises(SystemExit, match="either device or device_map"):
         main([*command, f"--output={tmp_path / 'new'}", "--device=cpu", "--device-map=auto"])
-
-
-def test_values_and_positionals_stay_as_they_are():
-    given = [
-        "export",
-        "a-folder",
-        "b-folder",
-        "--rank=4",
-        "--rank_pattern",
-        '{"a-b": 4}',
-        "--",
-        "-x",
-    ]
-    assert with_present_names(given, Aliases({"out": "output"})) == given
-
-
-@pytest.mark.parametrize("content", ["- a\n- b\n", "text", "a: [", "\x00\xff"])
-def test_a_file_that_is_no_options_is_left_to_the_parser(tmp_path, content):
-    path = tmp_path / "file.yaml"
-    path.write_bytes(content.encode("latin-1"))
-    assert with_present_names(["--config", str(path)], Aliases()) == ["--config", str(path)]

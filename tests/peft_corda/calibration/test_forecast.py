@@ -94,6 +94,7 @@ def test_command_prints_and_writes(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "14 modules, 1 pass\n" in printed and "Bytes per device (2 in all)" in printed
     found = json.loads(path.read_text())
+    assert found.pop("seconds") > 0 and found.pop("device") in ("cpu", "cuda")
     assert found == estimate(empty("llama"), make_config(), gpus=2, **DATA).to_dict()
 
 
