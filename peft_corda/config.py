@@ -80,21 +80,24 @@ class CordaConfig(LoraConfig):
             `calibrate(model, config, dataloader)` sets it. It is not stored with a saved adapter,
             which contains its own start, and a path in an adapter_config.json is ignored.
         corda_format: Format of a saved adapter, which its config states. There is no need to set it.
-        r: Rank of the adapters, 8 by default; at most that of the factors.
-        lora_alpha: Numerator of the scaling `lora_alpha / r`, 8 by default. Use `r` for the paper's.
-        target_modules: Linear layers to adapt: names, one pattern, or `"all-linear"`. By default those
-            that PEFT adapts for this kind of model.
-        exclude_modules: Names, or one pattern, of modules to leave out.
-        rank_pattern: Ranks of some modules by name, in place of `r`; `apply_ranks` sets it.
-        alpha_pattern: Values of `lora_alpha` for some modules by name.
-        use_rslora: Whether to divide by the square root of the rank (rsLoRA).
-        lora_dropout: Dropout probability of the inputs of the trained factors, 0 by default.
-        bias: Biases to train: `"none"` (default), `"all"` or `"lora_only"`.
-        modules_to_save: Names of modules that are trained in full and saved, such as a new head.
-        layers_to_transform: Numbers of the layers to adapt; all by default.
-        layers_pattern: Name of the list of layers in the model, for `layers_to_transform`.
-        trainable_token_indices: Tokens whose embeddings are trained as well.
-        task_type: Task of the model, as in PEFT, such as `"CAUSAL_LM"`.
+
+    These options of `peft.LoraConfig` apply, too:
+
+    - `r`: Rank of the adapters, 8 by default; at most that of the factors.
+    - `lora_alpha`: Numerator of the scaling `lora_alpha / r`, 8 by default. Use `r` for the paper's.
+    - `target_modules`: Linear layers to adapt: names, one pattern, or `"all-linear"`. By default those
+      that PEFT adapts for this kind of model.
+    - `exclude_modules`: Names, or one pattern, of modules to leave out.
+    - `rank_pattern`: Ranks of some modules by name, in place of `r`; `apply_ranks` sets it.
+    - `alpha_pattern`: Values of `lora_alpha` for some modules by name.
+    - `use_rslora`: Whether to divide by the square root of the rank (rsLoRA).
+    - `lora_dropout`: Dropout probability of the inputs of the trained factors, 0 by default.
+    - `bias`: Biases to train: `"none"` (default), `"all"` or `"lora_only"`.
+    - `modules_to_save`: Names of modules that are trained in full and saved, such as a new head.
+    - `layers_to_transform`: Numbers of the layers to adapt; all by default.
+    - `layers_pattern`: Name of the list of layers in the model, for `layers_to_transform`.
+    - `trainable_token_indices`: Tokens whose embeddings are trained as well.
+    - `task_type`: Task of the model, as in PEFT, such as `"CAUSAL_LM"`.
 
     The remaining options of `peft.LoraConfig` describe a saved adapter or are set by PEFT, or belong to
     other variants of LoRA, which are refused.

@@ -48,7 +48,7 @@ class CordaCalibrationCallback(TrainerCallback):
                 "wrap the model with get_peft_model first."
             )
         layers = [module for module in model.modules() if isinstance(module, CordaLayer)]
-        if all(name in layer.lora_B0.started for layer in layers):
+        if all(name in layer.lora_start_B.started for layer in layers):
             return
         options = {"tokenizer": kwargs.get("processing_class"), **self.options}
         options.setdefault("progress", not args.disable_tqdm and Processes().is_main)

@@ -154,10 +154,10 @@ def test_a_trainer_that_wraps_the_model_itself_calibrates_at_its_start(tmp_path)
     after = model(**{k: torch.tensor([v]) for k, v in rows[0].items()}).logits
     torch.testing.assert_close(after, before)  # an exact start
     started = model.base_model.model.model.layers[0].self_attn.q_proj
-    assert float(started.lora_A0["default"].abs().max()) > 0
-    kept = started.lora_A0["default"].clone()
+    assert float(started.lora_start_A["default"].abs().max()) > 0
+    kept = started.lora_start_A["default"].clone()
     callback.on_train_begin(arguments, made.state, made.control, model=model)
-    assert torch.equal(started.lora_A0["default"], kept)
+    assert torch.equal(started.lora_start_A["default"], kept)
     with pytest.raises(ValueError, match="needs a model with an active CORDA adapter"):
         callback.on_train_begin(arguments, made.state, made.control, model=tiny_llama())
 

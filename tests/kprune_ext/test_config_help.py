@@ -39,5 +39,6 @@ def test_options_of_corda_are_documented(name: str) -> None:
         "inference_mode", "fan_in_fan_out", "init_lora_weights", "megatron_core", "runtime_config",
     }  # fmt: skip
     variants = name.endswith("_config") or name == "qalora_group_size"
-    documented = f"        {own.name}: " in (CordaConfig.__doc__ or "")
+    text = CordaConfig.__doc__ or ""
+    documented = f"        {own.name}: " in text or f"    - `{own.name}`: " in text
     assert documented or name in refused | of_peft or variants, name
