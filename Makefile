@@ -15,8 +15,9 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: demo test test-min lint docs bench gpu clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python examples/corda_language_model.py
+	$(BIN)/python examples/corda_language_model.py --calibration-samples 64 --test-samples 32
 	$(BIN)/python examples/kprune_classifier.py
+	$(BIN)/python examples/kprune_language_model.py
 
 # After the tests, the built wheel is tried in an environment of its own.
 test: $(VENV)/.test
