@@ -4,10 +4,10 @@
 
 SmolLM2-135M is pruned, and an adapter is trained on every linear layer that is left, half on WikiText-2
 and half on C4, for as many minutes as the options say. Minutes are CPU time divided by the threads, so
-that other work on the machine does not count; calibrating an adapter counts. The rate of each pair is the
-one of `--rates` that is best on held-out windows of the training texts; the test set of WikiText-2 and
-NQ-open's answers are reported. FLAP's result is really smaller, too, and keeps its bias compensation.
-Started again, the study resumes with the runs that are missing.
+that other work on the machine does not count; calibrating an adapter counts. The rate of each pair is
+the one of `--rates` that is best on held-out windows of the training texts. Reported are the test set
+of WikiText-2 and NQ-open's answers. FLAP's result is really smaller, too, and keeps its bias
+compensation. Started again, the study resumes with the runs that are missing.
 """
 
 from __future__ import annotations
