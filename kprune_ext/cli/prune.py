@@ -61,7 +61,8 @@ def run_prune(options: PruneOptions) -> PreTrainedModel:
     pruned: Any = kprune(model, batches, config, latency=_latency(options, model))
     _save_all(out, pruned, processor, options.plot)
     print_report(pruned.kprune_report)
-    print(f"Wrote {options.output}. Load it as usual after `import kprune_ext`.")
+    needed = "" if config.layout == "uniform" else " after `import kprune_ext`"
+    print(f"Wrote {options.output}. Load it as usual{needed}.")
     return pruned
 
 

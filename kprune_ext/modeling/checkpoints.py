@@ -52,18 +52,21 @@ class Checkpoints(Saved):
         wants_info = kwargs.pop("output_loading_info", False)
         allow_mismatched = kwargs.pop("ignore_mismatched_sizes", False)
         where = dict(kwargs)
+        quantized = getattr(kwargs.get("config"), "quantization_config", None) is not None
         if kwargs.get("quantization_config") is not None:
+            quantized = True
             kwargs["quantization_config"] = quantization_of(cls, source, kwargs)
         loads_file = kwargs.get("state_dict") is None and not kwargs.get("gguf_file")
         safe = {"use_safetensors": True} if loads_file else {}
         try:
-            # Mismatched sizes are allowed here, so that `check_weights` can report them.
+            # Mismatched sizes are allowed here, so that `check_weights` can report them; but not of
+            # quantized weights, whose shapes are others than those in the file.
             loaded: Any = super().from_pretrained(
                 source,
                 *args,
                 **(kwargs | safe),
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,
+                ignore_mismatched_sizes=allow_mismatched or not quantized,
             )
         except SafetensorError as error:
             raise ValueError(
