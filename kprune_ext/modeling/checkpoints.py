@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from safetensors import SafetensorError
 
+from ..architectures.row import Architecture
 from ..report.from_sizes import report_from_sizes
 from ..units.per_layer import per_layer_settings
 from .loading import (
@@ -32,9 +33,11 @@ class Checkpoints(Saved):
     """Loading of pruned models with layers of uneven size, and the fields and files they need.
 
     Attributes:
+        kprune_row: Table row of the family.
         kprune_family: Pruned model classes of the family, by Auto class.
     """
 
+    kprune_row: ClassVar[Architecture]
     kprune_family: ClassVar[dict[Any, Any]]
 
     @classmethod

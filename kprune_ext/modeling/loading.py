@@ -265,7 +265,7 @@ def quantization_of(kind: Any, source: Any, options: Mapping[str, Any]) -> Any:
         config = kind.config_class.from_pretrained(
             source, **{name: options[name] for name in known if name in options}
         )
-    with torch.device("meta"):
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = kind(copy.deepcopy(config))
     small = [
         path

@@ -38,7 +38,7 @@ PAGES = {
 TRIED = {
     "tutorial-corda.md", "tutorial-kprune.md", "distributed.md", "howto/trl.md", "howto/qlora.md",
     "howto/resume.md", "howto/adapters.md", "howto/export.md", "howto/task.md", "howto/family.md",
-    "howto/decoders.md",
+    "howto/decoders.md", "howto/loading.md",
 }  # fmt: skip
 LORA_OPTIONS = {"r": 8, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
@@ -256,6 +256,14 @@ def test_page_on_language_models(here):
     text = (DOCS / "howto" / "decoders.md").read_text()
     types = {row.model_type for row in ARCHITECTURES if row.is_causal}
     assert types == set(re.findall(r"`(\w+)`", "".join(re.findall(r"\| [^|]+ \|( `.*?) \|", text))))
+
+
+def test_page_on_loading_elsewhere(here):
+    names = {"model": tiny_decoder("llama", intermediate_size=256), "dataloader": decoder_batches()}
+    run_page("howto/loading.md", names)
+    assert type(names["smaller"]) is LlamaForCausalLM
+    assert names["smaller"].config.intermediate_size % 64 == 0
+    assert len(names["row"].kept_units) == names["smaller"].config.intermediate_size
 
 
 def test_pages_build_without_a_warning(tmp_path):
