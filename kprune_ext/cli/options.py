@@ -49,7 +49,8 @@ class PruneOptions:
         reduction: Fraction to remove of the quantity that metric names.
         metric: Quantity that reduction refers to. By default it is flops for encoders, params (the
             parameters of heads and neurons) for decoders.
-        layout: Sizes of the layers. The value uniform keeps the same numbers in every layer.
+        layout: Sizes of the layers. The value uniform keeps the same numbers in every layer, which
+            transformers and others load without this package.
         round_to: Number of which every feed-forward network keeps a multiple of neurons.
         task: Task of the model. The value auto reads it from the model's config.
         text_field: Field with the text, or two fields for pairs such as question and context. For

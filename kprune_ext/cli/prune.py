@@ -62,15 +62,19 @@ def run_prune(options: PruneOptions) -> PreTrainedModel:
     pruned: Any = kprune(model, batches, config, latency=_latency(options, model))
     _save_all(out, pruned, processor, options.self_contained)
     print_report(pruned.kprune_report)
-    how = (
-        "with trust_remote_code=True, or without it after `import kprune_ext`"
-        if options.self_contained
-        else "as usual after `import kprune_ext`"
-    )
-    print(f"Wrote {options.output}. Load it {how}.")
+    print(f"Wrote {options.output}. Load it {_how(options, config)}.")
     if options.plot is not None:
         _plot(pruned.kprune_report, options.plot, options.output)
     return pruned
+
+
+def _how(options: PruneOptions, config: KPruneConfig) -> str:
+    """How the saved model is loaded, in words."""
+    if config.layout == "uniform":
+        return "as usual"
+    if options.self_contained:
+        return "with trust_remote_code=True, or without it after `import kprune_ext`"
+    return "as usual after `import kprune_ext`"
 
 
 def _check_paths(options: PruneOptions) -> None:

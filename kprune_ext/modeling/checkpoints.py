@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from safetensors import SafetensorError
 
+from ..architectures.row import Architecture
 from ..report.from_sizes import report_from_sizes
 from ..units.per_layer import per_layer_settings
 from .loading import (
@@ -32,9 +33,11 @@ class Checkpoints(Saved):
     """Loading of pruned models with layers of uneven size, and the fields and files they need.
 
     Attributes:
+        kprune_row: Table row of the family.
         kprune_family: Pruned model classes of the family, by Auto class.
     """
 
+    kprune_row: ClassVar[Architecture]
     kprune_family: ClassVar[dict[Any, Any]]
 
     @classmethod
@@ -52,18 +55,21 @@ class Checkpoints(Saved):
         wants_info = kwargs.pop("output_loading_info", False)
         allow_mismatched = kwargs.pop("ignore_mismatched_sizes", False)
         where = dict(kwargs)
+        quantized = getattr(kwargs.get("config"), "quantization_config", None) is not None
         if kwargs.get("quantization_config") is not None:
+            quantized = True
             kwargs["quantization_config"] = quantization_of(cls, source, kwargs)
         loads_file = kwargs.get("state_dict") is None and not kwargs.get("gguf_file")
         safe = {"use_safetensors": True} if loads_file else {}
         try:
-            # Mismatched sizes are allowed here, so that `check_weights` can report them.
+            # Mismatched sizes are allowed here, so that `check_weights` can report them; but not of
+            # quantized weights, whose shapes are others than those in the file.
             loaded: Any = super().from_pretrained(
                 source,
                 *args,
                 **(kwargs | safe),
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,
+                ignore_mismatched_sizes=allow_mismatched or not quantized,
             )
         except SafetensorError as error:
             raise ValueError(

@@ -43,7 +43,7 @@ class UnevenLayers(Checkpoints):
 
     def _get_name(self) -> str:
         # Trainer tells language models by it, whose labels it shifts for smoothing.
-        return str(dense_class(type(self)).__name__)
+        return str(super()._get_name()).removeprefix("KPrune")
 
 
 class PlainLayers(Saved):

@@ -265,7 +265,7 @@ def quantization_of(kind: Any, source: Any, options: Mapping[str, Any]) -> Any:
         config = kind.config_class.from_pretrained(
             source, **{name: options[name] for name in known if name in options}
         )
-    with torch.device("meta"):
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = kind(copy.deepcopy(config))
     small = [
         path
@@ -287,7 +287,8 @@ def unpacked_on_cpu(model: nn.Module) -> None:
     stops at sizes that are no multiples. Each of its modules has a switch for that.
     """
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            block = getattr(module.weight, "blocksize", 64)
-            if module.out_features % 32 or module.in_features % block:
-                module.support_avx512bf16_for_cpu = False
+        made: Any = module
+        if hasattr(made, "support_avx512bf16_for_cpu"):
+            block = getattr(made.weight, "blocksize", 64)
+            if made.out_features % 32 or made.in_features % block:
+                made.support_avx512bf16_for_cpu = False

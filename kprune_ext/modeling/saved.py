@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from huggingface_hub import HfApi
 from transformers import PreTrainedModel
 
-from ..architectures.row import Architecture
 from ..report.report import REPORT_FILE, KPruneReport
 from .model_card import CARD_NAME, can_be_replaced, card_text, remote_card, write_card
 from .replacing_files import replacing_files
@@ -31,14 +30,12 @@ class Saved(_Base):
     Attributes:
         kprune_report: Report of `kprune_ext.kprune`; None on a model without a stored report.
         kprune_unsaved: Why a checkpoint of this model would be loaded as another one, or None.
-        kprune_row: Table row of the family.
         kprune_auto: Auto class that loads models of this class.
         kprune_stock: Name of the class that the Auto class makes; None without an Auto class.
     """
 
     kprune_report: KPruneReport | None = None
     kprune_unsaved: str | None = None
-    kprune_row: ClassVar[Architecture]
     kprune_auto: ClassVar[Any]
     kprune_stock: ClassVar[str | None] = None
 
@@ -59,7 +56,8 @@ class Saved(_Base):
             is_main_process: Whether this process writes.
             state_dict: State dict to save in place of the model's own.
             self_contained: Whether to write a modelling file as well, with which transformers loads the
-                model without this package, given `trust_remote_code=True`.
+                model without this package, given `trust_remote_code=True`. Layers of equal size need
+                none.
             push_to_hub: Whether to upload the model afterwards, as `push_to_hub` does.
             kwargs: Other options of transformers' `save_pretrained`, or of `push_to_hub`.
 

@@ -39,6 +39,9 @@ class UnevenLayers:
             set_units(layer, "attention", heads, queries, size)
             set_units(layer, "ffn", neurons, 1, 1)
 
+    def _get_name(self) -> str:
+        return str(super()._get_name()).removeprefix("KPrune")  # type: ignore[misc]
+
 
 def head_sizes(config: Any) -> tuple[int, int, int]:
     """Returns the numbers of heads, of query heads for each of them (1), and of a head's dimensions."""

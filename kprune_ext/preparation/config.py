@@ -58,13 +58,13 @@ class KPruneConfig:
         "free",
         one_of(*get_args(Layout)),
         "Sizes of the layers: 'free' lets each keep as much as its units are worth, 'uniform' keeps "
-        "the same number of heads and of neurons in every layer, those of the most knowledge.",
+        "the same number of heads and of neurons in every layer, those of the most knowledge. Its "
+        "result is a model of transformers' own class, which loads without this package.",
     )
     round_to: int = option(
         1,
         whole_number(),
-        "Number of which every feed-forward network keeps a multiple of neurons, such as 64 for the "
-        "kernels of a GPU.",
+        "Number of which every MLP keeps a multiple of neurons, such as 64 for a GPU's kernels.",
     )
     temperature: float | None = option(
         None,

@@ -42,7 +42,7 @@ PAGES = {
 TRIED = {
     "tutorial-corda.md", "tutorial-kprune.md", "distributed.md", "howto/trl.md", "howto/qlora.md",
     "howto/resume.md", "howto/adapters.md", "howto/export.md", "howto/task.md", "howto/family.md",
-    "howto/decoders.md", "howto/data.md", "howto/how-small.md", "howto/engines.md",
+    "howto/decoders.md", "howto/data.md", "howto/how-small.md", "howto/engines.md", "howto/loading.md",
 }  # fmt: skip
 LORA_OPTIONS = {"r": 8, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
@@ -287,6 +287,14 @@ def test_page_on_other_engines(here):
     text = (DOCS / "howto" / "engines.md").read_text()
     graphs = {graph.name for family in LLAMA_CPP.values() for graph in family.graphs}
     assert graphs - {"gemma", "gemma2", "gemma3"} <= set(re.findall(r"`(\w+)`", text))
+
+
+def test_page_on_loading_elsewhere(here):
+    names = {"model": tiny_decoder("llama", intermediate_size=256), "dataloader": decoder_batches()}
+    run_page("howto/loading.md", names)
+    assert type(names["smaller"]) is LlamaForCausalLM
+    assert names["smaller"].config.intermediate_size % 64 == 0
+    assert len(names["row"].kept_units) == names["smaller"].config.intermediate_size
 
 
 def test_pages_build_without_a_warning(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from kprune_ext import KPruneReport
 from kprune_ext.cli.language_inputs import answered_prompts, packed_windows, sequence_tokens
@@ -63,12 +63,16 @@ def test_prune_writes_a_language_model(source: Path, tmp_path: Path, capsys) -> 
     assert model.num_parameters() == report.parameters < report.parameters_before
 
 
-def test_the_task_is_read_from_the_config(source: Path, tmp_path: Path) -> None:
+def test_the_task_is_read_from_the_config(source: Path, tmp_path: Path, capsys) -> None:
     report = pruned(
         source, tmp_path / "out", "--layout=uniform", "--round_to=16", "--max_length=16"
     )
     assert len({(row.kind, row.units) for row in report.sublayers}) == 2
     assert all(row.units % 16 == 0 for row in report.sublayers if row.kind == "ffn")
+    assert "Load it as usual." in capsys.readouterr().out
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) is LlamaForCausalLM
+    main(["report", str(tmp_path / "out")])
+    assert "key-value groups and neurons" in capsys.readouterr().out
 
 
 def test_prompts_with_answers(source: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -81,11 +82,15 @@ def test_families_name_heads_and_neurons_as_far_as_their_configs_can() -> None:
 
 
 def test_factors_of_longrope_keep_the_heads_of_phi3() -> None:
-    rope = {"rope_type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [1.0, 1.0]}
-    settings = {"rope_parameters": rope, "original_max_position_embeddings": 32}
-    model = tiny_decoder("phi3", rope_scaling=dict(rope, type="longrope"), **settings)
+    factors = {"short_factor": [1.0, 1.0], "long_factor": [1.0, 1.0]}
+    plain = tiny_decoder("phi3").config
+    if hasattr(plain, "rope_parameters"):
+        settings: dict[str, Any] = {"rope_parameters": factors | {"rope_type": "longrope"}}
+    else:  # transformers 4
+        settings = {"rope_scaling": factors | {"type": "longrope"}}
+    model = tiny_decoder("phi3", original_max_position_embeddings=32, **settings)
     assert plain_sizes(model.config).heads == (3,)
-    assert plain_sizes(tiny_decoder("phi3").config).heads == (1, 2, 3)
+    assert plain_sizes(plain).heads == (1, 2, 3)
 
 
 @pytest.mark.parametrize(
