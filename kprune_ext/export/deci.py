@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
 
 from ..architectures.llama_cpp import DECI_FAMILIES, SWIGLU
 from ..common.files import check_distinct, check_output_folder, replacing_folder
@@ -77,11 +78,20 @@ def export_deci(
         text = json.dumps(config, indent=2) + "\n"
         (made / "config.json").write_text(text, encoding="utf-8")
         (made / CONFIG_FILE).write_text(SOURCE, encoding="utf-8")
-        generation = getattr(model, "generation_config", None)
+        generation = _generation(model)
         if generation is not None:
             generation.save_pretrained(made)
         if loaded is not None:
             loaded.save_pretrained(made)
+
+
+def _generation(model: ModelOrFolder) -> GenerationConfig | None:
+    if isinstance(model, PreTrainedModel):
+        return model.generation_config
+    try:
+        return GenerationConfig.from_pretrained(model)
+    except OSError:  # the checkpoint has none
+        return None
 
 
 def _described(weights: Weights, pad: bool, dtype: Any) -> tuple[DeciBlocks, dict[str, Any]]:

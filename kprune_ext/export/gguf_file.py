@@ -112,6 +112,8 @@ _ARRAYS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 def _array(tensor: Tensor, dtype: torch.dtype) -> Any:
     converted = tensor.detach().to("cpu", dtype).contiguous()
+    if dtype is torch.float16 and not converted.isfinite().all() and tensor.isfinite().all():
+        raise ValueError("A weight is too large for float16. Pass dtype='bfloat16' or 'float32'.")
     if dtype is torch.bfloat16:  # which NumPy does not have
         converted = converted.view(torch.int16)
     return converted.numpy()
@@ -140,7 +142,7 @@ def tokenizer_of(model: ModelOrFolder, given: Any) -> Any:
         return source
     try:
         return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the package tokenizers has no class for its errors
         raise ValueError(
             f"There is no tokenizer in {os.fspath(source)!r} that can be loaded "
             f"({str(error).splitlines()[0][:200] if str(error) else type(error).__name__}). Pass it, or "

@@ -82,8 +82,7 @@ def check_used(present: object, used: set[str]) -> None:
     if left:
         raise ValueError(
             f"The model has tensors that have no place in the export, such as {', '.join(left[:3])}. "
-            "Merge adapters (merge_and_unload) and dequantise weights first; heads of your own cannot "
-            "be exported."
+            "Modules of your own cannot be exported."
         )
 
 

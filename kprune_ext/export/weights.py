@@ -91,7 +91,7 @@ def _family(config: Any, shown: str) -> str:
 def _in_memory(model: Any) -> Weights:
     shown = f"This {type(model).__name__}"
     state: dict[str, Tensor] = model.state_dict()
-    family = _check(model.config, state, shown)
+    family = _check(model.config, {n: t.dtype for n, t in state.items()}, shown)
     away = sorted(name for name, tensor in state.items() if tensor.is_meta)
     if away:
         raise ValueError(
@@ -112,9 +112,21 @@ def _shares(first: Tensor, second: Tensor) -> bool:
     return first.shape == second.shape and first.data_ptr() == second.data_ptr()
 
 
-def _check(config: Any, names: Any, shown: str) -> str:
-    """Returns the family of a causal language model, after checking that it is one."""
+def _check(config: Any, names: Mapping[str, torch.dtype], shown: str) -> str:
+    """Returns the family of a causal language model, after checking that it is a plain one."""
     family = _family(config, shown)
+    adapted = [name for name in names if ".base_layer." in name or ".lora_" in name]
+    quantized = [
+        name for name, kind in names.items() if name.endswith("weight") and kind not in _FLOATS
+    ]
+    if adapted or quantized:
+        what = "an adapter" if adapted else "quantised weights"
+        remedy = (
+            "merge it (merge_and_unload)" if adapted else "dequantise them (model.dequantize())"
+        )
+        raise ValueError(
+            f"{shown} has {what}, such as {(adapted or quantized)[0]}. To export it, {remedy} first."
+        )
     tied = bool(getattr(config, "tie_word_embeddings", False))
     if EMBEDDING not in names or (HEAD not in names and not tied):
         raise ValueError(
@@ -145,7 +157,7 @@ def _in_files(source: str | os.PathLike[str]) -> Weights:
                 f"{Path(path).name} in {shown} is damaged or not a safetensors file ({error}). Restore "
                 "it from the checkpoint."
             ) from error
-    family = _check(config, shapes, shown)
+    family = _check(config, dtypes, shown)
 
     def read(name: str) -> Tensor:
         # Opened anew, so that the pages of the file that were read are released with the tensor.
@@ -205,6 +217,7 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+_FLOATS = frozenset(_DTYPES.values())
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -131,6 +131,7 @@ def test_from_a_folder_in_shards(tied: bool, tmp_path: Path) -> None:
     again = AutoTokenizer.from_pretrained(tmp_path / "deci", trust_remote_code=True)
     assert again("the fox").input_ids == tokenizer("the fox").input_ids
     assert "kprune" not in config_of(tmp_path / "deci")
+    assert (tmp_path / "deci" / "generation_config.json").is_file()
 
 
 def test_dtype_and_windows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
@@ -75,6 +76,26 @@ def test_models_of_other_kinds(tmp_path: Path, tokenizer: Any, folder: Path) -> 
     with refused("no place in the export, such as model.layers.0.extra.bias"):
         export_gguf(tied, path, tokenizer)
     assert entries(tmp_path) == ["pruned"]
+
+
+def test_adapters_and_quantised_weights(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "model.gguf"
+    adapted = tiny_decoder("llama", vocab_size=len(tokenizer))
+    adapted.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    with refused(r"has an adapter, such as .*merge it \(merge_and_unload\) first"):
+        export_gguf(adapted, path, tokenizer)
+    quantised = tiny_decoder("llama", vocab_size=len(tokenizer))
+    weight = torch.zeros(20, 24, dtype=torch.int8)
+    quantised.model.layers[0].mlp.up_proj.weight = nn.Parameter(weight, requires_grad=False)
+    for export in (export_gguf, export_deci):
+        with refused(r"has quantised weights, such as .*up_proj.weight.*dequantize\(\)"):
+            export(quantised, path, tokenizer)
+    huge = tiny_decoder("llama", vocab_size=len(tokenizer))
+    with torch.no_grad():
+        huge.model.layers[1].mlp.up_proj.weight[0, 0] = 1e6
+    with refused("too large for float16. Pass dtype='bfloat16' or 'float32'"):
+        export_gguf(huge, path, tokenizer, dtype="float16")
+    assert not entries(tmp_path)
 
 
 @pytest.mark.parametrize(
