@@ -24,13 +24,16 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
     from rich.table import Table
 
+# Methods whose directions should have much of the energy; those of the others should have little.
+_CAPTURING = ("ipm", "sc_lora")
+
 
 @dataclass(frozen=True)
 class CordaReport:
     """Result of `report`; `str()` is a summary, and rich prints it with a table of all modules.
 
     Attributes:
-        method: The method, `"kpm"` or `"ipm"`.
+        method: The method.
         scaling: The scaling, `"balanced"` or `"paper"`, on which `norm_ratio` depends.
         weighting: Weighting of the calibration.
         damping: Damping of the calibration.
@@ -59,7 +62,7 @@ class CordaReport:
     @property
     def types(self) -> tuple[TypeSummary, ...]:
         """Summaries by type of module, in the order in which the types first occur."""
-        worst = min if self.method == "ipm" else max
+        worst = min if self.method in _CAPTURING else max
         found: dict[str, list[ModuleReport]] = {}
         for module in self.modules:
             found.setdefault(module.type, []).append(module)
@@ -127,7 +130,7 @@ class CordaReport:
         return table
 
     def __str__(self) -> str:
-        worst = "least" if self.method == "ipm" else "most"
+        worst = "least" if self.method in _CAPTURING else "most"
         lines = [
             f"CorDA {self.method}, {len(self.modules)} modules, {self.parameters:,} trainable "
             f"parameters, {self.tokens:,} tokens. Energy share: {_meaning(self.method)}."
@@ -199,7 +202,7 @@ def report(
 
 
 def _meaning(method: str) -> str:
-    if method == "ipm":
+    if method in _CAPTURING:
         return "captured by the adapter, the more the better"
     return "exposed to training, the less the better"
 
