@@ -15,7 +15,7 @@ from typing import Any
 from peft import LoraConfig, PeftType
 from peft.utils.other import get_pattern_key
 
-from .decomposition.directions import METHODS, WEIGHTINGS
+from .decomposition.directions import ALL_METHODS, WEIGHTINGS
 from .decomposition.sketch import ROWS
 from .factors import CordaFactors
 from .model_card import AdapterFacts, describe
@@ -60,12 +60,15 @@ class CordaConfig(LoraConfig):
     The paper's setting is `lora_alpha = r`.
 
     Args:
-        corda_method: Either `"kpm"` (knowledge-preserved mode: trains the `r` directions that the
-            calibration data uses least) or `"ipm"` (instruction-previewed mode: trains the `r`
-            directions that it uses most). If a method is given, training without calibration is an
-            error. If it is None, the method of the factors is used, or `"kpm"` if they hold both or
-            do not exist yet. An adapter that never receives factors then trains as a plain LoRA,
-            with a warning, as a script that only swaps `LoraConfig` for this class expects.
+        corda_method: One of `"kpm"` (knowledge-preserved mode: trains the `r` directions that the
+            calibration data uses least), `"ipm"` (instruction-previewed mode: trains the `r`
+            directions that it uses most), `"sc_lora"` (trains those that a task uses and the data to
+            keep does not, SC-LoRA, arXiv 2505.23724) and `"lora_null"` (trains the part of the
+            weights that the inputs of the data reach least, LoRA-Null, arXiv 2503.02659). If a
+            method is given, training without calibration is an error. If it is None, the method of
+            the factors is used, or `"kpm"` if they hold both or do not exist yet. An adapter that
+            never receives factors then trains as a plain LoRA, with a warning, as a script that only
+            swaps `LoraConfig` for this class expects.
         corda_scaling: Either `"balanced"` (default), which gives both factors the same singular
             values, whatever the scale of `C`, or `"paper"`, which uses the paper's
             `B = U_r S_r^½`, `A = S_r^-½ U_rᵀ W`. The starting product `B A` is the same.
@@ -73,6 +76,8 @@ class CordaConfig(LoraConfig):
             `"sqrt_covariance"`, which decomposes `W C^½`, whose left singular vectors are the
             principal directions of the layer's outputs.
         corda_damping: The dimensionless λ of `C + λ · mean(diag C) · I`.
+        corda_beta: With `"sc_lora"`, the weight `β` of the data to keep against the task, between 0
+            and 1.
         corda_sketch: Number of rows of the sketch of each layer's inputs that calibration keeps with
             the factors, from which `forgetting` is measured; 0 for none. It takes 2 bytes per row and
             input dimension, once for layers that share an input.
@@ -125,6 +130,10 @@ class CordaConfig(LoraConfig):
         default=0.01,
         metadata={"help": "Multiple of the mean input energy added to the covariance's diagonal."},
     )
+    corda_beta: float = field(
+        default=0.5,
+        metadata={"help": "With 'sc_lora', the weight of the data to keep, between 0 and 1."},
+    )
     corda_sketch: int = field(
         default=ROWS,
         metadata={"help": "Rows of the sketch of a layer's inputs kept with the factors, or 0."},
@@ -157,7 +166,7 @@ class CordaConfig(LoraConfig):
             ValueError: If an option is unknown, out of range, or not supported by CORDA adapters.
         """
         if self.corda_method is not None:
-            _check_choice("corda_method", self.corda_method, METHODS)
+            _check_choice("corda_method", self.corda_method, ALL_METHODS)
         if self.corda_format not in range(1, ADAPTER_FORMAT + 1):
             raise ValueError(
                 f"The adapter has format {self.corda_format!r}, but this version of peft-corda reads "
@@ -170,6 +179,10 @@ class CordaConfig(LoraConfig):
             raise ValueError(
                 f"`corda_damping` must be a number of at least 0, got {self.corda_damping!r}. "
                 "The default is 0.01."
+            )
+        if not (_is_finite(self.corda_beta) and 0 <= self.corda_beta <= 1):
+            raise ValueError(
+                f"`corda_beta` must be a number between 0 and 1, got {self.corda_beta!r}."
             )
         if self.corda_sketch != 0 and not (_is_rank(self.corda_sketch) and self.corda_sketch > 1):
             raise ValueError(

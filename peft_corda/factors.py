@@ -14,7 +14,7 @@ from torch import Tensor
 from kprune_ext.common.files import atomic_save
 from kprune_ext.common.version import installed_version
 
-from .decomposition.directions import METHODS, Directions
+from .decomposition.directions import ALL_METHODS, Directions
 from .decomposition.sketch import InputSketch
 from .soundness import CHECKSUM, check_sketch, check_sound, check_sum, checksum_of
 from .weight_sample import WeightSample, same_sample
@@ -76,7 +76,7 @@ class CordaFactors:
         """Methods for which every module has directions."""
         return tuple(
             method
-            for method in METHODS
+            for method in ALL_METHODS
             if all(method in module.directions for module in self.modules.values())
         )
 

@@ -38,6 +38,10 @@ import peft_corda  # before the adapter is loaded
 _MEANINGS = {
     "kpm": "`kpm`, which trains the directions that the calibration data uses least",
     "ipm": "`ipm`, which trains the directions that the calibration data uses most",
+    "sc_lora": "`sc_lora`, which trains directions that a task uses and the data to keep does not "
+    "(SC-LoRA, arXiv 2505.23724)",
+    "lora_null": "`lora_null`, which trains the part of the weights that the inputs of the calibration "
+    "data hardly reach (LoRA-Null, arXiv 2503.02659)",
     None: "without a method or calibration data: trained from the initialization of a plain LoRA",
 }
 _LORA = """\
@@ -53,7 +57,7 @@ class AdapterFacts:
     """Facts about an adapter that a model card states.
 
     Attributes:
-        method: Either `"kpm"` or `"ipm"`, or None if no method was given.
+        method: The method, or None if none was given.
         ranks: All ranks that modules have.
         base_model: Name or path of the base model, if known.
     """

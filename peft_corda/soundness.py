@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .decomposition.directions import Directions
+from .decomposition.directions import OF_INPUTS, Directions
 from .decomposition.sketch import InputSketch
 
 # Key of the checksum among the metadata of a file. Files of earlier versions have none.
@@ -55,8 +55,9 @@ def check_sound(
     remedy = "The factors are damaged. Calibrate again, or load an intact copy of their file."
     for method, found in directions.items():
         parts = (found.U, found.S, found.weight_norms)
+        rows = shape[1] if method in OF_INPUTS else shape[0]
         rank, shapes = found.U.shape[-1], [tuple(part.shape) for part in parts]
-        if shapes != [(shape[0], rank), (rank,), (rank,)] or rank > min(shape):
+        if shapes != [(rows, rank), (rank,), (rank,)] or rank > min(shape):
             raise ValueError(
                 f"The {method!r} factors of {name} with weight (out, in) = {tuple(shape)} have the "
                 f"shapes U {shapes[0]}, S {shapes[1]}, weight_norms {shapes[2]}, which do not belong "

@@ -16,7 +16,8 @@ from kprune_ext.common.processes import Processes
 from ..base_model.targets import find_targets
 from ..base_model.weights import decomposable, dense_weight, weight_shape
 from ..config import CordaConfig, saved_last
-from ..decomposition.starting_factors import starting_factors
+from ..decomposition.directions import OF_INPUTS
+from ..decomposition.starting_factors import null_factors, starting_factors
 from ..export.adapter_tensors import check_folder, check_tensors, converted
 from ..export.peft_conversion import convert_for_saving
 from ..factors import CordaFactors
@@ -162,13 +163,17 @@ class CordaModel(LoraModel):
             if not from_main or processes.is_main:
                 weight = dense_weight(name, base)
                 directions = factors.modules[name].directions[method]
-                start = starting_factors(
-                    decomposable(weight),
+                vectors, scale = (
                     directions.U[:, :rank].to(weight.device),
-                    directions.S[:rank].to(weight.device),
-                    config.corda_scaling,
                     layer.scaling[adapter_name],
                 )
+                if method in OF_INPUTS:
+                    start = null_factors(decomposable(weight), vectors, scale)
+                else:
+                    values = directions.S[:rank].to(weight.device)
+                    start = starting_factors(
+                        decomposable(weight), vectors, values, config.corda_scaling, scale
+                    )
             else:
                 rows, columns = weight_shape(base)
                 start = torch.zeros(rank, columns), torch.zeros(rows, rank)

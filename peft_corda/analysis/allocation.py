@@ -12,6 +12,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from ..config import CordaConfig, rank_of
+from ..decomposition.directions import METHODS
 from ..factors import CordaFactors
 from .spectra import energy_shares, pick_method, rank_cost
 
@@ -53,6 +54,11 @@ def allocate_ranks(
             is too small for `min_rank` in every module.
     """
     method = pick_method(factors, method)
+    if method not in METHODS:
+        raise ValueError(
+            f"Ranks are allocated for the methods {' and '.join(map(repr, METHODS))}, whose energies "
+            f"are in order, not for {method!r}. Set r or rank_pattern yourself."
+        )
     names = list(factors.modules)
     costs = [rank_cost(factors.modules[name].shape) for name in names]
     budget = _checked_budget(budget, mean_rank, sum(costs))

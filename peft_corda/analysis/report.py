@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
     from rich.table import Table
 
+# Methods whose directions should have much of the energy; those of the others should have little.
+_CAPTURING = ("ipm", "sc_lora")
+
 _COLUMNS = ("module", "out × in", "rank", "energy share", "input rank", "tokens", "‖A‖/‖B‖")
 
 # Most lines that a report takes in a REPL.
@@ -36,7 +39,7 @@ class CordaReport:
     """Result of `report`: a summary as text, with a table of all modules in rich and in notebooks.
 
     Attributes:
-        method: The method, `"kpm"` or `"ipm"`.
+        method: The method.
         scaling: The scaling, `"balanced"` or `"paper"`, on which `norm_ratio` depends.
         weighting: Weighting of the calibration.
         damping: Damping of the calibration.
@@ -65,7 +68,7 @@ class CordaReport:
     @property
     def types(self) -> tuple[TypeSummary, ...]:
         """Summaries by type of module, in the order in which the types first occur."""
-        worst = min if self.method == "ipm" else max
+        worst = min if self.method in _CAPTURING else max
         found: dict[str, list[ModuleReport]] = {}
         for module in self.modules:
             found.setdefault(module.type, []).append(module)
@@ -161,7 +164,7 @@ class CordaReport:
         return "\n".join(lines[:_MOST_LINES] + more)
 
     def __str__(self) -> str:
-        worst = "least" if self.method == "ipm" else "most"
+        worst = "least" if self.method in _CAPTURING else "most"
         lines = [
             f"CorDA {self.method}, {len(self.modules)} modules, {self.parameters:,} trainable "
             f"parameters, {self.tokens:,} tokens. Energy share: {_meaning(self.method)}."
@@ -233,7 +236,7 @@ def report(
 
 
 def _meaning(method: str) -> str:
-    if method == "ipm":
+    if method in _CAPTURING:
         return "captured by the adapter, the more the better"
     return "exposed to training, the less the better"
 

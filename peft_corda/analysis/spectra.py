@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config import CordaConfig
-from ..decomposition.directions import METHODS
+from ..decomposition.directions import ALL_METHODS
 from ..factors import CordaFactors, ModuleFactors
 
 
@@ -30,8 +30,8 @@ def pick_method(
         raise ValueError(
             f"The factors hold {held}. Say which one to use, for example method='kpm'."
         )
-    if wanted not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, got {wanted!r}.")
+    if wanted not in ALL_METHODS:
+        raise ValueError(f"method must be one of {ALL_METHODS}, got {wanted!r}.")
     if wanted not in factors.methods:
         raise ValueError(
             f"The factors hold {held}, but method={wanted!r} was given. Give another method, "

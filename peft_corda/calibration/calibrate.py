@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ def calibrate(
     dataloader: Iterable[Any],
     max_memory: int | str | None = None,
     *,
+    keep: Iterable[Any] | None = None,
     methods: Sequence[str] | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     checkpoint_seconds: float = 120.0,
@@ -62,8 +64,11 @@ def calibrate(
             otherwise it starts at the first block. The hidden states of a model on an accelerator are
             kept in host memory and do not count. The data must be the same in every pass (an iterator
             is kept in memory for this).
-        methods: Methods to find directions for: `"kpm"`, `"ipm"` or both. The default is the method
-            of the config.
+        keep: With `corda_method="sc_lora"`, batches of the knowledge to keep; `dataloader` is then the
+            task. The statistics take twice the memory. The sketches, of which `forgetting` is
+            measured, are those of `keep`.
+        methods: Methods to find directions for: `"kpm"`, `"ipm"` or both, or one of the others. The
+            default is the method of the config.
         checkpoint_dir: Folder for finished passes and, every `checkpoint_seconds`, partial sums. If
             called again with the same arguments, an interrupted calibration is resumed from there,
             with the same result. Several processes need the same folder.
@@ -97,6 +102,7 @@ def calibrate(
             config,
             dataloader,
             max_memory,
+            keep=keep,
             methods=methods,
             checkpoint_dir=checkpoint_dir,
             checkpoint_seconds=checkpoint_seconds,
@@ -153,9 +159,13 @@ def _run_pass(run: Calibration, number: int, config: CordaConfig) -> CordaFactor
     covariances = collect_covariances(
         run.runner, run.batches, groups, options, run.plan.carried(number)
     )
+    kept = None
+    if run.keep is not None:
+        own = replace(options, snapshots=None, description=f"{options.description}, keep")
+        kept = collect_covariances(run.runner, run.keep, groups, own)
     trim_memory()
     factors = factorise(
-        groups, covariances, run.targets, config, run.methods, run.processes, options.progress
+        groups, covariances, run.targets, config, run.methods, run.processes, options.progress, kept
     )
     trim_memory()
     return factors

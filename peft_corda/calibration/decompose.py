@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,8 +22,16 @@ from ..decomposition.covariance import (
     damped_cross,
     effective_rank,
 )
-from ..decomposition.directions import Directions, decompose, decompose_product, right_factor
+from ..decomposition.directions import (
+    METHODS,
+    OF_INPUTS,
+    Directions,
+    decompose,
+    decompose_product,
+    right_factor,
+)
 from ..decomposition.sketch import InputSketch, output_energy, sketch_of
+from ..decomposition.two_sets import contrasted, least_inputs, null_directions
 from ..factors import CordaFactors, ModuleFactors
 from ..weight_sample import SAMPLE_SIZE, sample_of
 from .passes import owners_of
@@ -38,6 +46,7 @@ def factorise(
     methods: Sequence[str],
     processes: Processes,
     progress: bool = True,
+    keep: dict[str, Covariance | CrossCovariance] | None = None,
 ) -> CordaFactors:
     """Decompose every module of these groups, with the work divided among the processes.
 
@@ -50,6 +59,8 @@ def factorise(
         methods: Methods to find directions for.
         processes: Processes that take part; all have the same covariances and get the same factors.
         progress: Whether to show a progress bar.
+        keep: For `"sc_lora"`, covariances of the data to keep, which are emptied likewise; those of
+            the task are `covariances`.
 
     Returns:
         Factors of the modules, and sketches of their inputs, on the CPU.
@@ -76,10 +87,10 @@ def factorise(
                 group = groups[piece]
                 if owners[piece] == processes.rank:
                     own, sketch = _decomposed(
-                        group, covariances, targets, config, methods, gathered
+                        group, covariances, targets, config, methods, gathered, keep
                     )
                 else:
-                    own, sketch = _placeholders(group, covariances, targets, config, methods)
+                    own, sketch = _placeholders(group, covariances, targets, config, methods, keep)
                 if sketch is not None:
                     sketches[group.leader] = sketch
                 found.update(own)
@@ -104,12 +115,15 @@ def _decomposed(
     config: CordaConfig,
     methods: Sequence[str],
     gathered: dict[str, Tensor],
+    keep: dict[str, Covariance | CrossCovariance] | None,
 ) -> tuple[dict[str, ModuleFactors], InputSketch | None]:
     """Factors of the modules of one group, and their sketch; weights not gathered are read."""
     covariance = covariances.pop(group.leader)
     factor, spread, tokens = None, None, covariance.tokens
-    sketch = _sketch(covariance, config)
-    if isinstance(covariance, Covariance):
+    kept = None if keep is None else keep.pop(group.leader)
+    sketch = _sketch(covariance if kept is None else kept, config)
+    special = _special(covariance, kept, config, methods)
+    if special is None and isinstance(covariance, Covariance):
         spread = effective_rank(covariance.matrix)
         # In place, as a copy would take most of the memory in use.
         dtype = covariance.matrix.dtype
@@ -122,7 +136,9 @@ def _decomposed(
         weight = gathered.pop(name) if name in gathered else dense_weight(name, targets[name])
         rank, directions, energy = rank_of(config, name), {}, 0.0
         for method in methods:
-            if factor is None:
+            if special is not None:
+                own, energy = special(decomposable(weight), rank)
+            elif factor is None:
                 assert isinstance(covariance, CrossCovariance)
                 product = damped_cross(covariance, weight, config.corda_damping)
                 own, energy = decompose_product(product, decomposable(weight), rank)
@@ -146,6 +162,34 @@ def _decomposed(
     return found, sketch
 
 
+def _special(
+    covariance: Covariance | CrossCovariance,
+    kept: Covariance | CrossCovariance | None,
+    config: CordaConfig,
+    methods: Sequence[str],
+) -> Callable[[Tensor, int], tuple[Directions, float]] | None:
+    """How a layer is decomposed by a method that is not the paper's; None for those."""
+    if methods[0] in METHODS:
+        return None
+    assert isinstance(covariance, Covariance)  # of all methods but ipm
+    if methods[0] == "sc_lora":
+        assert isinstance(kept, Covariance)
+        task, keep = covariance.matrix, kept.matrix
+        return lambda weight, rank: contrasted(
+            weight, task.to(weight.device), keep.to(weight.device), rank, config.corda_beta
+        )
+    # Damping shifts the eigenvalues and leaves the eigenvectors. Layers that share inputs share them.
+    matrix = damped(covariance.matrix, max(config.corda_damping, 1e-6))
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def null(weight: Tensor, rank: int) -> tuple[Directions, float]:
+        if rank not in found:
+            found[rank] = least_inputs(matrix, rank)
+        return null_directions(weight, *found[rank]), float(matrix.trace())
+
+    return null
+
+
 def _sketch(covariance: Covariance | CrossCovariance, config: CordaConfig) -> InputSketch | None:
     """The sketch of the inputs of a group, on the CPU; None if the config leaves it out."""
     if config.corda_sketch == 0:
@@ -163,20 +207,24 @@ def _placeholders(
     targets: Mapping[str, nn.Module],
     config: CordaConfig,
     methods: Sequence[str],
+    keep: dict[str, Covariance | CrossCovariance] | None,
 ) -> tuple[dict[str, ModuleFactors], InputSketch | None]:
     """Factors and a sketch of the right shapes, for a group that another process decomposes."""
     covariance = covariances.pop(group.leader)
     tokens, sketch = covariance.tokens, None
+    if keep is not None:
+        covariance = keep.pop(group.leader)
     if isinstance(covariance, CrossCovariance):
         sketch = _sketch(covariance, config)
     elif config.corda_sketch:
-        rows = torch.zeros(min(config.corda_sketch, group.features), group.features)
+        size = min(config.corda_sketch, group.features), group.features
         energy = float(covariance.matrix.diagonal().double().sum())
-        sketch = InputSketch(rows.bfloat16(), energy)
+        sketch = InputSketch(torch.zeros(size, dtype=torch.bfloat16), energy)
     found = {}
     for name in group.members:
         shape, rank = weight_shape(targets[name]), rank_of(config, name)
-        empty = Directions(torch.zeros(shape[0], rank), torch.zeros(rank), torch.zeros(rank))
+        rows = shape[1] if methods[0] in OF_INPUTS else shape[0]
+        empty = Directions(torch.zeros(rows, rank), torch.zeros(rank), torch.zeros(rank))
         found[name] = ModuleFactors(
             directions=dict.fromkeys(methods, empty),
             shape=shape,

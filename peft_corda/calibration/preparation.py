@@ -26,7 +26,7 @@ from ..batches.from_data import calibration_batches
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.identity import full_digest_of, identity, leaders_of, settings_of
 from ..config import CordaConfig, rank_of
-from ..decomposition.directions import METHODS
+from ..decomposition.directions import ALL_METHODS, METHODS
 from ..factors import CordaFactors
 from .collect import PassOptions
 from .first_batches import look_at
@@ -40,6 +40,7 @@ class Calibration:
     Attributes:
         runner: Runs batches through the model.
         batches: Calibration data of this process.
+        keep: Data of this process to keep, beside those of the task; None for most methods.
         plan: Passes over the data.
         methods: Methods to find directions for.
         options: How each pass is run.
@@ -52,6 +53,7 @@ class Calibration:
     methods: tuple[str, ...]
     options: PassOptions
     checkpoint: Checkpoint | None
+    keep: Iterable[Batch] | None = None
 
     @property
     def targets(self) -> Mapping[str, nn.Module]:
@@ -98,6 +100,7 @@ def prepare(
     dataloader: Iterable[Batch],
     max_memory: int | str | None,
     *,
+    keep: Iterable[Batch] | None = None,
     methods: Sequence[str] | None,
     checkpoint_dir: str | os.PathLike[str] | None,
     checkpoint_seconds: float,
@@ -108,7 +111,7 @@ def prepare(
 ) -> Calibration:
     """Everything that a calibration starts from. The arguments and errors are those of `calibrate`."""
     with Processes().error_barrier():
-        chosen = _check_arguments(config, methods, dtype)
+        chosen = _check_arguments(config, methods, dtype, keep is not None)
         limit = bytes_of_limit(max_memory)
         sharding_of(model)  # before unwrapping, since it raises an error for FSDP1
         model = extract_model_from_parallel(model, keep_torch_compile=False)
@@ -123,6 +126,8 @@ def prepare(
         )
     with processes.error_barrier():
         batches = calibration_batches(base, dataloader, tokenizer, max_length)
+        if keep is not None:
+            keep = calibration_batches(base, keep, tokenizer, max_length)
     # Weights are gathered by the outermost module that was sharded.
     runner = Runner(model if processes.collective_forward else base, targets)
     first, layout = look_at(runner, batches, processes)
@@ -131,7 +136,7 @@ def prepare(
         groups = with_cross(groups, targets, config.corda_sketch)
     with processes.error_barrier():
         # Where the first batch leaves out a target, it does not show what its blocks depend on.
-        size, one = dtype.itemsize, layout.at_once
+        size, one = dtype.itemsize * (1 if keep is None else 2), layout.at_once
         plan = make_plan(runner, batches, first, groups, limit, size, processes, carries=one)
     processes.require_agreement({"layers of the passes": leaders_of(plan.passes)})
     checkpoint = None
@@ -140,6 +145,11 @@ def prepare(
             "first batch of the data": digest_of(first),
             "number of batches": int(processes.add(torch.tensor(count_of(batches) or 0))),
         }
+        if keep is not None:
+            data["first batch of keep"] = digest_of(next(iter(keep), None))
+            data["number of batches of keep"] = int(
+                processes.add(torch.tensor(count_of(keep) or 0))
+            )
         with processes.error_barrier(running_model=True):  # sharded weights are gathered
             about = identity(config, chosen, base, targets, plan.passes, dtype, data, processes)
             seen = _digests(batches)
@@ -153,18 +163,30 @@ def prepare(
     if options.progress:
         print(plan, file=sys.stderr)
     passing = runner if layout.masked else runner.cutting_padding()
-    return Calibration(passing, batches, plan, chosen, options, checkpoint)
+    return Calibration(passing, batches, plan, chosen, options, checkpoint, keep)
 
 
 def _check_arguments(
-    config: Any, methods: Sequence[str] | None, dtype: torch.dtype
+    config: Any, methods: Sequence[str] | None, dtype: torch.dtype, has_keep: bool
 ) -> tuple[str, ...]:
-    """Methods to find directions for, in the order of `METHODS`."""
+    """Methods to find directions for, in the order of `ALL_METHODS`."""
     if not isinstance(config, CordaConfig):
         raise TypeError(f"config must be a peft_corda.CordaConfig, got {type(config).__name__}.")
     chosen = (config.method_for(),) if methods is None else tuple(methods)
-    if not chosen or isinstance(methods, str) or any(name not in METHODS for name in chosen):
-        raise ValueError(f"methods must be one or more of {METHODS}, got {methods!r}.")
+    if not chosen or isinstance(methods, str) or any(name not in ALL_METHODS for name in chosen):
+        raise ValueError(f"methods must be one or more of {ALL_METHODS}, got {methods!r}.")
+    if len(set(chosen)) > 1 and not set(chosen) <= set(METHODS):
+        raise ValueError(
+            f"Only {' and '.join(map(repr, METHODS))} may be found together, got methods={methods!r}. "
+            "Calibrate once for each of the others."
+        )
+    if ("sc_lora" in chosen) != has_keep:
+        wanted = "needs" if "sc_lora" in chosen else "is only for corda_method='sc_lora', which has"
+        raise ValueError(
+            f"calibrate(model, config, task, keep=...) {wanted} batches of the knowledge to keep beside "
+            f"those of the task; methods are {chosen!r}, and keep is "
+            f"{'given' if has_keep else 'missing'}."
+        )
     if config.corda_method not in (None, *chosen):
         raise ValueError(
             f"methods={methods!r} leaves out the config's own corda_method={config.corda_method!r}. "
@@ -172,7 +194,7 @@ def _check_arguments(
         )
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}.")
-    return tuple(method for method in METHODS if method in chosen)
+    return tuple(method for method in ALL_METHODS if method in chosen)
 
 
 def _digests(batches: Iterable[Batch]) -> list[str] | None:

@@ -29,7 +29,14 @@ WEIGHTS = "model's weights"
 _EVERY_BIT = f"{WEIGHTS} (every bit)"
 # Entries that version 0.1 did not write.
 LATER = frozenset(
-    {_EVERY_BIT, "model's config", "model's buffers", "model's adapters", "corda_sketch"}
+    {
+        _EVERY_BIT,
+        "model's config",
+        "model's buffers",
+        "model's adapters",
+        "corda_sketch",
+        "corda_beta",
+    }
 )
 _CONFIG = (
     "r",
@@ -41,6 +48,7 @@ _CONFIG = (
     "corda_weighting",
     "corda_damping",
     "corda_sketch",
+    "corda_beta",
 )
 
 
@@ -67,6 +75,7 @@ def identity(
         "corda_weighting": config.corda_weighting,
         "corda_damping": config.corda_damping,
         "corda_sketch": config.corda_sketch,
+        "corda_beta": config.corda_beta,
         "ranks": {name: rank_of(config, name) for name in targets},
         **model_identity(model),
         "dtype": str(dtype),

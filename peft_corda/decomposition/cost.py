@@ -56,7 +56,11 @@ def workspace(rows: int, columns: int, rank: int, method: str) -> int:
 def arithmetic(rows: int, columns: int, rank: int, method: str) -> float:
     """FLOPs of one decomposition, with the arguments of `workspace`."""
     least = min(rows, columns)
+    if method == "lora_null":
+        return 10.0 * columns**3
     flops = 2.0 * least * columns**2 + 2.0 * columns * least**2
+    if method == "sc_lora":
+        return 2 * flops + 2.0 * max(0, rows - columns) * least**2 + 10.0 * least**3
     if rows > columns:
         flops += 2.0 * rows * least**2
     if is_faster(least, rank, method):

@@ -24,7 +24,12 @@ from ..decomposition import subspace_iteration as iterative
 from .eigen import energy_of, gram, is_singular, largest_eigenvectors
 from .triangular import thin_rows, triangle_of
 
+#: Methods of the paper, which one set of data serves, and which one file of factors may hold together.
 METHODS = ("kpm", "ipm")
+#: All methods, with those of SC-LoRA and LoRA-Null (`two_sets`).
+ALL_METHODS = (*METHODS, "sc_lora", "lora_null")
+#: Methods whose directions `U` are of the input space, `(in, rank)`.
+OF_INPUTS = ("lora_null",)
 WEIGHTINGS = ("covariance", "sqrt_covariance")
 # Up to this size the cost of a singular value decomposition is negligible.
 _SMALL = 256

@@ -44,6 +44,26 @@ def starting_factors(
     return (share * factor_a).float(), (share * factor_b).float()
 
 
+def null_factors(weight: Tensor, vectors: Tensor, adapter_scale: float) -> tuple[Tensor, Tensor]:
+    """Returns `A (r, in)` and `B (out, r)` with `adapter_scale · B A = W V Vᵀ` (LoRA-Null).
+
+    Both have the same singular values, as in that paper.
+
+    Args:
+        weight: The weight `W (out, in)`.
+        vectors: Orthonormal vectors `V (in, r)`.
+        adapter_scale: As for `starting_factors`.
+
+    Returns:
+        `A` and `B` in float32.
+    """
+    basis = vectors.double()
+    inner, values, left = _thin_svd((weight.double() @ basis).T)  # Q, Σ, Pᵀ with W V = P Σ Qᵀ
+    root = values.sqrt()
+    share = adapter_scale**-0.5
+    return (share * (inner * root).T @ basis.T).float(), (share * left.T * root).float()
+
+
 def _thin_svd(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the thin decomposition `P, Σ, Qᵀ` of `(r, in)`.
 

@@ -29,7 +29,7 @@ from kprune_ext import KPruneReport
 from kprune_ext.architectures import ARCHITECTURES
 from kprune_ext.architectures.llama_cpp import LLAMA_CPP
 from peft_corda import CordaConfig
-from tests.helpers.corda import make_batches, make_model
+from tests.helpers.corda import make_batches, make_model, train_steps
 from tests.helpers.gguf import byte_level
 from tests.helpers.kprune import word_tokenizer
 from tests.helpers.kprune_decoders import decoder_batches, equal_texts, tiny_decoder
@@ -43,6 +43,7 @@ TRIED = {
     "tutorial-corda.md", "tutorial-kprune.md", "distributed.md", "howto/trl.md", "howto/qlora.md",
     "howto/resume.md", "howto/adapters.md", "howto/export.md", "howto/task.md", "howto/family.md",
     "howto/decoders.md", "howto/data.md", "howto/how-small.md", "howto/engines.md", "howto/loading.md",
+    "howto/forgetting.md", "howto/keep-and-learn.md",
 }  # fmt: skip
 LORA_OPTIONS = {"r": 8, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
@@ -125,6 +126,36 @@ def test_page_on_processes(tmp_path):
     for batch in names["dataloader"]:
         names["pruned"](**batch).loss.backward()
         names["optimizer"].step()
+
+
+def test_page_on_forgetting(here, capsys):
+    rows = [{"input_ids": row, "labels": row} for row in make_batches()[0]["input_ids"]]
+    names = {
+        "model": make_model("llama"),
+        "fresh_model": make_model("llama"),
+        "knowledge_batches": make_batches(),
+        "train": lambda model: train_steps(model, make_batches()[0]),
+        "args": training_arguments("run", logging_steps=1, save_strategy="no"),
+        "train_dataset": rows,
+    }
+    Path("within-budget").mkdir()
+    run_page("howto/forgetting.md", names)
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"Forgetting\(0\.\d+, relative=0\.\d+, modules=14\)", printed)) == 3
+    kept = float(peft_corda.forgetting(names["adapted"], names["factors"]))
+    assert kept == pytest.approx(0.5 * names["found"].value, rel=1e-3)
+
+
+def test_page_on_two_sets():
+    names = {
+        "model": make_model("llama"),
+        "fresh_model": make_model("llama"),
+        "knowledge_batches": make_batches(),
+        "task_batches": make_batches(seed=5),
+    }
+    run_page("howto/keep-and-learn.md", names)
+    trained = [name for name, p in names["adapted"].named_parameters() if p.requires_grad]
+    assert trained and all("lora_B" in name for name in trained)
 
 
 def test_page_on_trl(here, tiny_model):
