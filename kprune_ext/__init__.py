@@ -11,22 +11,26 @@ from .console.importing import on_import, public_names
 if TYPE_CHECKING:
     from .budget.latency import LatencyTable
     from .budget.latency_measurement import measure_latency
+    from .budget_search import kprune_to
     from .callback import KPruneCallback
-    from .config import KPruneConfig
     from .modeling.saved_report import load_report
+    from .preparation.config import KPruneConfig
     from .pruning import kprune
     from .report.report import KPruneReport
     from .report.rows import SubLayerReport
+    from .trials import KPruneSearch
 else:
     __getattr__, __dir__ = public_names(
         __name__,
         {
             "KPruneCallback": ".callback",
-            "KPruneConfig": ".config",
+            "KPruneConfig": ".preparation.config",
             "KPruneReport": ".report.report",
+            "KPruneSearch": ".trials",
             "LatencyTable": ".budget.latency",
             "SubLayerReport": ".report.rows",
             "kprune": ".pruning",
+            "kprune_to": ".budget_search",
             "load_report": ".modeling.saved_report",
             "measure_latency": ".budget.latency_measurement",
         },
@@ -38,10 +42,12 @@ __all__ = [
     "KPruneCallback",
     "KPruneConfig",
     "KPruneReport",
+    "KPruneSearch",
     "LatencyTable",
     "SubLayerReport",
     "__version__",
     "kprune",
+    "kprune_to",
     "load_report",
     "measure_latency",
 ]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .analysis.allocation import allocate_ranks, apply_ranks
     from .analysis.report import CordaReport, report
     from .calibration.calibrate import calibrate
+    from .calibration.callback import CordaCalibrationCallback
     from .calibration.initialize import initialize_corda
     from .config import CordaConfig
     from .export.callback import CordaExportCallback
@@ -27,6 +28,7 @@ else:
     __getattr__, __dir__ = public_names(
         __name__,
         {
+            "CordaCalibrationCallback": ".calibration.callback",
             "CordaConfig": ".config",
             "CordaExportCallback": ".export.callback",
             "CordaFactors": ".factors",
@@ -46,6 +48,7 @@ else:
 __version__ = installed_version()
 
 __all__ = [
+    "CordaCalibrationCallback",
     "CordaConfig",
     "CordaExportCallback",
     "CordaFactors",
