@@ -34,7 +34,15 @@ from transformers import AutoTokenizer, PreTrainedModel, set_seed
 from peft_corda import CordaConfig, calibrate
 
 from ..common.command_line import add_results, add_threads, make_parser
-from ..common.figures import make_panels
+from ..common.figures import (
+    data_name,
+    draw_points,
+    label_ends,
+    look_of,
+    make_panels,
+    save,
+    show_rates,
+)
 from ..common.models import encoder_linear_layers, encoder_source
 from ..common.records import (
     as_code,
@@ -198,20 +206,26 @@ def as_markdown(report: dict) -> str:
     )
 
 
-def plot(report: dict, path: Path) -> None:
+def plot(report: dict, path: Path, source: str = "") -> None:
     """Draw the sweeps over the rates on the validation set: a panel per task, a line per method."""
     names = [name for name in METRICS if any(run["task"] == name for run in report["runs"])]
-    figure, panels = make_panels(len(names), 4.5 * len(names), 3.6)
+    figure, panels = make_panels(len(names), 4.6 * len(names), 3.8)
     for panel, name in zip(panels, names, strict=True):
+        show_rates(panel)
+        ends = []
         for method in RATES:
             runs = [r for r in report["runs"] if (r["task"], r["method"]) == (name, method)]
-            swept_ones = [run for run in runs if run["seed"] == runs[0]["seed"]]
-            values = [run["validation"][METRICS[name]] for run in swept_ones]
-            panel.plot([run["rate"] for run in swept_ones], values, "o-", label=method)
-        panel.set(title=name, xlabel="learning rate", ylabel=f"{METRICS[name]}, validation")
-        panel.set_xscale("log")
-        panel.legend(fontsize="x-small")
-    figure.savefig(path, dpi=120)
+            rates = sorted({run["rate"] for run in runs})
+            points = [
+                (rate, [r["validation"][METRICS[name]] for r in runs if r["rate"] == rate])
+                for rate in rates
+            ]
+            ends.append(draw_points(panel, points, look_of(method)))
+        label_ends(panel, ends)
+        panel.set(
+            title=data_name(name), xlabel="learning rate", ylabel=f"{METRICS[name]}, validation, %"
+        )
+    save(figure, path, source)
 
 
 def _listed(numbers: Mapping[str, int]) -> str:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from ..common.figures import make_panels
+from ..common.figures import draw_cloud, label_ends, look_of, make_panels, save
 from ..common.records import as_code, mean_and_error, table
 
+#: Methods in the picture; the table has all variants.
+DRAWN = ("lora", "kpm", "ipm", "pissa", "full")
 KNOWLEDGE = {"wikitext": "WikiText-2", "nq": "NQ-open answers"}
 Run = dict
 
@@ -162,15 +165,30 @@ def as_markdown(report: dict) -> str:
     )
 
 
-def plot(report: dict, path: Path) -> None:
+def plot(report: dict, path: Path, source: str = "") -> None:
     """Draw what was forgotten against the task's perplexity: a line per method, a point per rate."""
-    figure, panels = make_panels(len(KNOWLEDGE), 10, 4)
+    figure, panels = make_panels(len(KNOWLEDGE), 10.5, 4.4)
     for panel, (what, label) in zip(panels, KNOWLEDGE.items(), strict=True):
-        for method, runs in by_method(report["runs"]).items():
-            points = mean_points(runs)
-            forgotten = [point[what] - report["before"][what] for point in points]
-            panel.plot([math.exp(p["task"]) for p in points], forgotten, "o-", label=method)
-        panel.axhline(0.0, color="grey", linewidth=0.5)
-        panel.set(xlabel="perplexity of the task", ylabel=f"forgotten of {label}, nats a token")
-        panel.legend(fontsize="x-small")
-    figure.savefig(path, dpi=120)
+        draw_forgetting(panel, report, what)
+        panel.set(title=f"Forgotten of {label}", ylabel="nats a token")
+    save(figure, path, source)
+
+
+def draw_forgetting(
+    panel: Any, report: dict, what: str, methods: Sequence[str] = DRAWN
+) -> None:
+    """Draw one kind of knowledge: what each method has forgotten, by what it has learned."""
+    runs = by_method(report["runs"])
+    ends = []
+    for method in methods:
+        points = [
+            (
+                [math.exp(run["task"]) for run in same],
+                [run[what] - report["before"][what] for run in same],
+            )
+            for same in by_rate(runs.get(method, [])).values()
+        ]
+        ends.append(draw_cloud(panel, points, look_of(method)))
+    panel.axhline(0.0, color="grey", linewidth=0.8)
+    panel.set(xlabel="perplexity of GSM8K solutions, to learn")
+    label_ends(panel, ends)

@@ -29,7 +29,15 @@ from kprune_ext import KPruneConfig, kprune
 from kprune_ext.budget.latency import median_seconds
 
 from ..common.command_line import add_child
-from ..common.figures import make_panels
+from ..common.figures import (
+    METRIC_NAMES,
+    data_name,
+    draw_points,
+    label_ends,
+    look_of,
+    make_panels,
+    save,
+)
 from ..common.memory import peak_bytes
 from ..common.records import (
     as_code,
@@ -200,35 +208,32 @@ def as_markdown(report: dict[str, Any]) -> str:
     )
 
 
-def plot(report: dict[str, Any], path: Path) -> None:
-    """Draw the main metric against the FLOPs kept: a panel per task, with the usual sample size."""
+def plot(report: dict[str, Any], path: Path, source: str = "") -> None:
+    """Draw the main metric against the FLOPs removed: a panel per task, with the usual sample size."""
     tasks = list(dict.fromkeys(run["task"] for run in report["runs"]))
-    figure, panels = make_panels(len(tasks), 5 * len(tasks), 3.6)
+    figure, panels = make_panels(len(tasks), 4.4 * len(tasks), 3.8)
     for panel, task in zip(panels, tasks, strict=True):
-        own = [run for run in report["runs"] if run["task"] == task and not run.get("options")]
-        cells = {(run["tokens"], run["method"], run["reduction"]) for run in own if run["tokens"]}
-        counts = collections.Counter(tokens for tokens, *_ in cells)
-        tokens = max(counts, key=lambda size: (counts[size], size), default=0)
-        own = [run for run in own if run["tokens"] in (0, tokens)]
-        for method in ("dense", *METHODS):
-            points: dict[float, list[float]] = {}
-            for run in own:
-                if run["method"] == method:
-                    points.setdefault(run["reduction"], []).append(run[TASKS[task].main])
-            kept = [100 * (1 - reduction) for reduction in sorted(points)]
-            panel.plot(
-                kept,
-                [statistics.mean(points[reduction]) for reduction in sorted(points)],
-                "k*" if method == "dense" else f"C{METHODS.index(method)}o-",
-                label=method,
-            )
-        panel.set(
-            title=f"{task}, {tokens:,} tokens",
-            xlabel="encoder FLOPs kept, %",
-            ylabel=TASKS[task].main,
-        )
-        panel.legend(fontsize="x-small")
-    figure.savefig(path, dpi=120)
+        tokens = draw_task(panel, report, task)
+        panel.set(title=f"{data_name(task)}, {tokens:,} tokens")
+    save(figure, path, source)
+
+
+def draw_task(panel: Any, report: dict[str, Any], task: str) -> int:
+    """Draw one task, and return the sample size that most of its runs have, which is drawn."""
+    own = [run for run in report["runs"] if run["task"] == task and not run.get("options")]
+    cells = {(run["tokens"], run["method"], run["reduction"]) for run in own if run["tokens"]}
+    counts = collections.Counter(tokens for tokens, *_ in cells)
+    tokens = max(counts, key=lambda size: (counts[size], size), default=0)
+    ends = []
+    for method in ("dense", *METHODS):
+        points: dict[float, list[float]] = {}
+        for run in own:
+            if run["method"] == method and run["tokens"] in (0, tokens):
+                points.setdefault(100 * run["reduction"], []).append(run[TASKS[task].main])
+        ends.append(draw_points(panel, sorted(points.items()), look_of(method)))
+    panel.set(xlabel="FLOPs of the encoder removed, %", ylabel=METRIC_NAMES[TASKS[task].main])
+    label_ends(panel, ends)
+    return tokens
 
 
 def main(given: list[str] | None = None) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common.figures import make_panels
+from ..common.figures import data_name, draw_points, label_ends, look_of, make_panels, save
 from ..common.records import as_code, mean_and_error, table
 
 Run = dict[str, Any]
@@ -114,41 +114,47 @@ def _ratio(runs: Sequence[Run], cell: Sequence[Run]) -> str:
     return f"{math.exp(statistics.mean(logs)):.3f}" if logs else "–"
 
 
-def plot(report: dict[str, Any], path: Path) -> None:
-    """Draw perplexity and recall against size, a pair of panels per calibration text.
+def plot(report: dict[str, Any], path: Path, source: str = "") -> None:
+    """Draw perplexity and recall against size, a row of panels for the calibration text used most.
 
     Of several models or ways of scoring, the one with the most runs is drawn, without runs that have
     options of their own.
     """
     runs = [run for run in report["runs"] if not run.get("options")]
     runs = max(grouped(runs, SETTINGS).values(), key=len, default=[])
-    names = list(dict.fromkeys(run["calibration"] for run in runs if run["calibration"]))
     found = {name for run in runs for name in run["scores"]}
-    drawn = [n for n in ("wikitext2_perplexity", "nq_open_nats", "gsm8k_nats") if n in found]
-    count = len(drawn) * max(len(names), 1)
-    figure, panels = make_panels(count, 4.2 * count, 3.6)
-    methods = list(dict.fromkeys(run["method"] for run in runs))
-    for place, panel in enumerate(panels):
-        name, score = names[place // len(drawn)] if names else None, drawn[place % len(drawn)]
-        for number, method in enumerate(methods):
-            points: dict[float, list[float]] = {}
-            for run in runs:
-                if (
-                    run["method"] == method
-                    and run["calibration"] in (None, name)
-                    and score in run["scores"]
-                ):
-                    points.setdefault(100 * run["reduction"], []).append(run["scores"][score])
-            removed = sorted(points)
-            values = [statistics.mean(points[at]) for at in removed]
-            panel.plot(removed, values, "k*" if method == "dense" else f"C{number}o-", label=method)
-        if score.endswith("perplexity"):
-            panel.set_yscale("log")
-        unit = "perplexity" if score.endswith("perplexity") else "nats per token"
-        panel.set(
-            title=f"{SCORES[score]}, calibrated on {name or 'nothing'}",
-            xlabel="parameters of the layers removed, %",
-            ylabel=unit,
-        )
-        panel.legend(fontsize="x-small")
-    figure.savefig(path, dpi=120)
+    drawn = [name for name in SCORES if name in found]
+    figure, panels = make_panels(len(drawn), 3.9 * len(drawn), 3.8)
+    for panel, score in zip(panels, drawn, strict=True):
+        draw_score(panel, runs, score)
+    save(figure, path, source)
+
+
+def draw_score(panel: Any, runs: Sequence[Run], score: str) -> None:
+    """Draw one score of all methods against the share of parameters that was removed."""
+    texts = [run["calibration"] for run in runs if run["calibration"]]
+    text = max(dict.fromkeys(texts), key=texts.count) if texts else None
+    dense = [run["scores"][score] for run in runs if run["method"] == "dense"]
+    perplexity = score.endswith("perplexity")
+    if perplexity:
+        panel.set_yscale("log")
+        panel.yaxis.set_major_formatter("{x:.0f}")
+        panel.yaxis.set_minor_formatter("{x:.0f}")
+    ends = []
+    for method in dict.fromkeys(run["method"] for run in runs):
+        points: dict[float, list[float]] = {}
+        for run in runs:
+            if (
+                run["method"] == method
+                and run["calibration"] in (None, text)
+                and score in run["scores"]
+            ):
+                points.setdefault(100 * run["reduction"], []).append(run["scores"][score])
+        start = [(0.0, dense)] if dense and method != "dense" else []
+        ends.append(draw_points(panel, [*start, *sorted(points.items())], look_of(method)))
+    unit = "perplexity" if perplexity else "nats a token"
+    panel.set(
+        title=f"{SCORES[score]}, {unit}",
+        xlabel=f"layers' parameters removed, %\n(calibrated on {data_name(text or 'nothing')})",
+    )
+    label_ends(panel, ends)

@@ -25,7 +25,15 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, se
 from kprune_ext import KPruneConfig, kprune
 from peft_corda import CordaConfig, calibrate
 
-from ..common.figures import make_panels
+from ..common.figures import (
+    METRIC_NAMES,
+    End,
+    draw_points,
+    label_ends,
+    look_of,
+    make_panels,
+    save,
+)
 from ..common.models import encoder_linear_layers
 from ..common.records import (
     as_code,
@@ -183,31 +191,32 @@ def as_markdown(report: dict[str, Any]) -> str:
     )
 
 
-def plot(report: dict[str, Any], path: Path) -> None:
+def plot(report: dict[str, Any], path: Path, source: str = "") -> None:
     """Draw the test results against the share that was pruned, and against the speed-up."""
-    figure, panels = make_panels(2, 9, 3.6)
+    figure, panels = make_panels(2, 10, 4)
     chosen = best_rates(report["runs"])
     timed = [run for run in report["runs"] if "latency_32" in run]
+    ends: tuple[list[End | None], list[End | None]] = ([], [])
     for after in RATES:
-        points = [
-            (
-                first["reduction"],
-                statistics.mean(run["test"] for run in runs),
-                [r["latency_32"]["speedup"] for r in timed if r["reduction"] == first["reduction"]],
-            )
-            for runs in chosen
-            if (first := runs[0])["after"] == after and first["reduction"]
-        ]
-        panels[0].plot([100 * p[0] for p in points], [p[1] for p in points], "o-", label=after)
-        quick = [(statistics.median(p[2]), p[1]) for p in points if p[2]]
-        panels[1].plot([p[0] for p in quick], [p[1] for p in quick], "o-", label=after)
+        own = [runs for runs in chosen if runs[0]["after"] == after and runs[0]["reduction"]]
+        values = [(runs[0]["reduction"], [run["test"] for run in runs]) for runs in own]
+        speeds = {
+            reduction: [r["latency_32"]["speedup"] for r in timed if r["reduction"] == reduction]
+            for reduction, _ in values
+        }
+        look = look_of(after)
+        ends[0].append(draw_points(panels[0], [(100 * at, found) for at, found in values], look))
+        quick = [(statistics.median(speeds[at]), found) for at, found in values if speeds[at]]
+        ends[1].append(draw_points(panels[1], quick, look))
     dense = statistics.mean(run["test"] for runs in chosen for run in runs if not run["reduction"])
-    metric = TASKS[report["settings"]["task"]].main
-    for panel, label in zip(panels, ("pruned, % of FLOPs", "times faster, 32 × 64"), strict=True):
-        panel.axhline(dense, color="grey", linewidth=0.5)
-        panel.set(xlabel=label, ylabel=f"{metric}, test")
-        panel.legend(fontsize="x-small", title="pruned, then")
-    figure.savefig(path, dpi=120)
+    metric = METRIC_NAMES[TASKS[report["settings"]["task"]].main]
+    labels = ("FLOPs of the encoder removed, %", "times as fast, batches of 32 × 64 tokens")
+    for panel, label, found in zip(panels, labels, ends, strict=True):
+        panel.axhline(dense, color="grey", linewidth=0.8)
+        panel.annotate("dense model", (0.02, dense), xycoords=("axes fraction", "data"), va="bottom")
+        panel.set(xlabel=label, ylabel=f"{metric}, test set")
+        label_ends(panel, found)
+    save(figure, path, source)
 
 
 def main(given: list[str] | None = None) -> None:

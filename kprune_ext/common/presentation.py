@@ -12,6 +12,17 @@ from typing import Any
 from .files import replacing
 
 CARD_NAME = "README.md"
+#: Colours that colour-blind people tell apart, by Okabe and Ito (https://jfly.uni-koeln.de/color/).
+COLOURS = {
+    "black": "#000000",
+    "orange": "#E69F00",
+    "sky blue": "#56B4E9",
+    "green": "#009E73",
+    "yellow": "#F0E442",
+    "blue": "#0072B2",
+    "vermillion": "#D55E00",
+    "purple": "#CC79A7",
+}
 
 
 def with_section(text: str, section: str | None, owner: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from ..common.presentation import empty_figure, save_figure
+from ..common.presentation import COLOURS, empty_figure, save_figure
 from .rows import SubLayerReport
 
 
@@ -25,14 +25,18 @@ def save_kept(
     """
     figure = empty_figure(11, 3.4)
     heads, neurons, errors = figure.subplots(1, 3)
-    for panel, kind in ((heads, "attention"), (neurons, "ffn")):
+    for panel, kind, marker, colour in (
+        (heads, "attention", "o", COLOURS["blue"]),
+        (neurons, "ffn", "s", COLOURS["vermillion"]),
+    ):
         rows = [row for row in sublayers if row.kind == kind]
         layers = [row.layer for row in rows]
         panel.bar(layers, [row.units_before for row in rows], color="0.88", label="before")
-        panel.bar(layers, [row.units for row in rows], label="kept")
+        panel.bar(layers, [row.units for row in rows], color=colour, label="kept")
         panel.set(title=f"{rows[0].unit if rows else kind} kept", xlabel="layer")
         panel.legend(fontsize="x-small")
-        errors.plot(layers, [_number(row.error) for row in rows], "o-", markersize=3, label=kind)
+        values = [_number(row.error) for row in rows]
+        errors.plot(layers, values, marker=marker, markersize=4, color=colour, label=kind)
     errors.set(title="reconstruction error", xlabel="layer", ylim=(0, None))
     errors.legend(fontsize="x-small")
     figure.suptitle(f"K-prune: {share:.1%} of the layers' FLOPs kept")

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kprune_ext.common.presentation import empty_figure, save_figure
+from kprune_ext.common.presentation import COLOURS, empty_figure, save_figure
 
 from .rows import ModuleReport
 from .spectra import layer_number
@@ -58,12 +58,14 @@ def _draw(
     spectra: Mapping[str, Tensor],
     deepest: int,
 ) -> None:
-    from matplotlib import colormaps
+    from matplotlib.colors import LinearSegmentedColormap
 
+    first_to_last = [COLOURS["blue"], COLOURS["sky blue"], COLOURS["orange"]]
+    colours = LinearSegmentedColormap.from_list("layers", first_to_last)
     for place, module in enumerate(members):
         depth = layer_number(module.name) or 0
         shares = spectra[module.name].tolist()
-        color = colormaps["viridis"](depth / max(deepest, 1))
+        color = colours(depth / max(deepest, 1))
         # Labels of the first and the last layer are enough to read the colours.
         label = f"layer {depth}" if place in (0, len(members) - 1) else None
         panel.plot(range(1, len(shares) + 1), shares, color=color, linewidth=1, label=label)

@@ -1,0 +1,1 @@
+"""The documentation's tables and pictures, made from the committed results."""
