@@ -36,6 +36,7 @@ class PruningPlan:
         device: Kind of the device, such as `"cpu"`.
         weights: Bytes of the model that is given.
         copy: Bytes of its pruned copy. Sub-layers are copied one by one, so the copy never holds more.
+        rest: Bytes of it outside of the pruned layers, such as embeddings, which are copied at the end.
         states: Bytes of the hidden states of both models for all calibration tokens, in memory.
         spilled: Bytes of them in temporary files, because they exceed `max_state_memory`.
         measuring: Most bytes of the activations and logits while knowledge is measured, and of what is
@@ -52,6 +53,7 @@ class PruningPlan:
     device: str
     weights: int
     copy: int
+    rest: int
     states: int
     spilled: int
     measuring: int
@@ -65,7 +67,8 @@ class PruningPlan:
     @property
     def beyond_model(self) -> int:
         """Peak of the bytes beyond the loaded model."""
-        return self.states + max(self.measuring, self.copy + self.tuning)
+        working = max(self.measuring, self.copy - self.rest + self.tuning)
+        return self.states + max(working, self.copy)
 
     @property
     def peak(self) -> int:
@@ -163,10 +166,11 @@ def plan_pruning(
         device=where.type,
         weights=weights,
         copy=copy,
+        rest=weights - layers,
         states=states,
         spilled=spilled,
         # Measured once, knowledge is measured before anything is pruned.
-        measuring=measuring + (copy if config.schedule != "once" else 0),
+        measuring=measuring + (copy - weights + layers if config.schedule != "once" else 0),
         tuning=_tuning(targets, config),
         tokens=samples * length,
         scored_tokens=scored * length,

@@ -31,7 +31,8 @@ def test_parts_of_a_plan() -> None:
     assert plan.weights == 4 * model.num_parameters() + buffers
     layers = sum(p.numel() for p in model.model.layers.parameters())
     assert plan.copy == pytest.approx(plan.weights - 0.3 * 4 * layers, abs=1)
-    assert plan.beyond_model == plan.states + max(plan.measuring, plan.copy + plan.tuning)
+    working = max(plan.measuring, plan.copy - plan.rest + plan.tuning)
+    assert plan.beyond_model == plan.states + max(working, plan.copy)
     assert plan.states == 2 * 4 * 96 * 6400 and plan.spilled == 0
     assert (plan.tokens, plan.scored_tokens) == (6400, 3200)
     assert plan.passes == pytest.approx(3 * 0.5 + 1 + 2 * 0.7)
@@ -48,7 +49,7 @@ def test_knowledge_measured_again_comes_beside_what_is_pruned() -> None:
         plan_pruning(wide(), KPruneConfig(reduction=0.3, schedule=schedule))
         for schedule in ("once", "per_layer")
     )
-    assert again.measuring == once.measuring + once.copy
+    assert again.measuring == once.measuring + once.copy - once.rest
 
 
 def test_several_devices() -> None:
