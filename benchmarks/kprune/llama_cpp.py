@@ -270,7 +270,7 @@ def main(given: list[str] | None = None) -> None:
             "export": export,
             **{name: ours[name] for name in ("margin", "weights_mib", "tensor_mib")},
             **compared(ours, theirs),
-            "continuations": ours["continuations"],
+            "continuations": [" ".join(map(str, made)) for made in ours["continuations"]],
         }
         print(layout, {k: v for k, v in report["runs"][layout].items() if k != "continuations"})
     report = with_provenance(report, MODULE, used)

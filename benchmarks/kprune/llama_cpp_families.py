@@ -120,7 +120,7 @@ def run(options: argparse.Namespace, family: str, layout: str) -> dict[str, Any]
         "layout": layout,
         "padded": padded,
         "architecture": theirs["architecture"],
-        "units": [row.units for row in pruned.kprune_report.sublayers],
+        "units": " ".join(str(row.units) for row in pruned.kprune_report.sublayers),
         "margin": ours["margin"],
         "relative": found["logits_apart"] / largest,
         "version": theirs["version"],
