@@ -14,11 +14,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import ParallelMode, TrainingArguments
 
 from .becoming import become_
-from .config import KPruneConfig
 from .modeling.classes import UnevenLayers
 from .modeling.saved_report import report_beside
+from .preparation.config import KPruneConfig
+from .preparation.given import given_config
+from .preparation.rehearsal import rehearse
 from .pruning import kprune
-from .rehearsal import rehearse
 from .report.report import REPORT_FILE, KPruneReport
 
 
@@ -33,7 +34,8 @@ class KPruneCallback(TrainerCallback):
     (`AutoModelFor….from_pretrained(checkpoint)`); it is not pruned again.
 
     Args:
-        dataloader: Calibration data of `kprune_ext.kprune`; labels are ignored.
+        dataloader: Calibration data of `kprune_ext.kprune`; labels are ignored. For texts, the Trainer's
+            `processing_class` is the tokenizer unless the options have another.
         config: Options of `kprune_ext.kprune`; by default half of the encoder's FLOPs are removed.
         at_step: Number of optimizer steps after which to prune; 0 prunes before the first one.
         options: Other arguments of `kprune_ext.kprune`.
@@ -52,7 +54,7 @@ class KPruneCallback(TrainerCallback):
         **options: Any,
     ) -> None:
         self.dataloader = dataloader
-        self.config = config
+        self.config = given_config(config, options.pop("reduction", None))
         self.at_step = _whole_number(at_step)
         self.options = options
 
@@ -70,7 +72,8 @@ class KPruneCallback(TrainerCallback):
                 f"at_step={self.at_step} never comes: this run ends after {state.max_steps} steps. Pass "
                 "a step within the run, or train for longer (max_steps, num_train_epochs)."
             )
-        unsaved = rehearse(model, self.dataloader, self.config, **_checked(self.options))
+        options = _with_tokenizer(self.options, kwargs)
+        unsaved = rehearse(model, self.dataloader, self.config, **_checked(options))
         if unsaved is not None and (args.save_strategy != "no" or args.load_best_model_at_end):
             raise ValueError(
                 "The Trainer could not save checkpoints of the pruned model, as they would be loaded as "
@@ -110,8 +113,9 @@ class KPruneCallback(TrainerCallback):
         if report is not None and folder.is_dir() and not (folder / REPORT_FILE).exists():
             report.save_json(folder / REPORT_FILE)
 
-    def _prune(self, model: Any, optimizer: Any = None, **_: Any) -> None:
-        pruned = kprune(model, self.dataloader, self.config, **self.options)
+    def _prune(self, model: Any, optimizer: Any = None, **others: Any) -> None:
+        options = _with_tokenizer(self.options, others)
+        pruned = kprune(model, self.dataloader, self.config, **options)
         become_(model, pruned, optimizer)
 
 
@@ -130,6 +134,11 @@ def _whole_number(at_step: Any) -> int:
     if number < 0:
         raise ValueError(f"at_step={at_step} is negative. Pass 0 to prune before training.")
     return number
+
+
+def _with_tokenizer(options: Mapping[str, Any], event: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds the tokenizer that the Trainer hands to its callbacks, if it has one."""
+    return {"tokenizer": event.get("processing_class"), **options}
 
 
 def _checked(options: Mapping[str, Any]) -> dict[str, Any]:

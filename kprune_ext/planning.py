@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from .budget.costs import budget_for, cost_tables, unit_flops
 from .budget.uniform import allowed_sizes
 from .calibration.next_tokens import most_in_chunk, vocabulary
 from .calibration.state_memory import batch_tokens_on
-from .config import KPruneConfig
 from .knowledge.signal import depth_tokens_on
+from .model_layers.device_map import device_of
 from .modeling.classes import model_task
+from .preparation.config import KPruneConfig
 from .tuning.least_squares import RIDGES
-from .units.sublayers import SubLayer, sublayers
+from .units.sublayers import SubLayer, layers_path, sublayers
 
 # Tensors of the logits' size that exist at once: logits, probabilities, their sums, and a gradient.
 _OF_LOGITS = 4
@@ -34,16 +35,18 @@ class PruningPlan:
     Attributes:
         device: Kind of the device, such as `"cpu"`.
         weights: Bytes of the model that is given.
-        copy: Bytes of its copy, which becomes the pruned model.
+        copy: Bytes of its pruned copy. Sub-layers are copied one by one, so the copy never holds more.
         states: Bytes of the hidden states of both models for all calibration tokens, in memory.
         spilled: Bytes of them in temporary files, because they exceed `max_state_memory`.
-        measuring: Most bytes of the activations and logits while knowledge is measured.
+        measuring: Most bytes of the activations and logits while knowledge is measured, and of what is
+            pruned by then.
         tuning: Most bytes of the equations and activations while weights are tuned.
         tokens: Number of calibration tokens.
         scored_tokens: Number of those on which knowledge is measured.
         passes: Passes through the layers over all calibration tokens, a backward pass counted like a
             forward pass: mean over the sub-layers.
         flops: Floating-point operations of all passes, equations and solutions.
+        devices: Peak of the bytes by device, of a model on several.
     """
 
     device: str
@@ -57,11 +60,12 @@ class PruningPlan:
     scored_tokens: int
     passes: float
     flops: float
+    devices: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def beyond_model(self) -> int:
         """Peak of the bytes beyond the loaded model."""
-        return self.copy + self.states + max(self.measuring, self.tuning)
+        return self.states + max(self.measuring, self.copy + self.tuning)
 
     @property
     def peak(self) -> int:
@@ -79,13 +83,15 @@ class PruningPlan:
 
         rows = [
             ("the model", self.weights),
-            ("its copy, which is pruned", self.copy),
+            ("the pruned model", self.copy),
             ("hidden states", self.states),
             ("measuring knowledge", self.measuring),
             ("tuning weights", self.tuning),
             ("peak", self.peak),
         ]
         lines = [f"memory ({self.device}):", *(f"  {name:<28}{size(n)}" for name, n in rows)]
+        if len(self.devices) > 1:
+            lines += [f"  on {name:<25}{size(peak)}" for name, peak in self.devices.items()]
         if self.spilled:
             lines.append(f"temporary files{size(self.spilled):>27}")
         lines.append(
@@ -101,6 +107,7 @@ def plan_pruning(
     *,
     length: int = 512,
     device: torch.device | str = "cpu",
+    device_map: Mapping[str, int | str | torch.device] | None = None,
 ) -> PruningPlan:
     """Says what pruning a decoder will take, without weights or data.
 
@@ -109,7 +116,9 @@ def plan_pruning(
             AutoModelForCausalLM.from_config(config)`. Its dtype is that of the run.
         config: The options of the run; `max_tokens` is taken for the number of calibration tokens.
         length: Tokens per calibration sequence.
-        device: Device that the run will be on.
+        device: Device that the run will be on; with a device map the one that runs the layers.
+        device_map: Devices by module path of a model on several devices, as in its `hf_device_map` or
+            from `accelerate.infer_auto_device_map`. The plan then has the peak of each.
 
     Returns:
         The plan.
@@ -145,19 +154,48 @@ def plan_pruning(
     )
     states, spilled = _states(made, config, samples * length)
     weights = _bytes_of(model)
-    return PruningPlan(
+    layers = sum(_bytes_of(layer) for layer in made.get_submodule(layers_path(made, row)))
+    copy = weights - round(config.reduction * layers if metric != "cache" else 0)
+    measuring = _measuring(made, targets, config, length, where, next_tokens)
+    plan = PruningPlan(
         device=where.type,
         weights=weights,
-        copy=weights,
+        copy=copy,
         states=states,
         spilled=spilled,
-        measuring=_measuring(made, targets, config, length, where, next_tokens),
+        # Measured once, knowledge is measured before anything is pruned.
+        measuring=measuring + (copy if config.schedule != "once" else 0),
         tuning=_tuning(targets, config),
         tokens=samples * length,
         scored_tokens=scored * length,
         passes=_passes(targets, config, scored / samples),
         flops=_flops(made, targets, config, samples, scored, length, next_tokens),
     )
+    return plan if device_map is None else _on_devices(made, plan, device_map)
+
+
+def _on_devices(
+    model: Any, plan: PruningPlan, device_map: Mapping[str, int | str | torch.device]
+) -> PruningPlan:
+    """Splits a plan among devices: weights by the map, hidden states with the embeddings."""
+    places = {path: _name(device) for path, device in device_map.items()}
+    held = dict.fromkeys(dict.fromkeys(places.values()), 0)
+    first = next(iter(held))
+    for name, parameter in model.named_parameters():
+        held[device_of(name, places, first)] += parameter.numel() * parameter.element_size()
+    embeddings = model.get_input_embeddings()
+    path = next(name for name, module in model.named_modules() if module is embeddings)
+    entrance, shrunk = device_of(path, places, first), plan.copy / plan.weights
+    devices = {}
+    for place, own in held.items():
+        working = max(plan.measuring, round(own * shrunk) + plan.tuning)
+        states = plan.states if place == entrance else 0
+        devices[place] = own if place == "disk" else own + states + working
+    return dataclasses.replace(plan, devices=devices)
+
+
+def _name(device: int | str | torch.device) -> str:
+    return f"cuda:{device}" if isinstance(device, int) else str(device)
 
 
 def _bytes_of(model: nn.Module) -> int:

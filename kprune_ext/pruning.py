@@ -15,11 +15,12 @@ from transformers import PreTrainedModel
 from .architectures.tasks import Predict
 from .budget.costs import unit_flops
 from .budget.latency import LatencyTable
-from .calibration.device_map import dispatch
 from .common.memory import trim_memory
-from .config import KPruneConfig
+from .model_layers.device_map import dispatch, own_weights
 from .modeling.copying import become_plain, record_kept
-from .preparation import PruningRun, prepared
+from .preparation.config import KPruneConfig
+from .preparation.given import given_config
+from .preparation.run import PruningRun, prepared
 from .progress import progress_over
 from .report.making import HeldOut, make_report
 from .steps import (
@@ -45,6 +46,9 @@ def kprune(
     predict: Predict | None = None,
     latency: LatencyTable | None = None,
     accelerator: Accelerator | None = None,
+    tokenizer: Any = None,
+    max_length: int | None = None,
+    reduction: float | None = None,
     progress: bool = True,
 ) -> PreTrainedModel:
     """Prunes attention heads and feed-forward neurons, and tunes the remaining weights by regression.
@@ -62,7 +66,9 @@ def kprune(
             be placed on several devices, or partly in CPU memory or on disk (`device_map`), as long as
             each transformer layer is on one device. The result is placed alike, except for weights that
             were on disk. Offloaded parts are pruned on the CPU.
-        dataloader: Batches as mappings of tensors: `input_ids` and `attention_mask`
+        dataloader: Texts with `tokenizer`: a list, an iterator or a `datasets.Dataset` of strings, of
+            pairs of strings, of chats (`messages`), of prompts with answers (`prompt`, `completion`) or
+            of tokens. Or batches as mappings of tensors: `input_ids` and `attention_mask`
             `(batch, tokens)`, or `pixel_values`, and any other input of the model. Labels and columns
             that the model does not take are ignored, except with `predict`. Entries with one value
             for each sample are cut into samples; others, such as an option, go with each as they are.
@@ -79,9 +85,15 @@ def kprune(
             latency is measured with 32 sequences of the calibration data's mean length.
         accelerator: Accelerator of a run with several processes, each of which calls this function.
             Each processes its share of the data, up to its share of `config.max_tokens`, and all return
-            bitwise the same model. A plain `DataLoader` is split among the processes; other iterables
-            and prepared loaders are expected to give each process batches of its own. The model may be
-            wrapped for data-parallel training. Without an accelerator, the process works alone.
+            bitwise the same model. A plain `DataLoader` and texts are split among the processes; other
+            iterables and prepared loaders are expected to give each process batches of its own. The
+            model may be wrapped for data-parallel training. Without an accelerator, the process works
+            alone.
+        tokenizer: The model's tokenizer, where the data are texts. A SentenceTransformer or CrossEncoder
+            has its own.
+        max_length: Largest number of tokens per text; by default 512, or as many as the model takes. A
+            language model reads longer texts in several parts; for others they are truncated.
+        reduction: The option of that name, in place of a config.
         progress: Whether to show a progress bar, in the main process.
 
     Returns:
@@ -98,13 +110,20 @@ def kprune(
         TypeError: If a batch is not a mapping of tensors, or a projection is not a plain linear layer.
         RuntimeError: If another process failed; the message says how.
     """
-    config = KPruneConfig() if config is None else config
+    config = given_config(config, reduction)
     with ExitStack() as block:
         if torch.is_inference_mode_enabled():  # gradients are needed, and so are ordinary tensors
             block.enter_context(torch.inference_mode(False))
         run = block.enter_context(
             prepared(
-                model, dataloader, config, predict=predict, latency=latency, accelerator=accelerator
+                model,
+                dataloader,
+                config,
+                predict=predict,
+                latency=latency,
+                accelerator=accelerator,
+                tokenizer=tokenizer,
+                max_length=max_length,
             )
         )
         before = held_out_loss(run)
@@ -172,6 +191,7 @@ def prune_sublayers(
         outcome.errors.append(fit.error)
         del fit  # before the next step allocates its own
         trim_memory()
+    own_weights(run.whole, run.given.whole)  # those that were not pruned
     return outcome
 
 

@@ -16,7 +16,7 @@ from .common.memory import trim_memory
 from .common.placement import is_offloaded
 from .knowledge.measure import measure_knowledge
 from .knowledge.scores import balanced, unit_scores
-from .preparation import PruningRun
+from .preparation.run import PruningRun
 from .report.making import HeldOut
 from .tuning.least_squares import TunedProjection
 from .tuning.projection import fit_projection, normal_equations

@@ -14,6 +14,7 @@ from .adapter.registration import register_corda
 from .analysis.allocation import allocate_ranks, apply_ranks
 from .analysis.report import CordaReport, report
 from .calibration.calibrate import calibrate
+from .calibration.callback import CordaCalibrationCallback
 from .calibration.initialize import initialize_corda
 from .config import CordaConfig
 from .export.callback import CordaExportCallback
@@ -23,6 +24,7 @@ from .factors import CordaFactors, ModuleFactors
 __version__ = installed_version()
 
 __all__ = [
+    "CordaCalibrationCallback",
     "CordaConfig",
     "CordaExportCallback",
     "CordaFactors",

@@ -24,15 +24,15 @@ from kprune_ext.architectures.table import find_architecture
 from kprune_ext.architectures.tasks import problem_type
 from kprune_ext.budget.costs import budget_for, cost_tables
 from kprune_ext.budget.search import search_masks
-from kprune_ext.calibration.hooks import watching
-from kprune_ext.calibration.layer_stack import LayerStack
-from kprune_ext.calibration.sharing import shared_data
 from kprune_ext.calibration.state_memory import StateMemory
 from kprune_ext.calibration.streams import Stream, start_streams
 from kprune_ext.knowledge.measure import measure_knowledge
 from kprune_ext.knowledge.signal import Signal
+from kprune_ext.model_layers.hooks import watching
+from kprune_ext.model_layers.layer_stack import LayerStack
 from kprune_ext.modeling.classes import model_task
 from kprune_ext.modeling.copying import record_kept, uneven_copy
+from kprune_ext.samples.sharing import shared_data
 from kprune_ext.tuning.least_squares import NormalEquations
 from kprune_ext.units.sublayers import SubLayer, sublayers
 from kprune_ext.units.surgery import set_output, shrink

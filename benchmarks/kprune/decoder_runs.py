@@ -44,6 +44,8 @@ from .decoder_units import Batch, layers_of
 # Methods whose matrices are really smaller.
 TUNED = ("ours", "uniform", "flap_tuned")
 METHODS = (*TUNED, "flap", "flap_units", "local_refit", "wanda_sp", "magnitude")
+TEXTS = ("wikitext2", "c4")
+SCORED = (*TEXTS, *QUESTIONS)
 
 
 def needs_data(method: str) -> bool:
@@ -146,7 +148,9 @@ def _scores(
     model: PreTrainedModel, texts: Texts, args: argparse.Namespace, run: dict[str, Any]
 ) -> dict[str, float]:
     found = {}
-    for name in ("wikitext2", "c4"):
+    for name in TEXTS:
+        if name not in run.get("scored", SCORED):
+            continue
         chosen = windows(texts, name, "test")
         if run["windows"] is not None:
             chosen = spread(chosen, min(run["windows"], len(chosen)))
@@ -154,6 +158,8 @@ def _scores(
         loss, _ = nats(model, scored(rows, texts, args))
         found[f"{name}_perplexity"] = float(torch.tensor(loss, dtype=torch.float64).exp())
     for name, split in QUESTIONS.items():
+        if name not in run.get("scored", SCORED):
+            continue
         rows = answered(texts, name, split, run["questions"])
         found[f"{name}_nats"], _ = nats(model, scored(rows, texts, args))
     return found

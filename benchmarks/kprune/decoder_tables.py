@@ -76,7 +76,7 @@ def _table(runs: Sequence[Run]) -> str:
                     f"{tokens:,}" if tokens else "–",
                     f"{reduction:.0%}",
                     method,
-                    *(mean_and_error([run["scores"][name] for run in own]) for name in SCORES),
+                    *(_score(own, name) for name in SCORES),
                     _ratio(own, cells[cell]),
                     str(len(own)),
                     f"{1 - kept:.2%}",
@@ -87,6 +87,11 @@ def _table(runs: Sequence[Run]) -> str:
     head = "calibrated on, tokens, reduction, method"
     rest = "to FLAP, samples, removed, CPU s, s, extra MiB, prefill, decoding"
     return table([*head.split(", "), *SCORES.values(), *rest.split(", ")], rows)
+
+
+def _score(runs: Sequence[Run], name: str) -> str:
+    found = [run["scores"][name] for run in runs if name in run["scores"]]
+    return mean_and_error(found) if found else "–"
 
 
 def _mean(runs: Sequence[Run], name: str) -> str:
@@ -118,7 +123,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
     runs = [run for run in report["runs"] if not run.get("options")]
     runs = max(grouped(runs, SETTINGS).values(), key=len, default=[])
     names = list(dict.fromkeys(run["calibration"] for run in runs if run["calibration"]))
-    drawn = ("wikitext2_perplexity", "nq_open_nats", "gsm8k_nats")
+    found = {name for run in runs for name in run["scores"]}
+    drawn = [n for n in ("wikitext2_perplexity", "nq_open_nats", "gsm8k_nats") if n in found]
     count = len(drawn) * max(len(names), 1)
     figure, panels = make_panels(count, 4.2 * count, 3.6)
     methods = list(dict.fromkeys(run["method"] for run in runs))
@@ -127,7 +133,11 @@ def plot(report: dict[str, Any], path: Path) -> None:
         for number, method in enumerate(methods):
             points: dict[float, list[float]] = {}
             for run in runs:
-                if run["method"] == method and run["calibration"] in (None, name):
+                if (
+                    run["method"] == method
+                    and run["calibration"] in (None, name)
+                    and score in run["scores"]
+                ):
                     points.setdefault(100 * run["reduction"], []).append(run["scores"][score])
             removed = sorted(points)
             values = [statistics.mean(points[at]) for at in removed]

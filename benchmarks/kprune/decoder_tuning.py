@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from kprune_ext import KPruneConfig
 from kprune_ext.modeling.copying import record_kept
-from kprune_ext.preparation import prepared
+from kprune_ext.preparation.run import prepared
 from kprune_ext.pruning import prune_sublayers
 from kprune_ext.tuning.least_squares import NormalEquations, choose_ridge, tune_projection
 

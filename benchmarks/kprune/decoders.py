@@ -35,7 +35,7 @@ from ..common.command_line import (
 )
 from ..common.records import in_child, model_label, read_report, with_provenance, write_report
 from .decoder_data import CALIBRATIONS
-from .decoder_runs import METHODS, needs_data, run_one
+from .decoder_runs import METHODS, SCORED, needs_data, run_one
 from .decoder_tables import as_markdown, plot
 
 NAME = "kprune_decoders"
@@ -61,6 +61,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     add("--length", type=int, default=512, help="Tokens per window of running text.")
     add("--windows", "--limit", type=int, help="Windows to score of each text, from all over it.")
     add("--questions", type=int, default=300, help="Questions to score of each set.")
+    add("--scored", nargs="+", choices=SCORED, default=list(SCORED), help="What to score on.")
     add("--form", choices=["plain", "chat"], default="plain", help="Form of the questions.")
     add("--batch-tokens", type=int, default=4096, help="Tokens per batch of a forward pass.")
     options = "Options of KPruneConfig as JSON, for `ours` and `uniform`; several to compare."
@@ -89,6 +90,8 @@ def wanted_runs(args: argparse.Namespace) -> list[dict[str, Any]]:
         "questions": args.questions,
         "form": args.form,
     }
+    if set(args.scored) != set(SCORED):
+        base["scored"] = sorted(args.scored)
     none = {"calibration": None, "tokens": 0, "seed": 0}
     runs = [base | none | {"method": "dense", "reduction": 0.0}]
     for number, seed in enumerate(args.seeds):
@@ -119,7 +122,8 @@ def key_of(run: dict[str, Any]) -> str:
         "tokens",
         "seed",
     )
-    return json.dumps([[run[n] for n in (*names, "method", "reduction")], run.get("options")])
+    others = [run.get("options"), *([run["scored"]] if "scored" in run else [])]
+    return json.dumps([[run[n] for n in (*names, "method", "reduction")], *others])
 
 
 def with_others(report: dict[str, Any], paths: list[Path]) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..architectures.table import find_architecture
-from ..calibration.hooks import evaluating
-from ..calibration.layer_stack import LayerStack, plain_outputs
+from ..model_layers.hooks import evaluating
+from ..model_layers.layer_stack import LayerStack, plain_outputs
 from ..units.sublayers import sublayers
 from ..units.surgery import shrink
 from .latency import LatencyTable, median_seconds, sizes_to_measure

@@ -1,1 +1,1 @@
-"""Calibration data, and their hidden states in teacher and student."""
+"""The hidden states of the calibration data, in teacher and student."""

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..common.memory import free_memory
+from ..model_layers.device_map import input_device
+from ..model_layers.inputs import Inputs, joined
+from ..model_layers.layer_stack import LayerStack, arguments_of
+from ..samples.samples import Sample, require_finite
 from ..units.sublayers import SubLayer
-from .device_map import input_device
-from .inputs import Inputs, joined
-from .layer_stack import LayerStack, arguments_of
-from .samples import Sample, require_finite
 from .streams import alike, joined_targets
 
 #: Largest number of logits that are formed at once (but at least one position's): 16 MiB in float32.

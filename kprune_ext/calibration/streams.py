@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..architectures.row import Context
 from ..architectures.tasks import Predict
-from .device_map import input_device
-from .inputs import Inputs, joined
-from .layer_stack import LayerStack
-from .read_tokens import Reading, first_position, read_by_each, reading_of
-from .samples import CalibrationData, Sample, require_finite
+from ..model_layers.device_map import input_device
+from ..model_layers.inputs import Inputs, joined
+from ..model_layers.layer_stack import LayerStack
+from ..samples.read_tokens import Reading, first_position, read_by_each, reading_of
+from ..samples.samples import CalibrationData, Sample, require_finite
 from .state_memory import StateMemory
 
 

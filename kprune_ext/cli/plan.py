@@ -8,8 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..common.files import check_output_files, write_json
-from ..config import KPruneConfig
 from ..planning import PruningPlan, plan_pruning
+from ..preparation.config import KPruneConfig
 from .inputs import check_device
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from ..common.files import (
     resolved,
 )
 from ..common.text_data import load_rows
-from ..config import KPruneConfig
 from ..modeling.classes import model_task
+from ..preparation.config import KPruneConfig
 from ..pruning import kprune
 from ..report.figure import check_figure
 from .inputs import check_device, image_batches, language_batches, load_model, text_batches

@@ -32,8 +32,11 @@ def trim_memory() -> None:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Returns the free bytes of a GPU, with those that PyTorch holds in reserve; None for a CPU."""
-    if device.type != "cuda":
+    """Returns the free bytes of a GPU, with those that PyTorch holds in reserve.
+
+    For a CPU, and for a GPU that this machine does not have, it is None.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
         return None
     free, _ = torch.cuda.mem_get_info(device)
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,8 +139,10 @@ def padded_batches(
     Returns:
         Batches of `input_ids` and `attention_mask` `(batch, tokens)`, and their `decoder_` versions.
 
+    Fewer texts than `num_samples` are all used, with a warning.
+
     Raises:
-        ValueError: If the data have fewer texts than `num_samples`.
+        ValueError: If the data have no text.
     """
     rows: list[tuple[list[int], ...]] = []
     for row in texts:
@@ -150,15 +153,16 @@ def padded_batches(
         )
         if all(encoded):
             rows.append(encoded)
-    if len(rows) < num_samples:
+    if not rows:
         raise ValueError(
-            f"The data has {len(rows)} rows with text, fewer than num_samples={num_samples}. Give more "
-            "data, or lower num_samples."
+            "The data have no row with text. Check the file and the field of the text."
         )
+    if len(rows) < num_samples:
+        _note(f"The data have {len(rows)} rows with text, fewer than num_samples={num_samples}.")
     # Sequences of similar length need less padding, and their order does not change a mean.
     rows.sort(key=lambda row: len(row[0]))
     batches = []
-    for start in range(0, num_samples, batch_size):
+    for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         batch = _padded([row[0] for row in part], "", tokenizer)
         if decoder_start is not None:
@@ -192,8 +196,10 @@ def packed_batches(
     Returns:
         Batches of `input_ids` and `attention_mask`, `(batch, max_length)`.
 
+    Texts that are too short for `num_samples` windows are all used, with a warning.
+
     Raises:
-        ValueError: If the texts are too short for `num_samples` windows.
+        ValueError: If they are too short for one window.
     """
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     tokens: list[int] = []
@@ -204,11 +210,17 @@ def packed_batches(
         if len(tokens) >= num_samples * max_length:
             break
     count = len(tokens) // max_length
-    if count < num_samples:
+    if not count:
         raise ValueError(
-            f"The data has {len(tokens):,} tokens, enough for {count} windows of {max_length} tokens "
-            f"but not for num_samples={num_samples}. Give more data, or lower num_samples or max_length."
+            f"The data have {len(tokens):,} tokens, too few for a window of {max_length}. Give more "
+            "data, or lower max_length."
         )
+    if count < num_samples:
+        _note(
+            f"The data have {len(tokens):,} tokens, enough for {count} windows of {max_length} tokens, "
+            f"fewer than num_samples={num_samples}."
+        )
+        num_samples = count
     chosen = list(range(num_samples))
     if seed is not None:
         chosen = sorted(random.Random(seed).sample(range(count), num_samples))
@@ -217,6 +229,10 @@ def packed_batches(
         {"input_ids": part, "attention_mask": torch.ones_like(part)}
         for part in windows.split(batch_size)
     ]
+
+
+def _note(what: str) -> None:
+    warnings.warn(f"{what} All are used.", UserWarning, stacklevel=3)
 
 
 def _padded(rows: list[list[int]], prefix: str, tokenizer: PreTrainedTokenizerBase) -> Batch:

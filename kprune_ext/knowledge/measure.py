@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..architectures.tasks import Predict
-from ..calibration.layer_stack import LayerStack
 from ..calibration.streams import Stream
 from ..common.processes import Processes
+from ..model_layers.layer_stack import LayerStack
 from ..units.sublayers import SubLayer
 from .passes import Passed, in_parts, passes_over
 from .signal import Signal

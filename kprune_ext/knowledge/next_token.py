@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..calibration.layer_stack import LayerStack
 from ..calibration.next_tokens import counted_positions, logits_in_chunks
 from ..calibration.streams import Stream
+from ..model_layers.layer_stack import LayerStack
 
 
 def sampled_direction(logits: Tensor, uniform: Tensor, temperature: float = 1.0) -> Tensor:

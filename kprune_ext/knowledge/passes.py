@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..calibration.layer_stack import LayerStack
-from ..calibration.read_tokens import MOST_LOGITS
-from ..calibration.samples import require_finite
 from ..calibration.streams import Stream
+from ..model_layers.layer_stack import LayerStack
+from ..samples.read_tokens import MOST_LOGITS
+from ..samples.samples import require_finite
 from ..units.sublayers import SubLayer
 from .fisher import directions, divergence_gradient
 from .next_token import upstream_gradients

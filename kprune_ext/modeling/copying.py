@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..architectures.headless import family_class
 from ..architectures.row import Architecture
 from ..architectures.table import find_architecture
-from ..calibration.device_map import DeviceMap, copy_weights, device_map_of
+from ..model_layers.device_map import DeviceMap, copy_weights, device_map_of
 from ..units.kept import KeptUnits, kept_units, plain_settings, store_kept_units
 from ..units.plain import plain_values
 from ..units.sublayers import SubLayer, sublayers
@@ -42,13 +42,16 @@ def uneven_copy(model: PreTrainedModel, device_map: DeviceMap | None = None) -> 
     return copied
 
 
-def uneven_copy_within(whole: nn.Module, path: str, device_map: DeviceMap | None = None) -> Any:
+def uneven_copy_within(
+    whole: nn.Module, path: str, device_map: DeviceMap | None = None, *, share: bool = False
+) -> Any:
     """Copies a module in which one model is to be pruned.
 
     Args:
         whole: The module.
         path: Path of the model in it, empty if it is the model.
         device_map: Device map of the model's copy; by default that of the model.
+        share: Whether parameters share the memory of the module until `own_weights` is called.
 
     Raises:
         ValueError: If the model's layers have more units than its config says.
@@ -67,7 +70,8 @@ def uneven_copy_within(whole: nn.Module, path: str, device_map: DeviceMap | None
         if "name_or_path" in vars(module):  # adapters would be saved for the model before pruning
             module.name_or_path = module.config.name_or_path
     source: Any = whole
-    copy_weights(source, twin, {f"{path}.{part}".strip("."): d for part, d in device_map.items()})
+    places = {f"{path}.{part}".strip("."): device for part, device in device_map.items()}
+    copy_weights(source, twin, places, share=share)
     if len(set(device_map.values())) > 1 or any(p.is_meta for p in model.parameters()):
         pruned.tie_weights()  # placing the weights has broken the ties
     return twin.eval()

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures.tasks import Predict, ProblemType
-from ..calibration.layer_stack import LayerStack
-from ..calibration.read_tokens import MOST_LOGITS
-from ..calibration.samples import require_finite
 from ..calibration.streams import Stream
 from ..common.processes import Processes
+from ..model_layers.layer_stack import LayerStack
+from ..samples.read_tokens import MOST_LOGITS
+from ..samples.samples import require_finite
 from .divergence import best_scale
 
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..calibration.hooks import watching
-from ..calibration.layer_stack import LayerStack
-from ..calibration.samples import require_finite
 from ..calibration.streams import Stream
 from ..common.processes import Processes
+from ..model_layers.hooks import watching
+from ..model_layers.layer_stack import LayerStack
+from ..samples.samples import require_finite
 from ..units.sublayers import SubLayer
 from .least_squares import NormalEquations, TunedProjection, choose_ridge, tune_projection
 

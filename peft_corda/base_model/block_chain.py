@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kprune_ext.common.placement import is_offloaded
 
-from .batch_values import token_shape
+from ..batches.batch_values import token_shape
 from .forward import Runner, evaluating, visiting
 from .input_groups import Group
 

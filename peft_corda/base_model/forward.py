@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 from kprune_ext.common.placement import execution_device, is_offloaded, reshard, sharding_of
 from kprune_ext.common.text_data import LABEL_KEYS
 
-from .batch_values import checked, is_empty, rows_belong, token_shape
-from .batches import Batch, first_example, of_like_length, unpadded
-from .decoder_inputs import counted_targets, kept_apart, takes_targets, with_targets
-from .masks import Side, mask_of_side, token_mask
+from ..batches.batch_values import checked, is_empty, rows_belong, token_shape
+from ..batches.batches import Batch, first_example, of_like_length, unpadded
+from ..batches.decoder_inputs import counted_targets, kept_apart, takes_targets, with_targets
+from ..batches.masks import Side, mask_of_side, token_mask
 from .model_parts import (
     arguments_of,
     holds_images,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import digest_of
+from ..batches.batches import digest_of
 from .block_chain import Chain, given_to, resumed_from_block
 from .forward import Runner
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from .batches import Batch
+from ..batches.batches import Batch
+from ..batches.masks import is_broadcastable
 from .forward import Runner, evaluating, visiting
-from .masks import is_broadcastable
 from .weights import weight_shape
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from kprune_ext.common.text_data import LABEL_KEYS
 
-from .batch_values import DECODER_KEYS, TEXT_KEYS
-from .masks import Side, mask_of_side
+from ..batches.batch_values import DECODER_KEYS, TEXT_KEYS
+from ..batches.masks import Side, mask_of_side
 
 _EMBEDDINGS = {"inputs_embeds", "decoder_inputs_embeds"}
 

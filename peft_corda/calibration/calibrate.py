@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,13 +23,15 @@ from .preparation import Calibration, prepare
 def calibrate(
     model: nn.Module,
     config: CordaConfig,
-    dataloader: Iterable[Mapping[str, Any]],
+    dataloader: Iterable[Any],
     max_memory: int | str | None = None,
     *,
     methods: Sequence[str] | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     checkpoint_seconds: float = 120.0,
     dtype: torch.dtype = torch.float32,
+    tokenizer: Any = None,
+    max_length: int | None = None,
     progress: bool = True,
     verbose: bool | None = None,
 ) -> CordaFactors:
@@ -42,7 +45,9 @@ def calibrate(
         config: Config whose target modules, ranks, method, weighting and damping are used. The result
             is also assigned to `config.corda_factors`, so that `get_peft_model(model, config)` can
             follow.
-        dataloader: Batches that represent the knowledge to keep (`kpm`) or the task (`ipm`), as a
+        dataloader: Data that represent the knowledge to keep (`kpm`) or the task (`ipm`). Texts with
+            `tokenizer`: a list, an iterator or a `datasets.Dataset` of strings, of prompts with answers
+            (`prompt`, `completion`), of chats (`messages`) or of tokens. Or batches, as a
             `DataLoader` or collator yields them: mappings of tensors or arrays, padded, packed or
             neither. Tokens where `attention_mask` is 0 do not count. Labels are ignored, except that
             the decoder of an encoder-decoder model is run on them as in training, where -100 and
@@ -65,6 +70,9 @@ def calibrate(
             after each batch.
         dtype: Dtype in which sums are computed: `torch.float32` or, for twice the memory and time,
             `torch.float64`.
+        tokenizer: The model's tokenizer, where the data are texts.
+        max_length: Largest number of tokens per text; by default 512, or as many as the model takes. A
+            causal language model reads longer texts in several parts; for others they are truncated.
         progress: Whether to print the plan and show progress bars.
         verbose: Earlier name of `progress`.
 
@@ -92,12 +100,31 @@ def calibrate(
             checkpoint_dir=checkpoint_dir,
             checkpoint_seconds=checkpoint_seconds,
             dtype=dtype,
+            tokenizer=tokenizer,
+            max_length=max_length,
             progress=progress if verbose is None else verbose,
         )
         with run.held():
             factors = _run(run, config)
+        if run.processes.is_main:
+            _warn_if_few(factors)
     config.corda_factors = factors
     return factors
+
+
+def _warn_if_few(factors: CordaFactors) -> None:
+    """Warns where a covariance is of fewer tokens than it has dimensions."""
+    few = [(name, m) for name, m in factors.modules.items() if m.tokens < m.shape[1]]
+    if few:
+        name, module = max(few, key=lambda item: item[1].shape[1] / max(item[1].tokens, 1))
+        others = f" (and {len(few) - 1} other modules)" if len(few) > 1 else ""
+        warnings.warn(
+            f"The calibration data have {module.tokens:,} tokens, fewer than the {module.shape[1]:,} "
+            f"inputs of {name}{others}, so most of the directions rest on damping alone. Pass at "
+            f"least {10 * module.shape[1]:,} tokens.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _run(run: Calibration, config: CordaConfig) -> CordaFactors:

@@ -14,19 +14,19 @@ from torch import Tensor, nn
 from kprune_ext.common.placement import is_offloaded
 from kprune_ext.common.processes import Processes
 
-from ..base_model.batches import Batch, count_of
 from ..base_model.forward import Runner, evaluating, visiting
 from ..base_model.hidden_state_cache import HiddenStateCache, Span
 from ..base_model.input_groups import Group, InputSharing
-from ..base_model.masks import kept_rows
 from ..base_model.weights import full_bias
+from ..batches.batches import Batch, count_of
+from ..batches.masks import kept_rows
+from ..checkpoint.checkpoint import Snapshots
 from ..decomposition.covariance import (
     Covariance,
     CovarianceAccumulator,
     CrossAccumulator,
     CrossCovariance,
 )
-from .checkpoint import Snapshots
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from accelerate.utils import send_to_device
 
 from kprune_ext.common.processes import Processes
 
-from ..base_model.batches import Batch
 from ..base_model.forward import Runner
 from ..base_model.input_groups import Layout, discover
+from ..batches.batches import Batch
 
 
 def look_at(runner: Runner, batches: Iterable[Batch], processes: Processes) -> tuple[Batch, Layout]:

@@ -10,12 +10,12 @@ from torch import nn
 
 from kprune_ext.common.processes import Processes
 
-from ..base_model.batch_values import token_shape
-from ..base_model.batches import Batch, count_of, digest_of
 from ..base_model.block_chain import Chain, find_chain
 from ..base_model.forward import Runner
 from ..base_model.hidden_state_cache import HiddenStateCache, Span
 from ..base_model.input_groups import Group
+from ..batches.batch_values import token_shape
+from ..batches.batches import Batch, count_of, digest_of
 from .passes import passes_within, plan_passes
 
 # Smallest default limit, since saving memory is not worth it for smaller models.

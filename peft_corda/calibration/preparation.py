@@ -18,17 +18,18 @@ from kprune_ext.common.memory import bytes_of_limit
 from kprune_ext.common.placement import sharding_of
 from kprune_ext.common.processes import Processes
 
-from ..base_model.batches import Batch, count_of, digest_of
 from ..base_model.forward import Runner
 from ..base_model.input_groups import with_cross
 from ..base_model.targets import find_targets
+from ..batches.batches import Batch, count_of, digest_of
+from ..batches.from_data import calibration_batches
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.identity import full_digest_of, identity, leaders_of, settings_of
 from ..config import CordaConfig, rank_of
 from ..decomposition.directions import METHODS
 from ..factors import CordaFactors
-from .checkpoint import Checkpoint
 from .collect import PassOptions
 from .first_batches import look_at
-from .identity import full_digest_of, identity, leaders_of, settings_of
 from .plan import Plan, make_plan
 
 
@@ -101,6 +102,8 @@ def prepare(
     checkpoint_dir: str | os.PathLike[str] | None,
     checkpoint_seconds: float,
     dtype: torch.dtype,
+    tokenizer: Any,
+    max_length: int | None,
     progress: bool,
 ) -> Calibration:
     """Everything that a calibration starts from. The arguments and errors are those of `calibrate`."""
@@ -119,8 +122,7 @@ def prepare(
             settings_of(config, chosen, base, targets, dtype, limit, resumes, sharding)
         )
     with processes.error_barrier():
-        # An iterator yields its batches once, but several passes may need them.
-        batches = list(dataloader) if isinstance(dataloader, Iterator) else dataloader
+        batches = calibration_batches(base, dataloader, tokenizer, max_length)
     # Weights are gathered by the outermost module that was sharded.
     runner = Runner(model if processes.collective_forward else base, targets)
     first, layout = look_at(runner, batches, processes)

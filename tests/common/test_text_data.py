@@ -63,3 +63,17 @@ def test_windows_of_one_long_text_are_spread_over_it():
         for seed in (None, 1, 1)
     )
     assert torch.equal(other, again) and not torch.equal(first, other)
+
+
+def test_too_little_text() -> None:
+    tokenizer = make_tokenizer()
+    with pytest.warns(UserWarning, match="have 24 rows .* All are used"):
+        (batch,) = padded_batches([(t,) for t in SENTENCES], tokenizer, 30, 7, 30)
+    assert len(batch["input_ids"]) == 24
+    with pytest.warns(UserWarning, match="for 2 windows of 8 tokens, fewer than num_samples=5"):
+        (batch,) = packed_batches([(" ".join(SENTENCES[:4]),)], tokenizer, 5, 8, 5)
+    assert batch["input_ids"].shape == (2, 8)
+    with pytest.raises(ValueError, match="no row with text"):
+        padded_batches([], tokenizer, 1, 7, 1)
+    with pytest.raises(ValueError, match="too few for a window of 800"):
+        packed_batches([(SENTENCES[0],)], tokenizer, 5, 800, 5)

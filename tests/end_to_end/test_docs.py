@@ -29,7 +29,9 @@ from kprune_ext import KPruneReport
 from kprune_ext.architectures import ARCHITECTURES
 from peft_corda import CordaConfig
 from tests.helpers.corda import make_batches, make_model
+from tests.helpers.kprune import word_tokenizer
 from tests.helpers.kprune_decoders import decoder_batches, equal_texts, tiny_decoder
+from tests.helpers.kprune_models import tiny
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {
@@ -38,7 +40,7 @@ PAGES = {
 TRIED = {
     "tutorial-corda.md", "tutorial-kprune.md", "distributed.md", "howto/trl.md", "howto/qlora.md",
     "howto/resume.md", "howto/adapters.md", "howto/export.md", "howto/task.md", "howto/family.md",
-    "howto/decoders.md", "howto/loading.md",
+    "howto/decoders.md", "howto/data.md", "howto/how-small.md", "howto/loading.md",
 }  # fmt: skip
 LORA_OPTIONS = {"r": 8, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
@@ -240,6 +242,22 @@ def test_page_on_tasks(here):
     assert names["pruned"].kprune_report.flops <= 0.5 * names["pruned"].kprune_report.flops_before
     assert names["faster"](**make_batches()[0]).last_hidden_state.isfinite().all()
     assert (here / "latency.json").exists()
+
+
+def test_page_on_data(here):
+    tiny("bert").save_pretrained(here / "model")
+    word_tokenizer(here).save_pretrained(here / "model")
+    names = run_page("howto/data.md", {"folder": str(here / "model")})
+    report = names["pruned"].kprune_report
+    assert report.flops <= 0.5 * report.flops_before and report.samples == 300
+
+
+def test_page_on_how_small(here):
+    model, batches = make_model("bert"), make_batches()
+    validation = [(batch, model(**batch).logits.argmax(-1)) for batch in batches]
+    names = {"model": model, "dataloader": batches, "validation": validation, "torch": torch}
+    names = run_page("howto/how-small.md", names)
+    assert names["found"].trials[0].score == 1.0 and (here / "search.json").exists()
 
 
 def test_page_on_families():

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kprune_ext import KPruneConfig, kprune
 from kprune_ext.architectures.table import find_architecture
-from kprune_ext.calibration.layer_stack import LayerStack
+from kprune_ext.model_layers.layer_stack import LayerStack
 from kprune_ext.modeling.classes import kept_units
 from kprune_ext.units.sublayers import sublayers
 from tests.helpers.kprune_decoders import (

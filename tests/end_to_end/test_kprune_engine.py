@@ -10,12 +10,12 @@ import torch
 
 from kprune_ext import KPruneConfig, LatencyTable, kprune, measure_latency
 from kprune_ext.architectures.table import find_architecture
-from kprune_ext.calibration.layer_stack import LayerStack
 from kprune_ext.calibration.state_memory import StateMemory
 from kprune_ext.calibration.streams import start_streams
 from kprune_ext.knowledge.measure import measure_knowledge, teacher_logits
 from kprune_ext.knowledge.passes import in_parts
 from kprune_ext.knowledge.signal import Signal
+from kprune_ext.model_layers.layer_stack import LayerStack
 from kprune_ext.modeling.classes import model_task
 from kprune_ext.units.sublayers import sublayers
 from tests.helpers.kprune import data_of, padded, run, sequences, tiny_bert

@@ -9,7 +9,7 @@ from transformers import AutoConfig, DebertaV2ForSequenceClassification
 
 from kprune_ext import KPruneConfig, kprune
 from kprune_ext.architectures.table import ARCHITECTURES, find_architecture
-from kprune_ext.calibration.layer_stack import LayerStack
+from kprune_ext.model_layers.layer_stack import LayerStack
 from kprune_ext.modeling.classes import kept_units
 from kprune_ext.modeling.copying import record_kept, uneven_copy
 from kprune_ext.units.sublayers import sublayers

@@ -71,7 +71,7 @@ def test_calibration_data_without_an_unmasked_token() -> None:
         (torch.ones(2, 3).long(), TypeError, "is a Tensor, but must be a mapping"),
         ({"input_ids": [[1, 2]]}, TypeError, "'input_ids' in a calibration batch is a list"),
         ({"attention_mask": torch.ones(2, 3)}, ValueError, "needs 'input_ids'"),
-        ({"input_ids": torch.ones(3).long()}, ValueError, r"shape \(batch, tokens\)"),
+        ({"input_ids": torch.ones(1, 3, 2).long()}, ValueError, r"shape \(batch, tokens\)"),
         (
             {"input_ids": torch.ones(2, 3).long(), "attention_mask": torch.ones(2, 2)},
             ValueError,

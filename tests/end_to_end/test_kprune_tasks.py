@@ -11,7 +11,7 @@ from transformers import BertModel, MPNetModel, ViTModel
 
 from kprune_ext import KPruneConfig, kprune
 from kprune_ext.architectures.table import ARCHITECTURES, find_architecture
-from kprune_ext.calibration.layer_stack import LayerStack
+from kprune_ext.model_layers.layer_stack import LayerStack
 from kprune_ext.modeling.classes import MODEL_TASKS, PRUNED_CLASSES, model_task
 from tests.helpers.kprune_models import CASES, batches_for, outputs_of, tiny
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
 from kprune_ext import KPruneConfig, kprune
-from kprune_ext.calibration.sharing import shared_data
+from kprune_ext.samples.sharing import shared_data
 
 VOCABULARY = 60
 

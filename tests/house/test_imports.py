@@ -9,11 +9,12 @@ ROOT = Path(__file__).parents[2]
 # From the ground up. Modules that lie directly in a package are its wing "root".
 WINGS = {
     "kprune_ext": (
-        "common", "architectures", "units", "calibration", "knowledge", "budget", "tuning", "report",
-        "modeling", "root", "cli",
+        "common", "architectures", "units", "model_layers", "samples", "calibration", "knowledge",
+        "budget", "tuning", "report", "modeling", "preparation", "root", "cli",
     ),
     "peft_corda": (
-        "decomposition", "root", "base_model", "export", "analysis", "adapter", "calibration", "cli",
+        "decomposition", "root", "batches", "base_model", "export", "analysis", "adapter", "checkpoint",
+        "calibration", "cli",
     ),
 }  # fmt: skip
 FACES = {"__init__", "__main__"}  # these hold what the package shows, and may import anything

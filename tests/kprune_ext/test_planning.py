@@ -27,11 +27,11 @@ def test_a_plan_needs_no_weights() -> None:
 def test_parts_of_a_plan() -> None:
     model = wide()
     plan = plan_pruning(model, KPruneConfig(reduction=0.3, max_tokens=6400), length=32)
-    assert (
-        plan.weights
-        == plan.copy
-        == 4 * model.num_parameters() + sum(b.numel() * b.element_size() for b in model.buffers())
-    )
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    assert plan.weights == 4 * model.num_parameters() + buffers
+    layers = sum(p.numel() for p in model.model.layers.parameters())
+    assert plan.copy == pytest.approx(plan.weights - 0.3 * 4 * layers, abs=1)
+    assert plan.beyond_model == plan.states + max(plan.measuring, plan.copy + plan.tuning)
     assert plan.states == 2 * 4 * 96 * 6400 and plan.spilled == 0
     assert (plan.tokens, plan.scored_tokens) == (6400, 3200)
     assert plan.passes == pytest.approx(3 * 0.5 + 1 + 2 * 0.7)
@@ -41,6 +41,31 @@ def test_parts_of_a_plan() -> None:
     assert "temporary files" in str(spilling) and "temporary files" not in str(plan)
     half = plan_pruning(wide(dtype=torch.bfloat16), small, length=32)
     assert half.weights < 0.51 * plan.weights
+
+
+def test_knowledge_measured_again_comes_beside_what_is_pruned() -> None:
+    once, again = (
+        plan_pruning(wide(), KPruneConfig(reduction=0.3, schedule=schedule))
+        for schedule in ("once", "per_layer")
+    )
+    assert again.measuring == once.measuring + once.copy
+
+
+def test_several_devices() -> None:
+    model, config = wide(num_hidden_layers=2), KPruneConfig(reduction=0.3, max_tokens=6400)
+    places = {"model.embed_tokens": 0, "lm_head": 0, "model.layers.0": 0, "model": "cuda:1"}
+    one = plan_pruning(model, config, length=32, device="cuda")
+    plan = plan_pruning(model, config, length=32, device="cuda", device_map=places)
+    assert list(plan.devices) == ["cuda:0", "cuda:1"] and one.devices == {}
+    inside = 4 * sum(p.numel() for p in model.model.layers[1].parameters())
+    own = 4 * model.model.norm.weight.numel() + inside
+    growth = max(plan.measuring, round(own * plan.copy / plan.weights) + plan.tuning)
+    assert plan.devices["cuda:1"] == own + growth
+    assert plan.devices["cuda:0"] > plan.states + plan.weights - own
+    assert all(peak < one.peak for peak in plan.devices.values())
+    assert "on cuda:1" in str(plan) and "on cuda" not in str(one)
+    spilled = plan_pruning(model, config, length=32, device_map=places | {"model": "disk"})
+    assert spilled.devices["disk"] == own
 
 
 def test_depth_adds_the_copy_and_states_alone() -> None:

@@ -22,8 +22,8 @@ from transformers import (
 
 from kprune_ext import KPruneConfig, cli, kprune
 from kprune_ext.architectures.table import find_architecture, is_decoder
-from kprune_ext.calibration.samples import collect_samples
 from kprune_ext.common.text_data import LABEL_KEYS
+from kprune_ext.samples.samples import collect_samples
 from kprune_ext.tuning import least_squares
 from peft_corda.base_model.forward import Runner
 from tests.helpers.kprune import padded, sequences, tiny_bert

@@ -11,11 +11,11 @@ from kprune_ext import KPruneConfig, kprune
 from kprune_ext.architectures.table import find_architecture
 from kprune_ext.budget.flops import head_flops, neuron_flops
 from kprune_ext.budget.search import search_masks
-from kprune_ext.calibration.layer_stack import LayerStack
 from kprune_ext.calibration.state_memory import StateMemory
 from kprune_ext.calibration.streams import start_streams
 from kprune_ext.knowledge.measure import Knowledge, measure_knowledge
 from kprune_ext.knowledge.signal import Signal
+from kprune_ext.model_layers.layer_stack import LayerStack
 from kprune_ext.modeling.classes import model_task
 from kprune_ext.tuning.least_squares import NormalEquations, tune_projection
 from kprune_ext.units.sublayers import sublayers

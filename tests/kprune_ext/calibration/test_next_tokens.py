@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from kprune_ext.architectures.table import find_architecture
-from kprune_ext.calibration.choice import least_held_out
-from kprune_ext.calibration.layer_stack import LayerStack, plain_outputs
 from kprune_ext.calibration.next_tokens import counted_positions, logits_in_chunks, token_loss
-from kprune_ext.calibration.samples import collect_samples
-from kprune_ext.calibration.sharing import shared_data
+from kprune_ext.model_layers.layer_stack import LayerStack, plain_outputs
+from kprune_ext.samples.choice import least_held_out
+from kprune_ext.samples.samples import collect_samples
+from kprune_ext.samples.sharing import shared_data
 from kprune_ext.units.sublayers import sublayers
 from tests.helpers.kprune_decoders import DECODERS, decoder_batches, tiny_decoder
 

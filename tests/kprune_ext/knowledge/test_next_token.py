@@ -9,15 +9,15 @@ import torch
 from torch.nn.functional import log_softmax
 
 from kprune_ext.architectures.table import find_architecture
-from kprune_ext.calibration.layer_stack import LayerStack, plain_outputs
-from kprune_ext.calibration.sharing import shared_data
 from kprune_ext.calibration.state_memory import StateMemory
 from kprune_ext.calibration.streams import start_streams
 from kprune_ext.knowledge import next_token
 from kprune_ext.knowledge.measure import measure_knowledge
 from kprune_ext.knowledge.next_token import sampled_direction, uniform_draws
 from kprune_ext.knowledge.signal import Signal
+from kprune_ext.model_layers.layer_stack import LayerStack, plain_outputs
 from kprune_ext.modeling.classes import model_task
+from kprune_ext.samples.sharing import shared_data
 from kprune_ext.units.sublayers import sublayers
 from tests.helpers.kprune_decoders import decoder_batches, tiny_decoder
 

@@ -9,10 +9,10 @@ from kprune_ext import KPruneConfig
 from kprune_ext.architectures.table import find_architecture
 from kprune_ext.budget.costs import least_units
 from kprune_ext.budget.search import search_masks
-from kprune_ext.calibration.choice import largest_scored, sample_keys
-from kprune_ext.calibration.samples import collect_samples
 from kprune_ext.knowledge.measure import Knowledge
 from kprune_ext.knowledge.scores import unit_scores
+from kprune_ext.samples.choice import largest_scored, sample_keys
+from kprune_ext.samples.samples import collect_samples
 from kprune_ext.units.sublayers import sublayers
 from tests.helpers.kprune import padded, sequences, tiny_bert
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kprune_ext.architectures.table import find_architecture
-from kprune_ext.calibration.hooks import evaluating, stopping_before, watching
 from kprune_ext.knowledge.unit_masks import unit_masks
+from kprune_ext.model_layers.hooks import evaluating, stopping_before, watching
 from kprune_ext.units.sublayers import sublayers
 from tests.helpers.kprune import assert_same_state, padded, sequences, state_of, tiny_bert
 

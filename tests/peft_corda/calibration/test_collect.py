@@ -8,8 +8,8 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from peft_corda import calibrate
-from peft_corda.base_model.masks import kept_rows
 from peft_corda.base_model.targets import find_targets
+from peft_corda.batches.masks import kept_rows
 from peft_corda.decomposition.covariance import CovarianceAccumulator, damped
 from tests.helpers.corda import MODELS, covariances_of, make_batches, make_config, make_model
 

@@ -110,8 +110,8 @@ class TestCalibrationData:
             self.calibrate([batch])
 
     def test_not_a_mapping(self):
-        with pytest.raises(TypeError, match="batch 0 is a list; expected a mapping"):
-            self.calibrate([[1, 2, 3]])
+        with pytest.raises(TypeError, match="batch 0 is a int; expected a mapping"):
+            self.calibrate([3])
 
     def test_mask_of_another_shape(self):
         ids = torch.ones(2, 5, dtype=torch.long)

@@ -186,8 +186,6 @@ class TestReport:
         ({"data": "{folder}/llama/model.safetensors"}, "data file .* is of an unknown type"),
         ({"text_field": "question"}, "no field 'question'; its fields are text, title, n"),
         ({"text_field": "n"}, "field 'n' holds values of type int, not text"),
-        ({"num_samples": 30}, "data has 24 rows with text, fewer than num_samples=30"),
-        ({"num_samples": 30, "pack": None}, "enough for 22 windows of 8 tokens but not for"),
         ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
         ({"max_length": 99999}, "max_length=99999 is more than the 2048 positions"),
         ({"model": "{folder}/nothing"}, "nothing"),
@@ -208,6 +206,20 @@ def test_wrong_input_writes_nothing(folder, tmp_path, changes, message):
     with pytest.raises(SystemExit, match=f"peft-corda calibrate: error: (?s:.*){message}"):
         cli.main([*arguments, *flags])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "have 24 rows with text, fewer than num_samples=30. All are used"),
+        (["--pack"], "enough for 22 windows of 8 tokens, fewer than num_samples=30. All are used"),
+    ],
+)
+def test_fewer_rows_than_asked_for_are_all_used(folder, tmp_path, flags, message):
+    output = tmp_path / "factors.safetensors"
+    with pytest.warns(UserWarning, match=message):
+        cli.main([*options(folder, output, num_samples=30), *flags])
+    assert output.exists()
 
 
 def test_a_report_that_cannot_be_written_leaves_no_factors(folder, tmp_path, monkeypatch):

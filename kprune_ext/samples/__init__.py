@@ -1,0 +1,1 @@
+"""Calibration data: batches, the samples taken from them, and how processes share them."""

@@ -1,0 +1,1 @@
+"""Batches of a model: their values, masks, and what decoders are given."""
