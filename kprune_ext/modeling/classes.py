@@ -19,7 +19,7 @@ from ..architectures.row import Architecture
 from ..architectures.table import ARCHITECTURES, ROWS, find_architecture
 from ..architectures.tasks import TASKS, Task, find_task
 from ..units.kept import kept_units
-from ..units.per_layer import PrunedConfig
+from ..units.per_layer import RegisteredConfig
 from ..units.sublayers import sublayers
 from ..units.surgery import shrink
 from .checkpoints import Checkpoints, InMemory
@@ -100,7 +100,7 @@ def _pruned_config(architecture: Architecture) -> Any:
     dense = CONFIG_MAPPING[architecture.model_type]
     return _define(
         f"KPrune{dense.__name__}",
-        (PrunedConfig, dense),
+        (RegisteredConfig, dense),
         __doc__=f"{dense.__name__} with the field `kprune`, which lists the units that are kept.",
         model_type=architecture.pruned_type,
     )

@@ -28,6 +28,10 @@ class PrunedConfig:
         fields = {name: value for name, value in config_dict.items() if name != "per_layer_config"}
         return super().from_dict(fields, **kwargs)  # type: ignore[misc]
 
+
+class RegisteredConfig(PrunedConfig):
+    """Mixin of the config classes that this package registers with transformers."""
+
     @property
     def auto_map(self) -> dict[str, str]:
         """Classes in files beside the model, none by default. TRL reads it of every unknown class."""

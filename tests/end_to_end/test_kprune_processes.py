@@ -112,7 +112,7 @@ def test_the_code_belongs_to_the_self_contained_form_only(tmp_path) -> None:
     pruned.save_pretrained(tmp_path, self_contained=True)
     text = (tmp_path / MODELING_FILE).read_text()
     compile(text, MODELING_FILE, "exec")
-    assert len(text.splitlines()) < 260
+    assert len(text.splitlines()) < 270
     imports = [line for line in text.splitlines() if line.startswith(("import ", "from "))]
     assert all(
         line.split()[1].partition(".")[0] in {"torch", "transformers", *sys.stdlib_module_names}
