@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -216,6 +218,35 @@ def test_knowledge_decay_alone_goes_to_the_base_on_its_inputs():
         seen_values.append(forgetting(found, factors).value)
     assert seen_values == sorted(seen_values, reverse=True)
     assert seen_values[-1] < 0.2 * before
+
+
+def test_knowledge_decay_of_models_and_optimizers_that_are_wrapped():
+    """By accelerate, before or after, and by DistributedDataParallel: the same as unwrapped."""
+    found, factors = adapted(size=0.0)
+    expected = train(found, factors, 50.0, steps=4)
+    for wrap_first in (True, False):
+        model, _ = adapted(size=0.0)
+        optimizer = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad], lr=5e-3, weight_decay=0.0
+        )
+        group = torch.distributed
+        group.init_process_group("gloo", store=group.HashStore(), rank=0, world_size=1)
+        try:
+            if not wrap_first:
+                knowledge_decay(optimizer, model, factors, 50.0)
+            wrapped = nn.parallel.DistributedDataParallel(model)
+            Accelerator(cpu=True)
+            prepared = AcceleratedOptimizer(optimizer)
+            if wrap_first:
+                knowledge_decay(prepared, wrapped, factors, 50.0)
+            for number in range(4):
+                batch = BATCHES[number % 2]
+                wrapped(**batch, labels=batch["input_ids"].flip(1)).loss.backward()
+                prepared.step()
+                prepared.zero_grad()
+            assert forgetting(wrapped, factors).value == pytest.approx(expected, rel=1e-5)
+        finally:
+            group.destroy_process_group()
 
 
 @pytest.mark.parametrize("kind", KINDS_OF_ADAPTERS)
