@@ -22,7 +22,9 @@ from ..units.kept import kept_units
 from .loading import check_config, check_weights, refuse_pickle, stored_report, warn_of_values
 from .model_card import (
     CARD_NAME,
+    CardFacts,
     can_be_replaced,
+    card_facts,
     card_text,
     pruning_section,
     remote_card,
@@ -187,7 +189,7 @@ class Checkpoints(_Base):
         kwargs.pop("tags", None)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, self_contained=self_contained, **kwargs)
-            text = remote_card(repo_id, self._section(self_contained), token)
+            text = remote_card(repo_id, self._section(self_contained), token, self._facts())
             write_card(Path(folder, CARD_NAME), text)
             return hub.upload_folder(
                 repo_id=repo_id,
@@ -200,8 +202,14 @@ class Checkpoints(_Base):
 
     def _section(self, self_contained: bool) -> str:
         file = MODELING_FILE if self_contained else None
-        report = self.kprune_report or report_from_sizes(self.config, type(self), _CARD_LENGTH)
-        return pruning_section(report, self.kprune_auto.__name__, file)
+        return pruning_section(self._report_for_card(), self.kprune_auto.__name__, file)
+
+    def _facts(self) -> CardFacts:
+        name = str(getattr(self.config, "_name_or_path", None) or "")
+        return card_facts(name, self.kprune_auto.__name__, self._report_for_card())
+
+    def _report_for_card(self) -> KPruneReport:
+        return self.kprune_report or report_from_sizes(self.config, type(self), _CARD_LENGTH)
 
     def _write_extras(self, folder: Path, target: Path, self_contained: bool) -> None:
         if self_contained:
@@ -209,7 +217,7 @@ class Checkpoints(_Base):
             (folder / MODELING_FILE).write_text(text, encoding="utf-8")
         if self.kprune_report is not None and can_be_replaced(target / REPORT_FILE):
             self.kprune_report.save_json(folder / REPORT_FILE)
-        card = card_text(target, self._section(self_contained))
+        card = card_text(target, self._section(self_contained), self._facts())
         if card is not None:
             write_card(folder / CARD_NAME, card)
 
