@@ -122,25 +122,29 @@ def describe(folder: str | os.PathLike[str], facts: AdapterFacts) -> None:
 
 
 def shorten(path: str, facts: AdapterFacts) -> None:
-    """Replaces PEFT's template in a card by a title; a text that someone has edited is kept."""
+    """Completes the metadata that PEFT has just written, and replaces its template by a title.
+
+    A text that someone has edited is kept.
+    """
     with open(path, encoding="utf-8", newline="") as file:
         text = file.read()
     try:
         card = ModelCard(text)
     except (ValueError, YAMLError):
         return
-    added = _added_to_template(card.text)
-    if added is None:
-        return
     tags = card.data.get("tags") or []
     card.data["tags"] = sorted({*([tags] if isinstance(tags, str) else tags), "corda"})
     pipeline = _PIPELINES.get(facts.task or "")
     if pipeline is not None and not card.data.get("pipeline_tag"):
         card.data["pipeline_tag"] = pipeline
-    if not card.data.get("base_model") and "base_model" in card.data.to_dict():
-        card.data.pop("base_model")
-    body = "\n".join([_title(facts), "", *added]).rstrip() + "\n"
-    _write(path, f"---\n{card.data.to_yaml()}\n---\n\n{body}")
+    if not card.data.get("base_model"):
+        card.data.base_model = None
+    added = _added_to_template(card.text)
+    if added is not None:
+        card.text = "\n" + "\n".join([_title(facts), "", *added]).rstrip() + "\n"
+    after = str(card)
+    if after != text:
+        _write(path, after)
 
 
 def _added_to_template(text: str) -> list[str] | None:
