@@ -81,9 +81,7 @@ def test_page_on_pruning(here):
 
 def test_page_on_pefts_corda():
     given = {"model": make_model("llama"), "batches": make_batches()}
-    names = run_page(
-        "howto/from-peft-corda.md", {"model": make_model("llama"), "batches": make_batches()}
-    )
+    names = run_page("howto/from-peft-corda.md", given)
     ids = make_batches()[0]["input_ids"]
     with torch.no_grad():
         expected = make_model("llama")(input_ids=ids).logits
@@ -92,9 +90,7 @@ def test_page_on_pefts_corda():
 
 def test_page_on_pruning_and_adapting(here):
     given = {"model": make_model("bert"), "batches": make_batches()}
-    names = run_page(
-        "howto/prune-then-adapt.md", {"model": make_model("bert"), "batches": make_batches()}
-    )
+    names = run_page("howto/prune-then-adapt.md", given)
     batch = make_batches()[0]
     with torch.no_grad():
         expected = names["adapted"].cpu().eval()(**batch).logits
