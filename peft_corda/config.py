@@ -253,6 +253,7 @@ class CordaConfig(LoraConfig):
             method=self.corda_method,
             ranks=frozenset({self.r, *(self.rank_pattern or {}).values()}),
             base_model=self.base_model_name_or_path or None,
+            task=getattr(self.task_type, "value", self.task_type),
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from kprune_ext.common.presentation import COLOURS, empty_figure
 _GREY = "0.35"
 #: Settings for matplotlib, so that a picture is the same whenever it is drawn.
 _STYLE: Mapping[str, Any] = {
+    "axes.axisbelow": True,
     "axes.edgecolor": _GREY,
     "axes.grid": True,
     "axes.spines.right": False,
@@ -141,7 +142,7 @@ def draw_cloud(
     look: Look,
     line: bool = True,
 ) -> End | None:
-    """The same where both coordinates are values of several seeds, with error bars in both directions."""
+    """The same where both coordinates are values of several seeds, each with its error bars."""
     if not points:
         return None
     xs = [statistics.mean(values) for values, _ in points]
@@ -199,7 +200,7 @@ def draw_bars(panel: Any, rows: Sequence[tuple[str, Sequence[float], Look]], for
     panel.barh(
         places,
         means,
-        xerr=[_error(values) for _, values, _ in rows],
+        xerr=[_error(values) for _, values, _ in rows] if any(map(_several, rows)) else None,
         color=[look.colour for _, _, look in rows],
         height=0.66,
         capsize=2.5,
@@ -211,7 +212,7 @@ def draw_bars(panel: Any, rows: Sequence[tuple[str, Sequence[float], Look]], for
     for place, mean, (_, values, _) in zip(places, means, rows, strict=True):
         panel.annotate(
             form.format(mean),
-            (mean + _error(values), place),
+            (max(mean, 0.0) + _error(values), place),
             xytext=(4, 0),
             textcoords="offset points",
             va="center",
@@ -243,6 +244,10 @@ def save(figure: Any, path: Path, source: str = "") -> None:
     about = {"Date": None, "Description": source} if path.suffix == ".svg" else {}
     with rc_context(dict(_STYLE)):
         figure.savefig(path, dpi=120, metadata=about)
+
+
+def _several(row: tuple[str, Sequence[float], Look]) -> bool:
+    return len(row[1]) > 1
 
 
 def _error(values: Sequence[float]) -> float:

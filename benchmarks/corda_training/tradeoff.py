@@ -174,9 +174,7 @@ def plot(report: dict, path: Path, source: str = "") -> None:
     save(figure, path, source)
 
 
-def draw_forgetting(
-    panel: Any, report: dict, what: str, methods: Sequence[str] = DRAWN
-) -> None:
+def draw_forgetting(panel: Any, report: dict, what: str, methods: Sequence[str] = DRAWN) -> None:
     """Draw one kind of knowledge: what each method has forgotten, by what it has learned."""
     runs = by_method(report["runs"])
     ends = []

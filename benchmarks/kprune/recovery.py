@@ -213,7 +213,9 @@ def plot(report: dict[str, Any], path: Path, source: str = "") -> None:
     labels = ("FLOPs of the encoder removed, %", "times as fast, batches of 32 × 64 tokens")
     for panel, label, found in zip(panels, labels, ends, strict=True):
         panel.axhline(dense, color="grey", linewidth=0.8)
-        panel.annotate("dense model", (0.02, dense), xycoords=("axes fraction", "data"), va="bottom")
+        panel.annotate(
+            "dense model", (0.02, dense), xycoords=("axes fraction", "data"), va="bottom"
+        )
         panel.set(xlabel=label, ylabel=f"{metric}, test set")
         label_ends(panel, found)
     save(figure, path, source)

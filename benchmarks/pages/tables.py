@@ -1,14 +1,15 @@
 """Tables of the committed results, cut down and with the names that readers know.
 
-A page asks for a table with a comment, and `python -m benchmarks.pages.write` fills in the lines after it:
+A page asks for a table with a comment, and `python -m benchmarks.pages.write` fills it in:
 
-    <!-- table kprune_accuracy 0: task, method, result; where task=sst2|mrpc -->
+    <!-- table kprune_accuracy 0: task | method | result; where task=sst2|mrpc -->
     <!-- end -->
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..common.figures import DATA_NAMES, LOOKS
@@ -19,6 +20,12 @@ _REQUEST = re.compile(
     r"(?P<old>.*?)(?P<end><!-- end -->)",
     flags=re.DOTALL,
 )
+
+
+#: What names mean that only one study has, or that mean something else there.
+_OWN_NAMES: Mapping[str, Mapping[str, str]] = {
+    "corda_init": {"ours": "peft_corda", "ours-least": "peft_corda, smallest `max_memory`"},
+}
 
 
 def fill(text: str, results: Path) -> str:
@@ -38,8 +45,9 @@ def fill(text: str, results: Path) -> str:
         number = int(found["number"])
         if number >= len(tables):
             raise ValueError(f"{found['name']}.md has {len(tables)} tables, not {number + 1}.")
-        columns = [part.strip() for part in found["columns"].split(",")]
-        made = cut(tables[number], columns, _conditions(found["where"] or ""))
+        columns = [part.strip() for part in found["columns"].split(" | ")]
+        names = _OWN_NAMES.get(found["name"], {})
+        made = cut(tables[number], columns, _conditions(found["where"] or ""), names)
         return f"{found[1]}\n{made}\n{found['end']}"
 
     return _REQUEST.sub(filled, text)
@@ -55,7 +63,12 @@ def tables_of(page: str) -> list[list[list[str]]]:
     return [[rows[0], *rows[2:]] for rows in split]
 
 
-def cut(rows: list[list[str]], columns: list[str], where: dict[str, list[str]]) -> str:
+def cut(
+    rows: list[list[str]],
+    columns: list[str],
+    where: Mapping[str, list[str]],
+    names: Mapping[str, str],
+) -> str:
     """Some columns of the rows that have the wanted values, as Markdown."""
     head = rows[0]
     missing = [name for name in (*columns, *where) if name not in head]
@@ -67,10 +80,12 @@ def cut(rows: list[list[str]], columns: list[str], where: dict[str, list[str]]) 
         if all(row[head.index(name)] in values for name, values in where.items())
     ]
     places = [head.index(name) for name in columns]
-    return table(columns, [[_named(row[place]) for place in places] for row in wanted])
+    return table(columns, [[_named(row[place], names) for place in places] for row in wanted])
 
 
-def _named(cell: str) -> str:
+def _named(cell: str, names: Mapping[str, str]) -> str:
+    if cell in names:
+        return names[cell]
     method, *options = cell.split(" ") if cell.split(" ")[0] in LOOKS else [cell]
     name = LOOKS[method].name if method in LOOKS else DATA_NAMES.get(method, method)
     return f"{name}, `{' '.join(options)}`" if options else name

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import html
+import json
 import os
 import re
 from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 from .files import replacing
 
 CARD_NAME = "README.md"
+DISTRIBUTION = "peft-corda"
 #: Colours that colour-blind people tell apart, by Okabe and Ito (https://jfly.uni-koeln.de/color/).
 COLOURS = {
     "black": "#000000",
@@ -68,6 +71,31 @@ def html_table(header: Sequence[str], rows: Iterable[Sequence[str]], below: str 
     body = "".join(line(row, "td") for row in rows)
     text = f"<pre>{html.escape(below)}</pre>" if below else ""
     return f"<table><thead>{line(header, 'th')}</thead><tbody>{body}</tbody></table>{text}"
+
+
+def how_to_install() -> str:
+    """Returns Markdown that says how to install this distribution, which is not on a package index."""
+    url = repository_url()
+    if url is not None:
+        return f"```bash\npip install git+{url}\n```"
+    return f"```bash\npip install .  # in a clone of the repository of {DISTRIBUTION}\n```"
+
+
+def repository_url() -> str | None:
+    """Returns the repository's address, from the package's metadata or from where pip installed it.
+
+    None if neither names one. An address that may hold a password is never returned.
+    """
+    try:
+        installed = distribution(DISTRIBUTION)
+    except PackageNotFoundError:
+        return None
+    entries = installed.metadata.get_all("Project-URL") or []
+    named = {name.strip(): url.strip() for name, _, url in (e.partition(",") for e in entries)}
+    given = json.loads(installed.read_text("direct_url.json") or "{}")
+    found = named.get("Repository") or (given.get("url") if "vcs_info" in given else None)
+    plain = isinstance(found, str) and re.fullmatch(r"https://[^\s@]+", found)
+    return found if plain else None
 
 
 def empty_figure(width: float, height: float) -> Any:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from ..architectures.row import Architecture
 from ..report.from_sizes import report_from_sizes
+from ..report.report import KPruneReport
 from ..units.per_layer import per_layer_settings
 from .loading import (
     check_config,
@@ -86,8 +87,10 @@ class Checkpoints(Saved):
 
     def _section(self, self_contained: bool) -> str:
         file = MODELING_FILE if self_contained else None
-        report = self.kprune_report or report_from_sizes(self.config, type(self), _CARD_LENGTH)
-        return pruning_section(report, self.kprune_auto.__name__, file)
+        return pruning_section(self._report_for_card(), self.kprune_auto.__name__, file)
+
+    def _report_for_card(self) -> KPruneReport:
+        return self.kprune_report or report_from_sizes(self.config, type(self), _CARD_LENGTH)
 
     def _auto_map(self, self_contained: bool) -> dict[str, str] | None:
         return auto_map(type(self.config), self.kprune_family) if self_contained else None

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from yaml import YAMLError
 
-from ..common.presentation import CARD_NAME, with_section
+from ..common.presentation import CARD_NAME, how_to_install, with_section
 from ..report.report import REPORT_FILE, KPruneReport
 
 logger = logging.getLogger(__name__)
 _OWNER = "kprune_ext"
+#: The hub's names for what the models of an Auto class do.
+_PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModel": "feature-extraction",
+}
 # Bytes of a card that are no UTF-8 are read and written as they are.
 _KEEP = "surrogateescape"
 _TEXT = """\
@@ -24,10 +36,16 @@ _TEXT = """\
 
 {table}
 
+{figures}
+
 {loading}
 """
 _PLUGIN = """\
-transformers needs a plugin to load it. Run `pip install peft-corda`, then
+transformers needs a plugin to load it:
+
+{install}
+
+Then
 
 ```python
 import kprune_ext  # before the model is loaded
@@ -62,21 +80,69 @@ def pruning_section(
         modeling_file: Name of the modelling file beside the weights, or None.
         plain: Whether transformers alone loads the model.
     """
-    loading = (_PLAIN if plain else _PLUGIN).format(auto=auto, report=REPORT_FILE)
+    loading = (_PLAIN if plain else _PLUGIN).format(
+        auto=auto, report=REPORT_FILE, install=how_to_install()
+    )
     if modeling_file is not None:
         loading += "\n" + _SELF_CONTAINED.format(file=modeling_file)
     names = {"heads": "Attention heads", "key-value groups": "Key-value groups of attention"}
     units = names[report.attention_units]
-    return _TEXT.format(units=units, table=report.markdown(), loading=loading)
+    return _TEXT.format(
+        units=units, table=report.markdown(), figures=_figures(report), loading=loading
+    )
 
 
-def card_text(folder: str | os.PathLike[str], section: str) -> str | None:
+def _figures(report: KPruneReport) -> str:
+    lines = [
+        f"- FLOPs of the layers: {report.flops / report.flops_before:.1%} of the original.",
+        f"- Parameters: {report.parameters:,} of {report.parameters_before:,}.",
+    ]
+    if report.perplexity is not None and report.perplexity_before is not None:
+        lines.append(
+            f"- Perplexity on {report.held_out_tokens:,} held-out tokens: {report.perplexity:.2f}, "
+            f"before {report.perplexity_before:.2f}."
+        )
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """Facts for the metadata of a new card.
+
+    Attributes:
+        base_model: Hub id of the model that was pruned, if it is one.
+        pipeline: The hub's name for what the model does, if it has one.
+        metrics: Names of the measured metrics.
+    """
+
+    base_model: str | None = None
+    pipeline: str | None = None
+    metrics: tuple[str, ...] = ()
+
+
+def card_facts(name: str, auto: str, report: KPruneReport) -> CardFacts:
+    """Returns the facts about a pruned model.
+
+    Args:
+        name: Name or path that the original was loaded by. Paths are left out, as they are of no use
+            to others.
+        auto: Name of transformers' Auto class that loads the model.
+        report: Report of the pruning.
+    """
+    is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not os.path.exists(name)
+    metrics = () if report.perplexity is None else ("perplexity",)
+    return CardFacts(name if is_id else None, _PIPELINES.get(auto), metrics)
+
+
+def card_text(
+    folder: str | os.PathLike[str], section: str, facts: CardFacts | None = None
+) -> str | None:
     """Returns the folder's card, or a new one, with the section; None if it cannot be replaced."""
     path = Path(folder, CARD_NAME)
     if not can_be_replaced(path):
         return None
     if not path.is_file():
-        return new_card(section)
+        return new_card(section, facts)
     try:
         return with_section(_text_of(path), section, _OWNER)
     except OSError as error:
@@ -110,20 +176,29 @@ def _text_of(path: Path) -> str:
     return text
 
 
-def new_card(section: str) -> str:
+def new_card(section: str, facts: CardFacts | None = None) -> str:
     """Returns a card with only the section."""
-    data = ModelCardData(library_name="transformers", tags=["kprune"])
+    facts = facts or CardFacts()
+    data = ModelCardData(
+        base_model=facts.base_model,
+        library_name="transformers",
+        pipeline_tag=facts.pipeline,
+        tags=["kprune", "pruning"],
+        metrics=list(facts.metrics) or None,
+    )
     return with_section(f"---\n{data.to_yaml()}\n---\n\n# Pruned model", section, _OWNER)
 
 
-def remote_card(repo_id: str, section: str, token: str | bool | None) -> str:
+def remote_card(
+    repo_id: str, section: str, token: str | bool | None, facts: CardFacts | None = None
+) -> str:
     """Returns the card of a repository on the hub, or a new one, with the section."""
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
         text = str(ModelCard.load(repo_id, token=token))  # type: ignore[arg-type]
     except EntryNotFoundError:
-        return new_card(section)
+        return new_card(section, facts)
     except (ValueError, YAMLError) as error:
         logger.warning(
             "The card of %s is damaged (%s). Its text is kept as it is, and the section on pruning is "

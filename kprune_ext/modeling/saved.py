@@ -14,7 +14,15 @@ from huggingface_hub import HfApi
 from transformers import PreTrainedModel
 
 from ..report.report import REPORT_FILE, KPruneReport
-from .model_card import CARD_NAME, can_be_replaced, card_text, remote_card, write_card
+from .model_card import (
+    CARD_NAME,
+    CardFacts,
+    can_be_replaced,
+    card_facts,
+    card_text,
+    remote_card,
+    write_card,
+)
 from .replacing_files import replacing_files
 from .self_contained import MODELING_FILE
 
@@ -133,7 +141,8 @@ class Saved(_Base):
             self.save_pretrained(folder, self_contained=self_contained, **kwargs)
             section = self._section(self_contained)
             if section is not None:
-                write_card(Path(folder, CARD_NAME), remote_card(repo_id, section, token))
+                text = remote_card(repo_id, section, token, self._facts())
+                write_card(Path(folder, CARD_NAME), text)
             return hub.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
@@ -147,6 +156,15 @@ class Saved(_Base):
         """Returns the section of the model card, or None if nothing is known about the pruning."""
         raise NotImplementedError
 
+    def _report_for_card(self) -> KPruneReport | None:
+        """Returns the report that the model card is about."""
+        return self.kprune_report
+
+    def _facts(self) -> CardFacts | None:
+        report = self._report_for_card()
+        name = str(getattr(self.config, "_name_or_path", None) or "")
+        return None if report is None else card_facts(name, self.kprune_auto.__name__, report)
+
     def _auto_map(self, self_contained: bool) -> dict[str, str] | None:
         """Returns the field `auto_map` of the saved config."""
         return None
@@ -159,7 +177,7 @@ class Saved(_Base):
         if self.kprune_report is not None and can_be_replaced(target / REPORT_FILE):
             self.kprune_report.save_json(folder / REPORT_FILE)
         section = self._section(self_contained)
-        card = None if section is None else card_text(target, section)
+        card = None if section is None else card_text(target, section, self._facts())
         if card is not None:
             write_card(folder / CARD_NAME, card)
 

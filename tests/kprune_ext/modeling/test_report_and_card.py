@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from kprune_ext import KPruneConfig, kprune, load_report
-from kprune_ext.modeling import saved
+from kprune_ext.modeling import model_card, saved
 from tests.helpers.kprune import padded, sequences, tiny_bert
 from tests.helpers.kprune_checkpoints import contents, load
 
@@ -77,7 +78,12 @@ def test_the_card_has_the_table_and_keeps_the_rest(pruned, tmp_path) -> None:
     pruned.save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data["library_name"] == "transformers" and "kprune" in card.data["tags"]
-    row = pruned.kprune_report.sublayers[0]
+    assert card.data["pipeline_tag"] == "text-classification"
+    assert card.data.get("base_model") is None and "metrics" not in card.data.to_dict()
+    report = pruned.kprune_report
+    assert f"- Parameters: {report.parameters:,} of {report.parameters_before:,}." in card.text
+    assert "pip install peft-corda" not in card.text
+    row = report.sublayers[0]
     assert f"| 0 | {row.units} / {row.units_before} |" in card.text
     assert "import kprune_ext" in card.text and "trust_remote_code" not in card.text
     assert "AutoModelForSequenceClassification.from_pretrained" in card.text
@@ -87,6 +93,20 @@ def test_the_card_has_the_table_and_keeps_the_rest(pruned, tmp_path) -> None:
     after = (tmp_path / "README.md").read_bytes().decode()
     assert "# Mine\r\nText\r\n" in after and after.count("kprune_ext: start") == 1
     assert "trust_remote_code" in after
+
+
+def test_the_card_names_the_original_and_what_was_measured(pruned, tmp_path) -> None:
+    held_out = {"perplexity": 12.5, "perplexity_before": 10.25, "held_out_tokens": 2000}
+    report = dataclasses.replace(pruned.kprune_report, **held_out)
+    auto = "AutoModelForCausalLM"
+    facts = model_card.card_facts("org/name", auto, report)
+    assert facts == model_card.CardFacts("org/name", "text-generation", ("perplexity",))
+    text = model_card.new_card(model_card.pruning_section(report, auto, None), facts)
+    data = ModelCard(text).data
+    assert (data["base_model"], data["metrics"]) == ("org/name", ["perplexity"])
+    assert "Perplexity on 2,000 held-out tokens: 12.50, before 10.25." in text
+    for local in (str(tmp_path), "/home/me/model", ""):
+        assert model_card.card_facts(local, auto, report).base_model is None
 
 
 def test_push_to_hub(pruned, tmp_path, monkeypatch) -> None:
