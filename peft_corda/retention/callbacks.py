@@ -68,7 +68,7 @@ class KnowledgeDecayCallback(TrainerCallback):
     def __init__(
         self,
         factors: CordaFactors | str,
-        strength: float = 0.1,
+        strength: float = 10.0,
         adapter_name: str | None = None,
     ) -> None:
         self.factors, self.strength, self.adapter_name = factors, strength, adapter_name

@@ -21,16 +21,16 @@ def knowledge_decay(
     optimizer: Optimizer,
     model: nn.Module,
     factors: CordaFactors | str,
-    strength: float = 0.1,
+    strength: float = 10.0,
     adapter_name: str | None = None,
 ) -> RemovableHandle:
     """Let each step of an optimizer also lower what an adapter makes the model forget.
 
     After the optimizer's own step, each layer's factors take a step against the gradient of
     `F² = tr(ΔW C ΔWᵀ) / tr C`, a share `lr · strength` of the way to the minimum along it. It is
-    decoupled from the loss and from the optimizer's moments, as AdamW's weight decay is, which takes
-    the same share of `½ ‖θ‖²`: numbers that are usual for weight decay are usual here. Unlike it,
-    it leaves alone what is not noticed on the calibration data.
+    decoupled from the loss and from the optimizer's moments, as AdamW's weight decay is, which is the
+    same step for `½ ‖θ‖²`. Unlike it, it leaves alone what is not noticed on the calibration data. As
+    it acts along one direction of each layer at a time, it wants a larger number.
 
     Under accelerate and `DistributedDataParallel`, call it on all processes, with the optimizer before
     or after `prepare`. With `Trainer`, pass a `KnowledgeDecayCallback` instead.
