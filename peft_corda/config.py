@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
-import sys
 import warnings
 import weakref
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from numbers import Integral, Real
 from typing import Any
 
 from peft import LoraConfig, PeftType
 from peft.utils.other import get_pattern_key
 
+from .config_checks import check_choice, check_patterns, is_finite, is_rank
 from .decomposition.directions import ALL_METHODS, WEIGHTINGS
 from .decomposition.sketch import ROWS
 from .factors import CordaFactors
@@ -166,40 +163,40 @@ class CordaConfig(LoraConfig):
             ValueError: If an option is unknown, out of range, or not supported by CORDA adapters.
         """
         if self.corda_method is not None:
-            _check_choice("corda_method", self.corda_method, ALL_METHODS)
+            check_choice("corda_method", self.corda_method, ALL_METHODS)
         if self.corda_format not in range(1, ADAPTER_FORMAT + 1):
             raise ValueError(
                 f"The adapter has format {self.corda_format!r}, but this version of peft-corda reads "
                 f"formats 1 to {ADAPTER_FORMAT}: a later version saved it. Update peft-corda."
             )
         self.corda_format = ADAPTER_FORMAT  # of what will be saved
-        _check_choice("corda_scaling", self.corda_scaling, SCALINGS)
-        _check_choice("corda_weighting", self.corda_weighting, WEIGHTINGS)
-        if not (_is_finite(self.corda_damping) and self.corda_damping >= 0):
+        check_choice("corda_scaling", self.corda_scaling, SCALINGS)
+        check_choice("corda_weighting", self.corda_weighting, WEIGHTINGS)
+        if not (is_finite(self.corda_damping) and self.corda_damping >= 0):
             raise ValueError(
                 f"`corda_damping` must be a number of at least 0, got {self.corda_damping!r}. "
                 "The default is 0.01."
             )
-        if not (_is_finite(self.corda_beta) and 0 <= self.corda_beta <= 1):
+        if not (is_finite(self.corda_beta) and 0 <= self.corda_beta <= 1):
             raise ValueError(
                 f"`corda_beta` must be a number between 0 and 1, got {self.corda_beta!r}."
             )
-        if self.corda_sketch != 0 and not (_is_rank(self.corda_sketch) and self.corda_sketch > 1):
+        if self.corda_sketch != 0 and not (is_rank(self.corda_sketch) and self.corda_sketch > 1):
             raise ValueError(
                 f"`corda_sketch` must be 0 or a whole number of at least 2, got {self.corda_sketch!r}. "
                 f"The default is {ROWS}."
             )
-        if not _is_rank(self.r):
+        if not is_rank(self.r):
             raise ValueError(f"`r` must be a whole number of at least 1, got {self.r!r}.")
         self._check_alphas()
-        _check_patterns("rank_pattern", self.rank_pattern)
-        _check_patterns("alpha_pattern", self.alpha_pattern)
+        check_patterns("rank_pattern", self.rank_pattern)
+        check_patterns("alpha_pattern", self.alpha_pattern)
         self._check_unsupported()
 
     def _check_alphas(self) -> None:
         alphas = {f"`alpha_pattern` of {key!r}": v for key, v in (self.alpha_pattern or {}).items()}
         for name, alpha in {"`lora_alpha`": self.lora_alpha, **alphas}.items():
-            if not (_is_finite(alpha) and alpha > 0):
+            if not (is_finite(alpha) and alpha > 0):
                 raise ValueError(
                     f"{name} must be greater than 0 and finite, got {alpha!r}, because the start of a "
                     "CORDA adapter is divided by it. Use lora_alpha=r for the paper's setting."
@@ -276,34 +273,6 @@ class CordaConfig(LoraConfig):
         super().save_pretrained(save_directory, **kwargs)
         describe(save_directory, self.card_facts())
         _last_saved[:] = [(weakref.ref(self), os.path.basename(save_directory))]
-
-
-def _check_choice(name: str, given: Any, choices: tuple[str, ...]) -> None:
-    if given not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {given!r}.")
-
-
-def _is_finite(given: Any) -> bool:
-    return isinstance(given, Real) and abs(float(given)) <= sys.float_info.max
-
-
-def _is_rank(given: Any) -> bool:
-    return isinstance(given, Integral) and not isinstance(given, bool) and int(given) >= 1
-
-
-def _check_patterns(name: str, given: Mapping[str, Any] | None) -> None:
-    for pattern, value in (given or {}).items():
-        if name == "rank_pattern" and not _is_rank(value):
-            raise ValueError(
-                f"`rank_pattern` must map to whole numbers of at least 1, got {value!r} for {pattern!r}."
-            )
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(
-                f"`{name}` has the key {pattern!r}, which is not a valid regular expression: {error}. "
-                "Use names of modules, or expressions that match them."
-            ) from error
 
 
 def rank_of(config: CordaConfig, name: str) -> int:
