@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .budget.latency import LatencyTable
 from .budget.latency_measurement import measure_latency
+from .budget_search import kprune_to
 from .common.version import installed_version
 from .modeling.classes import register as _register
 from .modeling.saved_report import load_report
@@ -14,6 +15,7 @@ from .preparation.config import KPruneConfig
 from .pruning import kprune
 from .report.report import KPruneReport
 from .report.rows import SubLayerReport
+from .trials import KPruneSearch
 
 if TYPE_CHECKING:
     from .callback import KPruneCallback
@@ -24,10 +26,12 @@ __all__ = [
     "KPruneCallback",
     "KPruneConfig",
     "KPruneReport",
+    "KPruneSearch",
     "LatencyTable",
     "SubLayerReport",
     "__version__",
     "kprune",
+    "kprune_to",
     "load_report",
     "measure_latency",
 ]

@@ -40,7 +40,7 @@ PAGES = {
 TRIED = {
     "tutorial-corda.md", "tutorial-kprune.md", "distributed.md", "howto/trl.md", "howto/qlora.md",
     "howto/resume.md", "howto/adapters.md", "howto/export.md", "howto/task.md", "howto/family.md",
-    "howto/decoders.md", "howto/data.md",
+    "howto/decoders.md", "howto/data.md", "howto/how-small.md",
     # in test_docs_howto.py:
     "index.md", "howto/corda.md", "howto/kprune.md", "howto/from-peft-corda.md", "howto/onnx.md",
     "howto/prune-then-adapt.md", "howto/sentence-transformers.md",
@@ -258,6 +258,14 @@ def test_page_on_data(here):
     names = run_page("howto/data.md", {"folder": str(here / "model")})
     report = names["pruned"].kprune_report
     assert report.flops <= 0.5 * report.flops_before and report.samples == 300
+
+
+def test_page_on_how_small(here):
+    model, batches = make_model("bert"), make_batches()
+    validation = [(batch, model(**batch).logits.argmax(-1)) for batch in batches]
+    names = {"model": model, "dataloader": batches, "validation": validation, "torch": torch}
+    names = run_page("howto/how-small.md", names)
+    assert names["found"].trials[0].score == 1.0 and (here / "search.json").exists()
 
 
 def test_page_on_families():

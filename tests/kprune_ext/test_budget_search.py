@@ -1,0 +1,120 @@
+"""`kprune_to`: bisection over budgets by a score."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from kprune_ext import KPruneConfig, kprune, kprune_to
+from tests.helpers.kprune import padded, sequences, tiny_bert
+
+DATA = padded(sequences())
+COSTS = {reduction: 1 - reduction for reduction in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)}
+
+
+def left(model) -> float:
+    """A score that falls with every unit: the fraction of FLOPs that is left."""
+    report = getattr(model, "kprune_report", None)
+    return 1.0 if report is None else report.cost / report.cost_before
+
+
+def search(evaluate=left, model=None, data=DATA, **options):
+    options = {"reductions": [*COSTS], "progress": False} | options
+    return kprune_to(model or tiny_bert(), data, evaluate, **options)
+
+
+@pytest.mark.parametrize("keep", [0.99, 0.75, 0.55, 0.42, 0.15])
+def test_the_result_is_that_of_a_full_sweep(keep) -> None:
+    found = search(keep=keep)
+    scores = {r: left(kprune(tiny_bert(), DATA, reduction=r, progress=False)) for r in COSTS}
+    good = [reduction for reduction, score in scores.items() if score >= keep]
+    assert found.reduction == max(good, default=0.0)
+    assert len(found.trials) <= 1 + 3  # of seven
+    if good:
+        expected = kprune(tiny_bert(), DATA, reduction=found.reduction, progress=False)
+        for name, value in expected.state_dict().items():
+            assert torch.equal(found.model.state_dict()[name], value)
+    else:
+        assert found.model is None
+    assert found.trials[0].reduction == 0 and found.trials[0].cost == 1.0
+    assert all(
+        t.score == pytest.approx(t.cost) == pytest.approx(scores[t.reduction])
+        for t in found.trials[1:]
+    )
+
+
+def test_losses_and_tolerances() -> None:
+    one = search(lambda model: 2 - left(model), greater_is_better=False, tolerance=0.45)
+    other = search(keep=0.55)
+    assert (one.reduction, one.limit) == (other.reduction, 1.45)
+    ratio = search(lambda model: 2 - left(model), greater_is_better=False, keep=1 / 1.45)
+    assert ratio.reduction == one.reduction
+
+
+def test_an_iterator_and_other_options_serve_every_try() -> None:
+    config = KPruneConfig(schedule="once", reduction=0.9)
+    found = search(data=iter(DATA), config=config, keep=0.55)
+    again = search(data=DATA, config=config, keep=0.55)
+    assert found.reduction == again.reduction
+    assert [t.score for t in found.trials] == [t.score for t in again.trials]
+
+
+def test_an_interrupted_search_goes_on(tmp_path) -> None:
+    file, calls = tmp_path / "search.json", []
+
+    def failing(model) -> float:
+        calls.append(left(model))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return calls[-1]
+
+    with pytest.raises(KeyboardInterrupt):
+        search(failing, keep=0.45, state_file=file)
+    assert len(json.loads(file.read_text())["trials"]) == 2
+    whole = search(keep=0.45)
+    calls.clear()
+    found = search(lambda model: calls.append(1) or left(model), keep=0.45, state_file=file)
+    assert len(calls) == len(whole.trials) - 2
+    assert (found.reduction, found.limit) == (whole.reduction, whole.limit)
+    # Nothing is left to be scored, and the chosen model is pruned again.
+    calls.clear()
+    again = search(lambda model: calls.append(1) or left(model), keep=0.45, state_file=file)
+    assert not calls and again.reduction == found.reduction
+    for name, value in found.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value)
+    with pytest.raises(ValueError, match="a search with other weights"):
+        search(model=tiny_bert(seed=1), state_file=file)
+    with pytest.raises(ValueError, match="a search with other options"):
+        search(config=KPruneConfig(mu=7.0), state_file=file)
+    file.write_text("{}")
+    with pytest.raises(ValueError, match="is not a file of a search"):
+        search(state_file=file)
+
+
+def test_a_search_as_text_and_values() -> None:
+    found = search(keep=0.55)
+    assert "score wanted: at least 0.55" in str(found) and str(found).count("<- chosen") == 1
+    assert json.loads(json.dumps(found.to_dict()))["trials"][0]["reduction"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"evaluate": 0.5}, TypeError, "not a function"),
+        ({"evaluate": lambda model: {"accuracy": 1.0}}, TypeError, "returned a dict, not a number"),
+        ({"evaluate": lambda model: float("nan")}, ValueError, "cannot be compared"),
+        ({"evaluate": lambda model: -1.0}, ValueError, "Pass tolerance="),
+        ({"keep": 1.2}, ValueError, "keep=1.2 is not a fraction"),
+        ({"keep": 0.5, "tolerance": 0.1}, ValueError, "Pass one of them"),
+        ({"tolerance": -1}, ValueError, "tolerance=-1"),
+        ({"reductions": []}, ValueError, "pass the fractions"),
+        ({"reductions": [0.5, 1.5]}, ValueError, "pass the fractions"),
+        ({"config": 0.5}, TypeError, "not a KPruneConfig"),
+    ],
+)
+def test_errors_come_before_the_work(options, error, message, monkeypatch) -> None:
+    monkeypatch.setattr("kprune_ext.budget_search.kprune", lambda *_, **__: pytest.fail("too late"))
+    with pytest.raises(error, match=message):
+        search(**options)
