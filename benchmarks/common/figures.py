@@ -111,12 +111,23 @@ def data_name(name: str) -> str:
 
 
 def make_panels(count: int, width: float, height: float) -> tuple[Any, list[Any]]:
-    """A figure and its panels, side by side; sizes are in inches."""
+    """A figure and its panels: side by side up to three, more of them in two rows.
+
+    Args:
+        count: Number of panels.
+        width: Width in inches if all panels were side by side.
+        height: Height in inches of one row.
+    """
     from matplotlib import rc_context
 
     with rc_context(dict(_STYLE)):
-        figure = empty_figure(width, height)
-        return figure, list(figure.subplots(1, count, squeeze=False)[0])
+        rows = 1 if count <= 3 else 2
+        columns = -(-count // rows)
+        figure = empty_figure(width * columns / count, height * rows)
+        panels = list(figure.subplots(rows, columns, squeeze=False).flatten())
+        for panel in panels[count:]:
+            panel.remove()
+        return figure, panels[:count]
 
 
 def draw_points(
