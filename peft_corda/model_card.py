@@ -143,7 +143,7 @@ def shorten(path: str, facts: AdapterFacts) -> None:
     if pipeline is not None and not card.data.get("pipeline_tag"):
         card.data["pipeline_tag"] = pipeline
     if not card.data.get("base_model"):
-        card.data["base_model"] = None
+        card.data["base_model"] = None  # left out of the file
     added = _added_to_template(card.text)
     if added is not None:
         card.text = "\n" + "\n".join([_title(facts), "", *added]).rstrip() + "\n"
