@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ..common.command_line import make_parser
 from ..common.records import RESULTS
 from ..corda_training import encoder, tradeoff
 from ..kprune import accuracy, decoder_tables, recovery
@@ -29,7 +30,8 @@ _OWN = {
 }
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
+    make_parser(__doc__).parse_args(given)
     for page in sorted((DOCS / "benchmarks").glob("*.md")):
         page.write_text(fill(page.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")
     for name in PICTURES:

@@ -19,6 +19,7 @@ COMMANDS = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in FILES
     if "__main__" in path.read_text(encoding="utf-8")
+    and path.stem != "llama_cpp_runner"  # which another benchmark runs in an environment of its own
 ]
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-import kprune_ext.preparation.run.data
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM
 
+import kprune_ext.preparation.data
 from kprune_ext import KPruneConfig, KPruneReport, kprune
 from kprune_ext.architectures.table import find_architecture
 from kprune_ext.preparation.rehearsal import rehearse
@@ -172,14 +172,14 @@ def test_the_cache_is_halved_and_all_neurons_stay() -> None:
 def test_perplexities_of_held_out_samples(monkeypatch) -> None:
     model, batches = wide(), decoder_batches(40)
     held = []
-    real = kprune_ext.preparation.run.data.shared_data
+    real = kprune_ext.preparation.data.shared_data
 
     def noted(*args, **options):
         data = real(*args, **options)
         held.extend(data.held_out)
         return data
 
-    monkeypatch.setattr(kprune_ext.preparation.run.data, "shared_data", noted)
+    monkeypatch.setattr(kprune_ext.preparation.data, "shared_data", noted)
     pruned = run(model, batches, reduction=0.4, held_out=0.2)
     report = pruned.kprune_report
     assert len(held) == 8 and report.samples == 32

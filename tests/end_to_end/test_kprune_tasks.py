@@ -165,7 +165,7 @@ def test_images_of_several_sizes_count_their_own_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    "batch", [{"input_ids": torch.ones(2, 3).long()}, {"pixel_values": torch.ones(3, 16, 16)}]
+    "batch", [{"input_ids": torch.ones(2, 3).long()}, {"pixel_values": torch.ones(16, 16)}]
 )
 def test_images_of_another_form(batch: dict[str, Tensor]) -> None:
     with pytest.raises(ValueError, match=r"needs 'pixel_values' of shape \(batch, channels"):

@@ -36,7 +36,10 @@ def test_memory_in_several_units(given):
 
 @pytest.mark.parametrize("given", [(), [], "kpm", ("kpm", "best"), [1]])
 def test_methods_that_are_none(given):
-    refused(r"methods must be one or more of \('kpm', 'ipm'\), got", methods=given)
+    refused(
+        r"methods must be one or more of \('kpm', 'ipm', 'sc_lora', 'lora_null'\), got",
+        methods=given,
+    )
 
 
 def test_methods_without_the_configs_own():

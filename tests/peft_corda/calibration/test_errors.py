@@ -19,7 +19,10 @@ def modules_of(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"corda_method": "best"}, "`corda_method` must be one of 'kpm', 'ipm', got 'best'"),
+        (
+            {"corda_method": "best"},
+            "`corda_method` must be one of 'kpm', 'ipm', 'sc_lora', 'lora_null', got 'best'",
+        ),
         ({"corda_scaling": "big"}, "`corda_scaling` must be one of 'balanced', 'paper', got 'big'"),
         ({"corda_damping": -1.0}, "`corda_damping` must be a number of at least 0, got -1.0"),
         ({"corda_damping": float("nan")}, "`corda_damping` must be a number of at least 0"),

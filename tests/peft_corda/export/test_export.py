@@ -54,7 +54,7 @@ def test_config_is_that_of_a_plain_lora_of_one_rank(tmp_path):
     after = config_of(tmp_path / "lora")
     assert set(before) - set(after) == {
         "corda_format",
-        "corda_damping", "corda_factors", "corda_method", "corda_scaling", "corda_sketch",
+        "corda_beta", "corda_damping", "corda_factors", "corda_method", "corda_scaling", "corda_sketch",
         "corda_weighting",
     }  # fmt: skip
     changed = {key: value for key, value in after.items() if value != before[key]}
