@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
@@ -81,7 +81,7 @@ def test_models_of_other_kinds(tmp_path: Path, tokenizer: Any, folder: Path) -> 
 def test_adapters_and_quantised_weights(tmp_path: Path, tokenizer: Any) -> None:
     path = tmp_path / "model.gguf"
     adapted = tiny_decoder("llama", vocab_size=len(tokenizer))
-    adapted.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), adapted)
     with refused(r"has an adapter, such as .*merge it \(merge_and_unload\) first"):
         export_gguf(adapted, path, tokenizer)
     quantised = tiny_decoder("llama", vocab_size=len(tokenizer))
