@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from .common.files import write_json
+from .common.files import check_output_files, write_json
 from .common.fingerprints import config_of, weights_of
 from .preparation.config import KPruneConfig
 from .preparation.given import given_config
@@ -68,6 +68,7 @@ def kprune_to(
     """
     grid = _checked(evaluate, keep, tolerance, reductions)
     config = given_config(config, None)
+    check_output_files({"state_file": None if state_file is None else str(state_file)}, {})
     if isinstance(dataloader, Iterator):
         dataloader = list(dataloader)
     about = _identity(model, config, greater_is_better)

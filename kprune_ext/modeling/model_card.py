@@ -124,8 +124,8 @@ def card_facts(name: str, auto: str, report: KPruneReport) -> CardFacts:
     """Returns the facts about a pruned model.
 
     Args:
-        name: Name or path that the original was loaded by. Paths are left out, as they are of no use
-            to others.
+        name: Hub id or path that the original was loaded from. A path is left out, because it means
+            nothing on another machine.
         auto: Name of transformers' Auto class that loads the model.
         report: Report of the pruning.
     """

@@ -132,6 +132,24 @@ def test_language_models_predict_answers_alone(tokenizer) -> None:
     assert batch["labels"].tolist() == [[-100, -100, *numbers[1], end], [-100, *numbers[3], end]]
 
 
+def test_texts_among_answers_count_as_a_whole(tokenizer) -> None:
+    data = ["w4 w5 w6", {"prompt": "w1 w2", "completion": "w3"}]
+    for given in (data, data[::-1]):
+        (batch,) = as_batches(given, Encoding(tokenizer, model="decoder"))
+        labels = [row[row != -100].tolist() for row in batch["labels"]]
+        expected = [tokenizer("w4 w5 w6").input_ids]
+        expected.append([*tokenizer("w3").input_ids, tokenizer.eos_token_id])
+        assert labels == (expected if given is data else expected[::-1])
+
+
+def test_texts_among_tokens_are_not_left_out(tokenizer) -> None:
+    def collate(group):
+        raise TypeError(f"{len(group)} examples of different kinds")
+
+    with pytest.raises(TypeError, match="2 examples"):
+        list(as_batches([[3, 4], "w1"], Encoding(tokenizer), collate=collate))
+
+
 def test_encoder_decoders_get_labels_and_no_single_texts(tokenizer) -> None:
     how = Encoding(tokenizer, model="encoder_decoder")
     (batch,) = as_batches([("w1 w2", "w3")], how)

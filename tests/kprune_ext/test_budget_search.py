@@ -112,6 +112,7 @@ def test_a_search_as_text_and_values() -> None:
         ({"reductions": []}, ValueError, "pass the fractions"),
         ({"reductions": [0.5, 1.5]}, ValueError, "pass the fractions"),
         ({"config": 0.5}, TypeError, "not a KPruneConfig"),
+        ({"state_file": f"{__file__}/a.json"}, OSError, "test_budget_search"),
     ],
 )
 def test_errors_come_before_the_work(options, error, message, monkeypatch) -> None:

@@ -132,7 +132,8 @@ def _grouped(
     if collate is not None:
         while group := list(islice(examples, encoding.batch_size)):
             tokens = [dict(each.entries) for each in group if isinstance(each, Tokens)]
-            yield encoding.batch(tokens) if tokens else collate(group)
+            # Texts among tokens are refused by `collate`, not left out.
+            yield encoding.batch(tokens) if len(tokens) == len(group) else collate(group)
         return
     rows = (row for example in examples for row in encoding.rows(example))
     while batch := list(islice(rows, encoding.batch_size)):

@@ -117,10 +117,11 @@ class Encoding:
     def batch(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Pads rows on the right; `attention_mask` is 0 where there is padding.
 
-        Entries that are not numbers are left out.
+        Entries that are not numbers are left out, and so are entries that some rows lack. Labels are
+        filled in: where other rows have one per token, all tokens of a row without labels count.
 
         Raises:
-            ValueError: If rows have different entries, or entries of sizes that do not fit.
+            ValueError: If the sizes of an entry do not fit into one batch.
         """
         padding = getattr(self.tokenizer, "pad_token_id", None) or 0
         known = [
@@ -130,6 +131,10 @@ class Encoding:
         for row in known:
             if "input_ids" in row:
                 row.setdefault("attention_mask", torch.ones_like(row["input_ids"]))
+        if any("labels" in row and row["labels"].ndim == 1 for row in known):
+            for row in known:
+                if "input_ids" in row:
+                    row.setdefault("labels", row["input_ids"])
         names = set(known[0]).intersection(*known[1:])
         fillers = _PADDING | {"input_ids": padding}
         return {
