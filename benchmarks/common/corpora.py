@@ -34,9 +34,11 @@ def short_sentences(count: int) -> list[str]:
 
 
 def read_examples(path: Path) -> list[Example]:
-    """The questions of a JSON Lines file as prompts, each with its (first) answer."""
+    """The questions of a JSON Lines file as prompts, each with its (first) answer; or tasks and code."""
     return [
         (f"Question: {row['question']}\nAnswer:", f" {_first(row['answer'])}")
+        if "question" in row
+        else (f"{row['text']}\n", "\n".join(row["code"].split("\r\n")))
         for row in read_rows(path)
     ]
 

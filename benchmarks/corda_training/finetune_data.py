@@ -29,6 +29,8 @@ class Settings:
     questions: int = 160
     windows: int = 16  # of 256 tokens
     dtype: str = "float32"
+    task: str = "gsm8k"  # or "mbpp"
+    validation_examples: int = 0  # of each text; what rates and decays are chosen by
 
 
 PRESETS = {
@@ -54,18 +56,27 @@ class Corpora:
 
     def __init__(self, data: Path, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
         self.collator = DataCollatorForSeq2Seq(tokenizer)
-        task = [self._rows(data / "gsm8k" / f"{split}.jsonl", tokenizer) for split in TRAIN_TEST]
-        self.train, test = [
+        task = [
+            self._rows(data / settings.task / f"{name}.jsonl", tokenizer) for name in TRAIN_TEST
+        ]
+        train, test = [
             [row for row in rows if len(row["input_ids"]) <= settings.max_length] for rows in task
         ]
+        chosen_by = settings.validation_examples
+        self.train = train[: len(train) - chosen_by]
         self.task, self.early = test[: settings.task_examples], test[: settings.early_examples]
         questions = self._rows(data / "nq_open" / "validation.jsonl", tokenizer)
         self.questions = questions[:: max(1, len(questions) // settings.questions)]
         texts = [(data / "wikitext2" / f"{split}.txt").read_text("utf-8") for split in TRAIN_TEST]
         self.windows = spread(cut(texts[1], tokenizer, 256), settings.windows)
-        known = drawn(cut(texts[0], tokenizer, 128), settings.calibration_windows, seed=0)
-        asked = self._rows(data / "nq_open" / "train.jsonl", tokenizer)
-        asked = random.Random(0).sample(asked, settings.calibration_questions)
+        known = cut(texts[0], tokenizer, 128)
+        known = drawn(known, settings.calibration_windows + chosen_by, seed=0)
+        known, kept = known.split([settings.calibration_windows, chosen_by])
+        every = self._rows(data / "nq_open" / "train.jsonl", tokenizer)
+        asked = random.Random(0).sample(every, settings.calibration_questions)
+        others = [row for row in every if row not in asked] if chosen_by else []
+        #: As `task`, `questions` and `windows`, of the training files, but not trained or calibrated on.
+        self.validation = (train[len(self.train) :], others[:chosen_by], kept)
         windows = [{"input_ids": part} for part in known.split(4)]
         self.calibration = {
             "kpm": windows + self._inputs(asked),
@@ -87,11 +98,14 @@ class Corpora:
         return dict(self.collator([dict(row) for row in rows]))
 
     def training(self, settings: Settings, seed: int) -> list[dict[str, Tensor]]:
-        """One batch per step, with no example twice.
+        """One batch per step; no example comes twice before all have come once.
 
         Within 16 batches, examples of similar length share a batch, so that there is little padding.
         """
-        chosen = random.Random(seed).sample(self.train, settings.steps * settings.batch_size)
+        order, count = random.Random(seed), settings.steps * settings.batch_size
+        chosen: Encoded = []
+        while len(chosen) < count:
+            chosen += order.sample(self.train, min(count - len(chosen), len(self.train)))
         batches = []
         for start in range(0, len(chosen), 16 * settings.batch_size):
             part = chosen[start : start + 16 * settings.batch_size]

@@ -54,7 +54,7 @@ def test_all_methods_run_and_the_report_grows(data, tiny_model, tmp_path):
         )
         return json.loads((tmp_path / "results" / "corda_finetune.json").read_text())
 
-    methods = list(finetune.RATES)
+    methods = ["lora", "pissa", "kpm", "ipm", "full", "kpm-sqrt", "sc_lora", "lora_null"]
     report = call("--methods", *methods)
     assert [run["method"] for run in report["runs"]] == methods
     assert all(run["task"] < report["before"]["task"] for run in report["runs"])
@@ -70,6 +70,32 @@ def test_all_methods_run_and_the_report_grows(data, tiny_model, tmp_path):
     assert len(report["commands"]) == 2
     assert (tmp_path / "results" / "corda_finetune.png").stat().st_size > 0
     assert "kpm-sqrt" in (tmp_path / "results" / "corda_finetune.md").read_text()
+
+
+def test_decay_pulls_to_the_base_and_validation_has_texts_of_its_own(data, tiny_model, tmp_path):
+    settings = SETTINGS | {"task": "mbpp", "validation_examples": 3, "steps": 12, "questions": 3}
+    rows = [
+        json.dumps({"text": question, "code": f"{answer}\r\n"})
+        for question, answer in local_text.word_problems(16, 0)
+    ]
+    for split in ("train", "test"):
+        (data / "mbpp").mkdir(exist_ok=True)
+        (data / "mbpp" / f"{split}.jsonl").write_text("\n".join(rows))
+    given = [
+        *("--data", str(data), "--model", tiny_model, "--settings", json.dumps(settings)),
+        *("--factors", str(tmp_path / "factors"), "--results", str(tmp_path / "results")),
+        *("--rates", "1e-2", "--methods", "kpm", "kpm+decay", "kpm+knowledge", "lora+knowledge"),
+        *("--strengths", "30"),
+    ]
+    finetune.main(given)
+    report = json.loads((tmp_path / "results" / "corda_finetune.json").read_text())
+    runs = {run["method"]: run for run in report["runs"]}
+    assert len(runs) == 4
+    for method in ("kpm+decay", "kpm+knowledge"):
+        assert runs[method]["strength"] == 30
+        assert runs[method]["forgetting"] < 0.8 * runs["kpm"]["forgetting"]
+    assert all(set(run["validation"]) == {"task", "nq", "wikitext"} for run in runs.values())
+    assert "kpm+knowledge" in (tmp_path / "results" / "corda_finetune.md").read_text()
 
 
 def point(rate, task, wikitext=0.0, seed=0, method="kpm"):
