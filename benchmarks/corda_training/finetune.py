@@ -36,9 +36,9 @@ from ..common.command_line import add_language_model, add_results, add_threads, 
 from ..common.corpora import Encoded
 from ..common.models import load_tokenizer
 from ..common.records import model_label, read_report, with_provenance, write_report
+from . import pareto, tradeoff
 from .arms import ARMS, adapted, fresh_model, knowledge_factors, optimizer_of, predicted_forgetting
 from .finetune_data import PRESETS, Corpora, Settings
-from .tradeoff import as_markdown, plot
 
 NAME = "corda_finetune"
 SHOWN = (
@@ -170,6 +170,11 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def tables_of(settings: Settings) -> Any:
+    """What makes tables and picture: choices by validation texts, where there are any."""
+    return pareto if settings.validation_examples else tradeoff
+
+
 class Study:
     """The report, which other processes may add to as well."""
 
@@ -186,7 +191,8 @@ class Study:
         report = read_report(self.args.results, self.args.name, {"runs": []})
         report = with_provenance(report | more, __spec__.name, self.given)
         report["runs"] = [*report["runs"], *runs]
-        write_report(self.args.results, self.args.name, report, as_markdown(report))
+        tables = tables_of(self.args.settings).as_markdown(report) if "before" in report else ""
+        write_report(self.args.results, self.args.name, report, tables)
         self.report = report
         return report
 
@@ -221,7 +227,7 @@ def main(given: list[str] | None = None) -> None:
                     found = run(method, rate, strength, seed, corpora, args)
                     study.add([found])
                     print({name: found[name] for name in SHOWN}, flush=True)
-    plot(study.report, args.results / f"{args.name}.png")
+    tables_of(args.settings).plot(study.report, args.results / f"{args.name}.png")
 
 
 if __name__ == "__main__":

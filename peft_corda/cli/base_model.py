@@ -59,3 +59,21 @@ def check_options(options: ModelOptions) -> None:
         raise ValueError(
             "pack is only for models that read one text. Leave out pack or target_field."
         )
+
+
+def check_keep(options: ModelOptions, method: str) -> None:
+    """Check that there is text to keep if, and only if, the method needs it.
+
+    Raises:
+        ValueError: Otherwise.
+    """
+    if method == "sc_lora" and options.keep is None:
+        raise ValueError(
+            "sc_lora needs the text of the task as data and the text of the knowledge to keep as keep, "
+            "and keep is missing."
+        )
+    if method != "sc_lora" and options.keep is not None:
+        raise ValueError(
+            f"keep={options.keep!r} is for corda_method=sc_lora, which has two texts. {method} has one: "
+            "give it as data."
+        )

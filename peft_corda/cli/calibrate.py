@@ -20,7 +20,7 @@ from ..calibration.calibrate import calibrate
 from ..config import CordaConfig
 from ..decomposition.directions import METHODS
 from ..factors import CordaFactors
-from .base_model import PEFT_TYPES, check_options, load_model, model_source
+from .base_model import PEFT_TYPES, check_keep, check_options, load_model, model_source
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -39,6 +39,7 @@ def run_calibrate(options: CalibrateOptions) -> CordaFactors:
         r=options.r,
         corda_method=methods[0],
         corda_damping=options.corda_damping,
+        corda_beta=options.corda_beta,
         corda_weighting=options.corda_weighting,
         target_modules=options.target_modules,
         exclude_modules=options.exclude_modules,
@@ -47,7 +48,8 @@ def run_calibrate(options: CalibrateOptions) -> CordaFactors:
     )
     check_options(options)
     outputs = {"output": options.output, "report": options.report}
-    inputs = ("data", "model", "checkpoint_dir")
+    check_keep(options, methods[0])
+    inputs = ("data", "keep", "model", "checkpoint_dir")
     check_output_files(outputs, {name: getattr(options, name) for name in inputs})
     _, factors = calibrated(options, options.data, config, methods)
     reports = [report(factors, config, method) for method in methods]
@@ -69,12 +71,16 @@ def calibrated(
     about = AutoConfig.from_pretrained(options.model, **source)
     tokenizer = AutoTokenizer.from_pretrained(options.model, **source)
     batches = _batches(options, data, tokenizer, about)
+    keep = None
+    if options.keep is not None:
+        keep = _batches(options, options.keep, tokenizer, about)
     model = load_model(options)
     factors = calibrate(
         model,
         config,
         batches,
         _memory(options, model),
+        keep=keep,
         methods=methods,
         checkpoint_dir=options.checkpoint_dir,
     )

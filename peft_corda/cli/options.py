@@ -65,6 +65,9 @@ class ModelOptions:
         exclude_modules: Names of modules to leave out.
         rank_pattern: Ranks of some modules, by name, in place of r.
         corda_damping: Multiple of the mean input energy that is added to the covariance's diagonal.
+        keep: With sc_lora, text of the knowledge to keep, of the same kind as data, which is then that
+            of the task.
+        corda_beta: With sc_lora, the weight of the text to keep, between 0 and 1.
         max_memory: Memory limit of the statistics at a time, such as 4GiB. If they need more, the
             calibration takes more passes over the data. By default it is half of the memory that is
             free; with checkpoint_dir, or in several processes, an eighth of the size of the model.
@@ -92,6 +95,8 @@ class ModelOptions:
     exclude_modules: list[str] | str | None = None
     rank_pattern: dict[str, int] | None = None
     corda_damping: float = 0.01
+    keep: str | None = None
+    corda_beta: float = 0.5
     max_memory: int | str | None = None
     checkpoint_dir: str | None = None
 
@@ -107,7 +112,8 @@ class CalibrateOptions(ModelOptions):
         output: Factors file to write, such as factors.safetensors.
         r: Largest rank of an adapter that the factors support.
         corda_method: Directions to find: "kpm" for those that the data uses least, "ipm" for those
-            that it uses most, or "both".
+            that it uses most, "both", "sc_lora" for those that the task uses and the text to keep does
+            not, or "lora_null" for the inputs that the data reaches least.
         corda_weighting: Matrix that the weight is multiplied by before it is decomposed.
         report: JSON file to write the report to.
     """
@@ -115,7 +121,7 @@ class CalibrateOptions(ModelOptions):
     data: str
     output: str
     r: int = 16
-    corda_method: Literal["kpm", "ipm", "both"] = "kpm"
+    corda_method: Literal["kpm", "ipm", "both", "sc_lora", "lora_null"] = "kpm"
     corda_weighting: Literal["covariance", "sqrt_covariance"] = "covariance"
     report: str | None = None
 
@@ -138,8 +144,9 @@ class InitOptions(ModelOptions):
         bias: Biases to train.
         modules_to_save: Names of modules that are trained in full, without an adapter.
         corda_method: Directions to start from: "kpm" for those that the data uses least, "ipm" for
-            those that it uses most. By default those of the factors file, or "kpm" if it holds both
-            and with data.
+            those that it uses most, "sc_lora" for those that the task uses and the text to keep does
+            not, "lora_null" for the inputs that the data reaches least. By default those of the factors
+            file, or "kpm" if it holds both and with data.
         corda_weighting: Matrix that the weight is multiplied by before it is decomposed; by default
             that of the factors file, or the covariance.
         corda_scaling: Division of the start between A and B: "balanced" gives both the same singular
@@ -156,7 +163,7 @@ class InitOptions(ModelOptions):
     lora_dropout: float = 0.0
     bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: list[str] | None = None
-    corda_method: Literal["kpm", "ipm"] | None = None
+    corda_method: Literal["kpm", "ipm", "sc_lora", "lora_null"] | None = None
     corda_weighting: Literal["covariance", "sqrt_covariance"] | None = None
     corda_scaling: Literal["balanced", "paper"] = "balanced"
 
@@ -185,7 +192,7 @@ class ReportOptions:
 
     Args:
         factors: Factors file written by calibrate.
-        method: Method to report on, "kpm" or "ipm"; needed if the file holds both.
+        method: Method to report on, such as "kpm"; needed if the file holds two.
         r: Rank of the adapters; by default the largest rank that the file supports.
         corda_scaling: Division of the start between A and B: "balanced" gives both the same singular
             values, "paper" is the paper's division.
@@ -198,7 +205,7 @@ class ReportOptions:
     """
 
     factors: str
-    method: Literal["kpm", "ipm"] | None = None
+    method: Literal["kpm", "ipm", "sc_lora", "lora_null"] | None = None
     r: int | None = None
     corda_scaling: Literal["balanced", "paper"] = "balanced"
     format: Literal["table", "md", "json"] = "table"
@@ -252,8 +259,8 @@ _GROUPS = {
         "task", "r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern",
         "alpha_pattern", "use_rslora", "lora_dropout", "bias", "modules_to_save",
     ),
-    "start": ("corda_method", "corda_scaling", "corda_weighting", "corda_damping"),
-    "calibration data": _DATA,
+    "start": ("corda_method", "corda_scaling", "corda_weighting", "corda_damping", "corda_beta"),
+    "calibration data": ("keep", *_DATA),
     "memory and time": ("batch_size", "max_memory", "checkpoint_dir", "gpus"),
     "loading the model": (
         "device", "device_map", "dtype", "revision", "gguf_file", "trust_remote_code",
