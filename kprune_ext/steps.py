@@ -111,9 +111,10 @@ def advance(run: PruningRun, target: SubLayer, inputs: InputsFile | None = None)
     with watched as count, run.processes.error_barrier():
         for stream in run.streams:
             context = stream.contexts_in(run.stack)[target.layer]
-            stream.student.copy_(target.run(stream.student, context))
-            if count is not None:
+            after = target.run(stream.student, context)
+            if count is not None:  # before the states, which may themselves be an input, change
                 count(stream.tokens)
+            stream.student.copy_(after)
 
 
 def held_out_loss(run: PruningRun) -> HeldOut | None:

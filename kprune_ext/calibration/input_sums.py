@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -49,8 +49,8 @@ class InputsFile:
         """Sums the inputs of a sub-layer's linear layers while the block runs it on all samples.
 
         Yields:
-            A function to be called after each run with the mask of the tokens that count,
-            `(batch, tokens)`.
+            A function to be called after each run, before its inputs change in place, with the mask of
+            the tokens that count, `(batch, tokens)`.
         """
         sums: dict[Paths, _Sum] = {}
         seen_tokens = 0
@@ -107,16 +107,19 @@ def inputs_file(
         targets: All sub-layers of the model, bottom-up.
         processes: The processes; the main one writes.
     """
-    if not processes.is_main:
-        yield InputsFile(None, place, processes)
-        return
     names = [
         name_in(place, target, path)
         for target in targets
         for path in (*target.paths.inputs, target.paths.output)
     ]
-    with written_sums(path, names) as writer:
+    with ExitStack() as block:
+        writer = None
+        with processes.error_barrier():
+            if processes.is_main:
+                writer = block.enter_context(written_sums(path, names))
         yield InputsFile(writer, place, processes)
+        with processes.error_barrier():  # all go on when the file is there
+            block.close()
 
 
 def name_in(place: str, target: SubLayer, path: str) -> str:

@@ -34,7 +34,7 @@ class LayerInputs:
     @property
     def leader(self) -> str:
         """Name of the first of the modules, under which the sum is stored."""
-        return next(iter(self.modules))
+        return list(self.modules)[0]
 
     @property
     def features(self) -> int:
