@@ -34,7 +34,7 @@ class LayerInputs:
     @property
     def leader(self) -> str:
         """Name of the first of the modules, under which the sum is stored."""
-        return list(self.modules)[0]
+        return next(iter(self.modules))
 
     @property
     def features(self) -> int:
@@ -115,6 +115,9 @@ def _layers_in(path: str, file: Any) -> tuple[LayerInputs, ...]:
         LayerInputs({name: (out, of) for name, (out, of) in row["modules"].items()}, row["tokens"])
         for row in json.loads(metadata[LAYERS])
     )
+    names = [name for layer in layers for name in layer.modules]
+    if not all(layer.modules for layer in layers) or len(set(names)) < len(names):
+        raise ValueError("a sum is of no module, or a module has two sums")
     for layer in layers:
         found = tuple(file.get_slice(layer.leader).get_shape())
         wanted = {(shape[1], shape[1]) for shape in layer.modules.values()}
