@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from .budget.selection import selected
 from .budget.uniform import uniform_sizes
+from .calibration.input_sums import InputsFile
 from .calibration.next_tokens import token_loss
 from .common.memory import trim_memory
 from .common.placement import is_offloaded
@@ -97,12 +99,22 @@ def tuned(run: PruningRun, original: SubLayer, target: SubLayer) -> TunedProject
 
 
 @torch.no_grad()
-def advance(run: PruningRun, target: SubLayer) -> None:
-    """Advances the student's hidden states past the pruned and tuned sub-layer."""
-    with run.processes.error_barrier():
+def advance(run: PruningRun, target: SubLayer, inputs: InputsFile | None = None) -> None:
+    """Advances the student's hidden states past the pruned and tuned sub-layer.
+
+    Args:
+        run: The run.
+        target: The sub-layer.
+        inputs: File for the sums of the inputs of its linear layers, if they are wanted.
+    """
+    watched = nullcontext() if inputs is None else inputs.summing(target)
+    with watched as count, run.processes.error_barrier():
         for stream in run.streams:
             context = stream.contexts_in(run.stack)[target.layer]
-            stream.student.copy_(target.run(stream.student, context))
+            after = target.run(stream.student, context)
+            if count is not None:  # before the states, which may themselves be an input, change
+                count(stream.tokens)
+            stream.student.copy_(after)
 
 
 def held_out_loss(run: PruningRun) -> HeldOut | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..units.projections import linear_at
 from ..units.sublayers import SubLayer
 
 
@@ -89,3 +90,25 @@ def watching(sublayer: SubLayer) -> Iterator[Flow]:
         yield flow
     finally:
         handle.remove()
+
+
+@contextmanager
+def watching_inputs(sublayer: SubLayer) -> Iterator[dict[str, list[Tensor]]]:
+    """Records the inputs of a sub-layer's linear layers that have weights.
+
+    Yields:
+        By the path in the transformer layer, the input of each call, in the order of the calls. The
+        block is to clear it after each forward pass.
+    """
+    seen: dict[str, list[Tensor]] = {}
+    with ExitStack() as block:
+        for path in (*sublayer.paths.inputs, sublayer.paths.output):
+            linear = linear_at(sublayer.module, path)
+            if not linear.weight.numel():
+                continue
+
+            def see(_: nn.Module, args: tuple[Tensor, ...], path: str = path) -> None:
+                seen.setdefault(path, []).append(args[0])
+
+            block.callback(linear.register_forward_pre_hook(see).remove)
+        yield seen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -13,6 +14,7 @@ from ..architectures.tasks import Predict
 from ..budget.costs import budget_for, cost_tables
 from ..budget.latency import LatencyTable
 from ..budget.uniform import allowed_sizes
+from ..common.files import check_output_file
 from ..samples.samples import collect_samples
 from ..units.sublayers import layers_path, sublayers
 from .config import KPruneConfig
@@ -34,6 +36,7 @@ def rehearse(
     accelerator: Accelerator | None = None,
     tokenizer: Any = None,
     max_length: int | None = None,
+    covariances: str | os.PathLike[str] | None = None,
 ) -> str | None:
     """Checks what can be checked of a later call of `kprune`, whose arguments and errors are the same.
 
@@ -44,6 +47,8 @@ def rehearse(
         Why the pruned model could not be saved, or None.
     """
     config = KPruneConfig() if config is None else config
+    if covariances is not None:
+        check_output_file(covariances, "covariances")
     with ExitStack() as block:
         block.enter_context(torch.random.fork_rng(devices=[]))
         copied = copied_student(model, config, predict, accelerator)

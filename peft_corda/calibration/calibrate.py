@@ -13,21 +13,24 @@ from torch import nn
 
 from kprune_ext.common.locks import only_user_of
 from kprune_ext.common.memory import trim_memory
+from kprune_ext.common.processes import Processes
 
 from ..config import CordaConfig
 from ..decomposition.sketch import InputSketch
 from ..factors import CordaFactors, ModuleFactors
 from .collect import collect_covariances
 from .decompose import factorise
+from .from_covariances import check_source, factors_from
 from .preparation import Calibration, prepare
 
 
 def calibrate(
     model: nn.Module,
     config: CordaConfig,
-    dataloader: Iterable[Any],
+    dataloader: Iterable[Any] | None = None,
     max_memory: int | str | None = None,
     *,
+    covariances: str | os.PathLike[str] | None = None,
     keep: Iterable[Any] | None = None,
     methods: Sequence[str] | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
@@ -56,6 +59,10 @@ def calibrate(
             the decoder of an encoder-decoder model is run on them as in training, where -100 and
             padding do not count. Empty batches are skipped. A few hundred sequences are usual. Under
             several processes, each passes its own share.
+        covariances: In place of data, path of a file of the covariances of this model's layers, which
+            `kprune_ext.kprune(..., covariances=path)` writes while it prunes the model. They are read
+            one at a time, and the model is not run. Target modules must be linear layers inside the
+            transformer layers. The result is that of a calibration on the tokens that the file is of.
         max_memory: Memory limit of the statistics at a time, in bytes or as `"500MB"`, `"4GiB"`. The
             default is an eighth of the size of the model's weights (a quarter where every pass has to
             run the full model again). If the statistics need more, the layers are calibrated in
@@ -75,7 +82,7 @@ def calibrate(
         checkpoint_seconds: Minimum time in seconds between two snapshots of partial sums; 0 for one
             after each batch.
         dtype: Dtype in which sums are computed: `torch.float32` or, for twice the memory and time,
-            `torch.float64`.
+            `torch.float64`. Covariances of a file are converted to it.
         tokenizer: The model's tokenizer, where the data are texts.
         max_length: Largest number of tokens per text; by default 512, or as many as the model takes. A
             causal language model reads longer texts in several parts; for others they are truncated.
@@ -87,7 +94,9 @@ def calibrate(
 
     Raises:
         TypeError: If `config` is not a `CordaConfig`, or a batch is not a mapping.
-        ValueError: If an argument is out of range; if no module matches, or one is unsupported or too
+        FileNotFoundError: If there is no file `covariances`.
+        ValueError: If an argument is out of range, or `covariances` is the file of another model or
+            lacks a target module; if no module matches, or one is unsupported or too
             small for its rank; if no batch reaches it; if the data is empty, masked out, of a wrong
             shape, or gives NaN or infinite activations; if `max_memory` is too small for a single
             layer; if `checkpoint_dir` belongs to another calibration; or if the model is
@@ -96,24 +105,32 @@ def calibrate(
         RuntimeError: If another process failed, ended or did not respond in time, or another thread is
             working on the same model.
     """
+    check_source(
+        dataloader, covariances, max_memory=max_memory, keep=keep, checkpoint_dir=checkpoint_dir
+    )
     with only_user_of(model, "calibrate"):
-        run = prepare(
-            model,
-            config,
-            dataloader,
-            max_memory,
-            keep=keep,
-            methods=methods,
-            checkpoint_dir=checkpoint_dir,
-            checkpoint_seconds=checkpoint_seconds,
-            dtype=dtype,
-            tokenizer=tokenizer,
-            max_length=max_length,
-            progress=progress if verbose is None else verbose,
-        )
-        with run.held():
-            factors = _run(run, config)
-        if run.processes.is_main:
+        shows = progress if verbose is None else verbose
+        if covariances is not None:
+            factors = factors_from(covariances, model, config, methods, dtype, shows)
+        else:
+            assert dataloader is not None  # as checked
+            run = prepare(
+                model,
+                config,
+                dataloader,
+                max_memory,
+                keep=keep,
+                methods=methods,
+                checkpoint_dir=checkpoint_dir,
+                checkpoint_seconds=checkpoint_seconds,
+                dtype=dtype,
+                tokenizer=tokenizer,
+                max_length=max_length,
+                progress=shows,
+            )
+            with run.held():
+                factors = _run(run, config)
+        if Processes().is_main:
             _warn_if_few(factors)
     config.corda_factors = factors
     return factors

@@ -22,15 +22,15 @@ class CordaCalibrationCallback(TrainerCallback):
     adapter that has a start already, from factors or from a checkpoint, is left as it is.
 
     Args:
-        dataloader: Calibration data, as for `calibrate`. For texts, the trainer's `processing_class` is
-            the tokenizer unless the options have another.
+        dataloader: Calibration data, as for `calibrate`; None with the option `covariances`. For texts,
+            the trainer's `processing_class` is the tokenizer unless the options have another.
         options: Further arguments of `initialize_corda`, such as `max_memory`.
 
     Raises:
         ValueError: When training begins, if the model has no CORDA adapter, or as `calibrate`.
     """
 
-    def __init__(self, dataloader: Iterable[Any], **options: Any) -> None:
+    def __init__(self, dataloader: Iterable[Any] | None = None, **options: Any) -> None:
         self.dataloader = dataloader
         self.options = options
 

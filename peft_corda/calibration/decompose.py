@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from accelerate.utils import tqdm
@@ -37,23 +38,28 @@ from ..weight_sample import SAMPLE_SIZE, sample_of
 from .passes import owners_of
 
 
+class Covariances(Protocol):
+    """Covariances by the group's leader: a dictionary, or what reads each one when it is popped."""
+
+    def pop(self, name: str, /) -> Covariance | CrossCovariance: ...
+
+
 @torch.no_grad()
 def factorise(
     groups: Sequence[Group],
-    covariances: dict[str, Covariance | CrossCovariance],
+    covariances: Covariances,
     targets: Mapping[str, nn.Module],
     config: CordaConfig,
     methods: Sequence[str],
     processes: Processes,
     progress: bool = True,
-    keep: dict[str, Covariance | CrossCovariance] | None = None,
+    keep: Covariances | None = None,
 ) -> CordaFactors:
     """Decompose every module of these groups, with the work divided among the processes.
 
     Args:
         groups: Groups of the pass.
-        covariances: Covariances by the group's leader. The dictionary is emptied, so that each
-            covariance is freed after use.
+        covariances: Covariances by the group's leader. Each is popped, so that it is freed after use.
         targets: Target modules by name.
         config: Config whose ranks, damping and weighting are used.
         methods: Methods to find directions for.
@@ -110,12 +116,12 @@ def factorise(
 
 def _decomposed(
     group: Group,
-    covariances: dict[str, Covariance | CrossCovariance],
+    covariances: Covariances,
     targets: Mapping[str, nn.Module],
     config: CordaConfig,
     methods: Sequence[str],
     gathered: dict[str, Tensor],
-    keep: dict[str, Covariance | CrossCovariance] | None,
+    keep: Covariances | None,
 ) -> tuple[dict[str, ModuleFactors], InputSketch | None]:
     """Factors of the modules of one group, and their sketch; weights not gathered are read."""
     covariance = covariances.pop(group.leader)
@@ -203,11 +209,11 @@ def _sketch(covariance: Covariance | CrossCovariance, config: CordaConfig) -> In
 
 def _placeholders(
     group: Group,
-    covariances: dict[str, Covariance | CrossCovariance],
+    covariances: Covariances,
     targets: Mapping[str, nn.Module],
     config: CordaConfig,
     methods: Sequence[str],
-    keep: dict[str, Covariance | CrossCovariance] | None,
+    keep: Covariances | None,
 ) -> tuple[dict[str, ModuleFactors], InputSketch | None]:
     """Factors and a sketch of the right shapes, for a group that another process decomposes."""
     covariance = covariances.pop(group.leader)

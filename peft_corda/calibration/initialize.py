@@ -15,7 +15,7 @@ from .calibrate import calibrate
 
 def initialize_corda(
     model: PeftModel,
-    dataloader: Iterable[Mapping[str, Any]],
+    dataloader: Iterable[Mapping[str, Any]] | None = None,
     adapter_name: str | None = None,
     **options: Any,
 ) -> CordaFactors:
@@ -26,7 +26,7 @@ def initialize_corda(
 
     Args:
         model: A `PeftModel` with a CORDA adapter.
-        dataloader: Batches of calibration data, as for `calibrate`.
+        dataloader: Batches of calibration data, as for `calibrate`; None with `covariances`.
         adapter_name: Name of the adapter; the active one if None.
         **options: Further arguments of `calibrate`, such as `max_memory` and `checkpoint_dir`.
 

@@ -111,13 +111,9 @@ def prepare(
 ) -> Calibration:
     """Everything that a calibration starts from. The arguments and errors are those of `calibrate`."""
     with Processes().error_barrier():
-        chosen = _check_arguments(config, methods, dtype, keep is not None)
+        chosen = check_arguments(config, methods, dtype, keep is not None)
         limit = bytes_of_limit(max_memory)
-        sharding_of(model)  # before unwrapping, since it raises an error for FSDP1
-        model = extract_model_from_parallel(model, keep_torch_compile=False)
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        targets = find_targets(base, config)
-        sharding = sharding_of(base)
+        model, base, targets, sharding = found_targets(model, config)
     processes = Processes(collective_forward=sharding is not None)
     if processes.count > 1:
         resumes = checkpoint_dir is not None
@@ -166,10 +162,23 @@ def prepare(
     return Calibration(passing, batches, plan, chosen, options, checkpoint, keep)
 
 
-def _check_arguments(
+def found_targets(
+    model: nn.Module, config: CordaConfig
+) -> tuple[nn.Module, nn.Module, dict[str, nn.Module], str | None]:
+    """Returns the model without wrappers, the base model in it, its targets, and how it is sharded.
+
+    The errors are those of `calibrate`.
+    """
+    sharding_of(model)  # before unwrapping, since it raises an error for FSDP1
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return model, base, find_targets(base, config), sharding_of(base)
+
+
+def check_arguments(
     config: Any, methods: Sequence[str] | None, dtype: torch.dtype, has_keep: bool
 ) -> tuple[str, ...]:
-    """Methods to find directions for, in the order of `ALL_METHODS`."""
+    """Methods to find directions for, in the order of `ALL_METHODS`; errors as of `calibrate`."""
     if not isinstance(config, CordaConfig):
         raise TypeError(f"config must be a peft_corda.CordaConfig, got {type(config).__name__}.")
     chosen = (config.method_for(),) if methods is None else tuple(methods)

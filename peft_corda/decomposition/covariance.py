@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kprune_ext.common.precision import NARROW_ROWS, add_product, adds_narrow, exact_products
+from kprune_ext.common.precision import (
+    add_product,
+    add_rows,
+    addable_parts,
+    mirror_lower,
+    rounded_like,
+)
 
-from .eigen import add_lower_gram, energy_of, mirror_lower
+from .eigen import energy_of
 from .sketch import InputSketch, signs
 
 
@@ -56,9 +61,7 @@ class CovarianceAccumulator:
 
     def update(self, inputs: Tensor) -> None:
         """Adds inputs of shape `(tokens, in)`."""
-        with _rounded_like(inputs):
-            for rows in _addable_parts(self.sum, inputs.detach()):
-                add_lower_gram(self.sum, rows)
+        add_rows(self.sum, inputs.detach())
         self.tokens += inputs.shape[0]
 
     def restore(self, total: Tensor, tokens: int) -> None:
@@ -142,13 +145,11 @@ class CrossAccumulator(CovarianceAccumulator):
 
     def update_pair(self, inputs: Tensor, outputs: Tensor) -> None:
         """Adds inputs `(tokens, in)` and their outputs `(tokens, out)`, without the bias."""
-        allowed = _rounded_like(inputs)
+        allowed = rounded_like(inputs)
         inputs, outputs = inputs.detach(), outputs.detach()
         if inputs.dtype != outputs.dtype:
             inputs, outputs = inputs.to(self.sum.dtype), outputs.to(self.sum.dtype)
-        parts = zip(
-            _addable_parts(self.sum, inputs), _addable_parts(self.sum, outputs), strict=True
-        )
+        parts = zip(addable_parts(self.sum, inputs), addable_parts(self.sum, outputs), strict=True)
         with allowed:
             for rows, given in parts:
                 add_product(self.sum[: self._outputs], given.T, rows)
@@ -178,19 +179,6 @@ def damped_cross(cross: CrossCovariance, weight: Tensor, damping: float) -> Tens
     if cross.energy == 0:
         return weight.float()
     return cross.matrix.float() + damping * cross.energy * weight.float()
-
-
-def _addable_parts(total: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
-    """Returns the rows in a dtype in which their products can be added to the sum.
-
-    16-bit rows come in parts, so that the rounding of the products does not grow with a batch.
-    """
-    return rows.split(NARROW_ROWS) if adds_narrow(total, rows) else (rows.to(total.dtype),)
-
-
-def _rounded_like(inputs: Tensor) -> AbstractContextManager[None]:
-    # 16-bit inputs are exact in TensorFloat-32, so it is allowed for them.
-    return exact_products(inputs.device, inputs.dtype in (torch.bfloat16, torch.float16))
 
 
 def effective_rank(covariance: Tensor) -> float:

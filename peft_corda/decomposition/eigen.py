@@ -5,14 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kprune_ext.common.precision import add_product
+from kprune_ext.common.precision import add_lower_gram, mirror_lower
 
-# Number and least size of the block rows of a symmetric product. A GPU wants few and large ones, each
-# of a size that its matrix units read at full speed.
-_BLOCKS = 12
-_LEAST_BLOCK = 128
-_GPU_BLOCKS = 4
-_GPU_LEAST_BLOCK = 1024
 # Above this spread a Cholesky factor of a Gram matrix loses too many digits.
 _CHOLESKY_SPREAD = 1e7
 
@@ -38,41 +32,6 @@ def basis(columns: Tensor) -> Tensor:
     if failed or not spread(triangle) < _CHOLESKY_SPREAD:
         return orthonormal(columns)
     return torch.linalg.solve_triangular(triangle, columns, upper=True, left=False)
-
-
-def add_lower_gram(total: Tensor, columns: Tensor) -> None:
-    """Adds `Xᵀ X` to `total (n, n)`, only in blocks on and below the diagonal.
-
-    This saves nearly half the cost of a plain product. Entries above the diagonal blocks are left
-    unchanged.
-
-    Args:
-        total: The sum, changed in place.
-        columns: The matrix `X (rows, n)`, in the dtype of `total`, or in one that
-            `kprune_ext.common.precision.add_product` can add to it.
-    """
-    size = columns.shape[1]
-    step = _step(total)
-    for start in range(0, size, step):
-        stop = start + step
-        add_product(total[start:stop, :stop], columns[:, start:stop].T, columns[:, :stop])
-
-
-def mirror_lower(total: Tensor) -> Tensor:
-    """Fills in, in place, the blocks above the diagonal that `add_lower_gram` leaves out."""
-    size = len(total)
-    step = _step(total)
-    for start in range(0, size, step):
-        stop = start + step
-        total[start:stop, stop:] = total[stop:, start:stop].T
-    return total
-
-
-def _step(total: Tensor) -> int:
-    size = len(total)
-    if total.device.type == "cpu":
-        return max(_LEAST_BLOCK, -(-size // _BLOCKS))
-    return max(_GPU_LEAST_BLOCK, -(-size // (_GPU_BLOCKS * _LEAST_BLOCK)) * _LEAST_BLOCK)
 
 
 def gram(columns: Tensor) -> Tensor:

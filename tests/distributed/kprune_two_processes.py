@@ -13,7 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from kprune_ext import KPruneConfig, kprune
+from kprune_ext.common.input_sums import InputSums
+from peft_corda import CordaConfig, calibrate
 from tests.distributed.two_processes import outcome
+from tests.helpers.corda import bytes_of
 from tests.helpers.kprune import padded, sequences, tiny_bert
 from tests.helpers.kprune_decoders import tiny_decoder
 
@@ -51,6 +54,19 @@ def pruned(data: Any, config: KPruneConfig = HALF, model: Any = None, **options:
     }
 
 
+def handed_over(data: Any, path: Path, **options: Any) -> Any:
+    """The file of covariances, and the factors that both processes make of it."""
+    config = KPruneConfig(reduction=0.3, held_out=0.0, schedule="once")
+    found = kprune(tiny_decoder("llama"), data, config, covariances=path, progress=False, **options)
+    own = CordaConfig(corda_method="kpm", r=2, lora_alpha=2, target_modules=["q_proj", "up_proj"])
+    factors = calibrate(found, own, covariances=path, progress=False)
+    sums = InputSums.open(path)
+    return {
+        "sums": {layer.leader: (sums.read(layer), layer.tokens) for layer in sums.layers},
+        "factors": bytes_of(factors),
+    }
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
@@ -69,6 +85,10 @@ def main(folder: Path) -> None:
         "paper": pruned_jointly(UNEVEN[rank], KPruneConfig.paper(reduction=0.5)),
         "latency": pruned_jointly(UNEVEN[rank], KPruneConfig(reduction=0.1, metric="latency")),
         "decoder": pruned_jointly(UNEVEN[rank], THIRD, tiny_decoder("llama")),
+        "handed over": handed_over(UNEVEN[rank], folder / "sums", accelerator=accelerator),
+        "handed over, empty share": handed_over(
+            [[], BATCHES][rank], folder / "others", accelerator=accelerator
+        ),
         "no data": pruned_jointly([]),
         "error": pruned_jointly(failing() if rank == 1 else BATCHES),
         "alone": outcome(lambda: pruned(BATCHES)),

@@ -57,6 +57,17 @@ def test_two_processes_prune_a_decoder_as_one(seen):
         torch.testing.assert_close(one["weights"][name], values, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", ["handed over", "handed over, empty share"])
+def test_covariances_are_those_of_the_tokens_of_all_processes(case, seen, tmp_path):
+    one, other = (process[case] for process in seen)
+    expected = script.handed_over(BATCHES, tmp_path / "sums")
+    assert one["factors"] == other["factors"]
+    assert one["sums"].keys() == other["sums"].keys() == expected["sums"].keys()
+    for name, (total, tokens) in expected["sums"].items():
+        assert one["sums"][name][1] == tokens
+        torch.testing.assert_close(one["sums"][name][0], total, rtol=1e-3, atol=1e-3)
+
+
 def test_a_prepared_loader_repeats_what_makes_its_batches_even(seen):
     one, other = (process["prepared"] for process in seen)
     assert same_to_the_bit(one, other)
