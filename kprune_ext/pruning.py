@@ -16,6 +16,8 @@ from .architectures.tasks import Predict
 from .budget.costs import unit_flops
 from .budget.latency import LatencyTable
 from .common.memory import trim_memory
+from .judging.quality import compared, judged
+from .judging.speed import measured_speed
 from .model_layers.device_map import dispatch, own_weights
 from .modeling.copying import become_plain, record_kept
 from .preparation.config import KPruneConfig
@@ -23,9 +25,9 @@ from .preparation.given import given_config
 from .preparation.run import PruningRun, prepared
 from .progress import progress_over
 from .report.making import HeldOut, make_report
+from .report.quality import Quality, Speed
 from .steps import (
     advance,
-    held_out_loss,
     measured_scores,
     measures_at,
     original_of,
@@ -126,14 +128,17 @@ def kprune(
                 max_length=max_length,
             )
         )
-        before = held_out_loss(run)
+        before = judged(run)
         outcome = prune_sublayers(run, progress=progress)
         if run.config.scale_logits and not run.signal.next_tokens:
             signal = run.signal
             outcome.logit_scale = scale_logits(
                 run.stack, run.streams, signal.predict, signal.problem, run.processes
             )
-        outcome.losses = (before, held_out_loss(run))
+        after = judged(run)
+        outcome.losses = (before.loss, after.loss)
+        outcome.quality = compared(run, before, after)
+        outcome.speed = measured_speed(run)
     return _finished(run, outcome)
 
 
@@ -146,12 +151,16 @@ class Outcome:
         errors: Relative error of the fit, per sub-layer.
         logit_scale: The factor on all logits, or None.
         losses: Loss on held-out tokens before and after, in nats a token; None for other tasks.
+        quality: Agreement with the original, and accuracy; None if nothing could be compared.
+        speed: Time of a forward pass; None if it was not measured.
     """
 
     kept: list[list[int]] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
     logit_scale: float | None = None
     losses: tuple[HeldOut | None, HeldOut | None] = (None, None)
+    quality: Quality | None = None
+    speed: Speed | None = None
 
 
 def prune_sublayers(
@@ -219,6 +228,8 @@ def _finished(run: PruningRun, outcome: Outcome) -> Any:
         tokens=run.data.tokens,
         logit_scale=outcome.logit_scale,
         losses=outcome.losses,
+        quality=outcome.quality,
+        speed=outcome.speed,
         kept=units,
     )
     return run.whole

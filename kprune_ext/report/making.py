@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..units.kept import KeptUnits, encode_indices
 from ..units.sublayers import SubLayer
+from .quality import Quality, Speed
 from .report import KPruneReport
 from .rows import SubLayerReport
 
@@ -42,6 +43,8 @@ def make_report(
     tokens: int,
     logit_scale: float | None,
     losses: tuple[HeldOut | None, HeldOut | None] = (None, None),
+    quality: Quality | None = None,
+    speed: Speed | None = None,
     kept: Sequence[KeptUnits] | None = None,
 ) -> KPruneReport:
     """Returns the report of a run.
@@ -58,6 +61,8 @@ def make_report(
         samples, tokens: Amount of calibration data used.
         logit_scale: The factor from `kprune_ext.tuning.logit_scale.scale_logits`.
         losses: Losses of the model before and after on held-out tokens.
+        quality: Agreement with the original, and accuracy.
+        speed: Time of a forward pass of both models.
         kept: The units of each layer, where the pruned model's config does not list them.
     """
     old, new = losses
@@ -86,7 +91,16 @@ def make_report(
         perplexity=None if new is None else perplexity(new.loss),
         perplexity_before=None if old is None else perplexity(old.loss),
         held_out_tokens=0 if old is None else old.tokens,
+        weight_bytes=weight_bytes(pruned),
+        weight_bytes_before=weight_bytes(model),
+        quality=quality,
+        speed=speed,
     )
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Returns the bytes of a model's weights, in their dtype; tied weights count once."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def perplexity(loss: float) -> float:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from accelerate.utils import tqdm
 from torch import Tensor, nn
 
 from kprune_ext.common.processes import Processes
@@ -35,6 +34,7 @@ from ..decomposition.two_sets import contrasted, least_inputs, null_directions
 from ..factors import CordaFactors, ModuleFactors
 from ..weight_sample import SAMPLE_SIZE, sample_of
 from .passes import owners_of
+from .progress import Progress
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def factorise(
     config: CordaConfig,
     methods: Sequence[str],
     processes: Processes,
-    progress: bool = True,
+    progress: Progress | None = None,
     keep: dict[str, Covariance | CrossCovariance] | None = None,
 ) -> CordaFactors:
     """Decompose every module of these groups, with the work divided among the processes.
@@ -58,7 +58,7 @@ def factorise(
         config: Config whose ranks, damping and weighting are used.
         methods: Methods to find directions for.
         processes: Processes that take part; all have the same covariances and get the same factors.
-        progress: Whether to show a progress bar.
+        progress: Progress bar of the calibration, which counts the groups; None for none.
         keep: For `"sc_lora"`, covariances of the data to keep, which are emptied likewise; those of
             the task are `covariances`.
 
@@ -72,7 +72,8 @@ def factorise(
     rounds = processes.rounds(owners) if processes.collective_forward else [range(len(groups))]
     found: dict[str, ModuleFactors] = {}
     sketches: dict[str, InputSketch] = {}
-    bar = tqdm(total=len(groups), desc="Decomposing", disable=not progress)
+    if progress:
+        progress.start_decomposing()
     for pieces in rounds:
         gathered: dict[str, Tensor] = {}
         if processes.collective_forward:
@@ -94,8 +95,8 @@ def factorise(
                 if sketch is not None:
                     sketches[group.leader] = sketch
                 found.update(own)
-                bar.update()
-    bar.close()
+                if progress:
+                    progress.decomposed()
     if processes.count > 1:
         for group, owner in zip(groups, owners, strict=True):
             for name in group.members:

@@ -55,7 +55,7 @@ def covariances(batches: list[dict]) -> dict[str, Any]:
     targets = find_targets(model, make_config())
     groups = discover(Runner(model, targets), BATCHES[0]).groups
     found = collect_covariances(
-        Runner(model, targets), batches, groups, PassOptions(progress=False)
+        Runner(model, targets), batches, groups, PassOptions()
     )
     return {name: (own.matrix, own.tokens) for name, own in found.items()}
 
