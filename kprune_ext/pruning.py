@@ -71,10 +71,11 @@ def kprune(
         dataloader: Texts with `tokenizer`: a list, an iterator or a `datasets.Dataset` of strings, of
             pairs of strings, of chats (`messages`), of prompts with answers (`prompt`, `completion`) or
             of tokens. Or batches as mappings of tensors: `input_ids` and `attention_mask`
-            `(batch, tokens)`, or `pixel_values`, and any other input of the model. Labels and columns
-            that the model does not take are ignored, except with `predict`. Entries with one value
-            for each sample are cut into samples; others, such as an option, go with each as they are.
-            Batch size and padding do not matter. For a causal language model, `labels` (batch, tokens)
+            `(batch, tokens)`, or `pixel_values`, and any other input of the model. Columns that
+            the model does not take are ignored, except with `predict`, and labels are only used for
+            the accuracy in the report. Entries with one value for each sample are cut into samples;
+            others, such as an option, go with each as they are. Batch size and padding do not matter.
+            For a causal language model, `labels` (batch, tokens)
             of -100 mark tokens, such as those of a prompt, whose predictions do not count.
         config: The options; by default half of an encoder's FLOPs, or of the parameters of a decoder's
             layers, are removed.

@@ -19,7 +19,7 @@ from ..report.quality import Speed
 from ..samples.samples import Sample
 
 logger = logging.getLogger(__name__)
-_MOST_SAMPLES, _ROUNDS = 32, 5
+_MOST_SAMPLES, _ROUNDS = 32, 3
 # Seconds that a forward pass of the original is to take at most, and beyond which it is run only once.
 _LONG, _TOO_LONG = 0.1, 2.0
 

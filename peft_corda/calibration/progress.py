@@ -52,11 +52,9 @@ class Progress:
             resumed: Number of batches that an earlier run has summed, which take no time.
         """
         self._since = time.monotonic()
-        count = 0
-        for batch in batches:
+        for number, batch in enumerate(batches):
             yield batch
-            self._step(_BATCHES, 1, timed=count >= resumed)
-            count += 1
+            self._step(_BATCHES, 1, timed=number >= resumed)
         self._since = time.monotonic()
 
     def start_decomposing(self) -> None:
