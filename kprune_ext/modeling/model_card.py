@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from yaml import YAMLError
 
 from ..common.presentation import CARD_NAME, how_to_install, with_section
+from ..report.making import is_hub_id
 from ..report.quality import size_of
 from ..report.report import REPORT_FILE, KPruneReport
 
@@ -129,11 +129,10 @@ def card_facts(name: str, auto: str, report: KPruneReport) -> CardFacts:
         auto: Name of transformers' Auto class that loads the model.
         report: Report of the pruning.
     """
-    is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not os.path.exists(name)
     has_accuracy = report.quality is not None and report.quality.accuracy is not None
     known = {"perplexity": report.perplexity is not None, "accuracy": has_accuracy}
     metrics = tuple(name for name, is_known in known.items() if is_known)
-    return CardFacts(name if is_id else None, _PIPELINES.get(auto), metrics)
+    return CardFacts(name if is_hub_id(name) else None, _PIPELINES.get(auto), metrics)
 
 
 def card_text(

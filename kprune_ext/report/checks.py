@@ -32,8 +32,10 @@ def check_fields(values: dict[str, Any], metrics: tuple[str, ...]) -> None:
     for name in ("logit_scale", "perplexity", "perplexity_before"):
         if values[name] is not None:
             check_number(name, values[name])
-    for name in ("held_out_tokens", "weight_bytes", "weight_bytes_before"):
+    for name in ("held_out_tokens", "weight_bytes", "weight_bytes_before", "widest"):
         check_whole(name, values[name])
+    if not isinstance(values["original"], str | None):
+        raise ValueError(f"original is {shown(values['original'])}, but must be text or null")
     if values["metric"] not in metrics:
         raise ValueError(f"metric is {shown(values['metric'])}, not one of {', '.join(metrics)}")
     if not values["cost_before"] > 0:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -66,6 +68,7 @@ def make_report(
         kept: The units of each layer, where the pruned model's config does not list them.
     """
     old, new = losses
+    rows = list(rows)
     sublayers = tuple(
         sublayer_row(before, after, flops, error) for before, after, flops, error in rows
     )
@@ -95,7 +98,21 @@ def make_report(
         weight_bytes_before=weight_bytes(model),
         quality=quality,
         speed=speed,
+        widest=max(before.width for before, *_ in rows),
+        original=_original(model),
     )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name is one of the hub, and no path, which means nothing elsewhere."""
+    return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)) and not os.path.exists(name)
+
+
+def _original(model: PreTrainedModel) -> str | None:
+    """Returns the hub id of a model, of the first one if it was pruned several times."""
+    before = getattr(model, "kprune_report", None)
+    name = str(getattr(model, "name_or_path", None) or "")
+    return before.original if before is not None else name if is_hub_id(name) else None
 
 
 def weight_bytes(model: PreTrainedModel) -> int:

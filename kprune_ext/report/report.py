@@ -54,6 +54,9 @@ class KPruneReport:
         quality: Agreement with the original, and accuracy where the data have labels; None if unknown.
         speed: Time of a forward pass of both models; None if it was not measured. Reports that differ
             in nothing else are equal.
+        widest: Inputs of the widest output projection, whose weights were fitted to the tokens; 0 if
+            unknown.
+        original: Hub id of the model that was pruned; None if it has none.
     """
 
     sublayers: tuple[SubLayerReport, ...]
@@ -75,6 +78,8 @@ class KPruneReport:
     weight_bytes_before: int = 0
     quality: Quality | None = None
     speed: Speed | None = dataclasses.field(default=None, compare=False)
+    widest: int = 0
+    original: str | None = None
 
     @property
     def flops(self) -> int:
@@ -230,7 +235,12 @@ class KPruneReport:
             + self._size(),
         ]
         if self.samples:
-            lines.append(f"calibrated on {self.tokens:,} tokens in {self.samples:,} samples")
+            few = (
+                f", fewer than the {self.widest:,} inputs of a fitted layer: expect less on other data"
+                if self.tokens < self.widest
+                else ""
+            )
+            lines.append(f"calibrated on {self.tokens:,} tokens in {self.samples:,} samples{few}")
         if self.logit_scale is not None:
             lines.append(
                 f"logits times {self.logit_scale:.3f}, nearest to the original's probabilities"
