@@ -16,7 +16,7 @@ from .architectures.tasks import Predict
 from .budget.costs import unit_flops
 from .budget.latency import LatencyTable
 from .common.memory import trim_memory
-from .judging.quality import compared, judged
+from .judging.quality import compared, judged, predicted
 from .judging.speed import measured_speed
 from .model_layers.device_map import dispatch, own_weights
 from .modeling.copying import become_plain, record_kept
@@ -131,14 +131,14 @@ def kprune(
         )
         before = judged(run)
         outcome = prune_sublayers(run, progress=progress)
-        if run.config.scale_logits and not run.signal.next_tokens:
-            signal = run.signal
+        found, signal = predicted(run), run.signal
+        if run.config.scale_logits and not signal.next_tokens:
             outcome.logit_scale = scale_logits(
-                run.stack, run.streams, signal.predict, signal.problem, run.processes
+                run.stack, run.streams, signal.predict, found, signal.problem, run.processes
             )
         after = judged(run)
         outcome.losses = (before.loss, after.loss)
-        outcome.quality = compared(run, before, after)
+        outcome.quality = compared(run, before, after, found)
         outcome.speed = measured_speed(run)
     return _finished(run, outcome)
 

@@ -25,7 +25,7 @@ from ..report.agreement import (
 from ..report.making import HeldOut
 from ..report.quality import Quality
 from ..samples.read_tokens import MOST_LOGITS
-from ..tuning.predictions import counted_in, predictions_of
+from ..tuning.predictions import Predictions, counted_in, predictions_of
 
 # Largest number of next tokens of the calibration data on which language models are compared.
 _MOST_TOKENS = 4096
@@ -77,15 +77,30 @@ def judged(run: PruningRun) -> Judged:
 
 
 @torch.no_grad()
-def compared(run: PruningRun, before: Judged, after: Judged) -> Quality | None:
+def predicted(run: PruningRun) -> list[Predictions]:
+    """Returns what both models predict for this process's samples, up to `MOST_LOGITS` logits.
+
+    Language models have none: their logits would take more memory than all else.
+    """
+    if run.signal.next_tokens:
+        return []
+    with run.processes.error_barrier():
+        most = MOST_LOGITS // run.processes.count
+        return predictions_of(run.stack, run.streams, run.signal.predict, most)
+
+
+@torch.no_grad()
+def compared(
+    run: PruningRun, before: Judged, after: Judged, found: Sequence[Predictions]
+) -> Quality | None:
     """Compares the pruned model with the original.
 
-    Without held-out samples, both are compared on the calibration data: up to `MOST_LOGITS` logits, or
-    4,096 next tokens.
+    Without held-out samples, both are compared on the calibration data, language models on 4,096 tokens.
 
     Args:
         run: The run, all of whose sub-layers are pruned.
         before, after: Results of `judged` from before the pruning and after it.
+        found: Result of `predicted`.
     """
     outputs = max((batch.classes for batch in before.batches), default=0)
     own = no_sums()
@@ -95,7 +110,7 @@ def compared(run: PruningRun, before: Judged, after: Judged) -> Quality | None:
     is_held_out = bool(sums[0] > 0)
     if not is_held_out:
         with run.processes.error_barrier():
-            own, outputs = _next_tokens(run) if run.signal.next_tokens else _calibrated(run)
+            own, outputs = _next_tokens(run) if run.signal.next_tokens else _calibrated(run, found)
         sums = run.processes.add(own)
     if run.signal.next_tokens:
         return quality_from(sums, "tokens", held_out=is_held_out)
@@ -118,14 +133,13 @@ def _held_out(run: PruningRun) -> Iterator[Said]:
         yield Said(said, counted_in(logits, tokens), _classes(run, logits), labels)
 
 
-def _calibrated(run: PruningRun) -> tuple[Tensor, int]:
+def _calibrated(run: PruningRun, found: Sequence[Predictions]) -> tuple[Tensor, int]:
     """Returns sums over this process's calibration samples, and the number of outputs."""
     labels: dict[int, list[Tensor | None]] = defaultdict(list)
     for key, sample in zip(run.data.keys, run.data.samples, strict=True):
         labels[key].append(sample.labels)  # equal samples have one key, but may differ in labels
-    problem, most = run.signal.problem, MOST_LOGITS // run.processes.count
-    sums, outputs = no_sums(), 0
-    for batch in predictions_of(run.stack, run.streams, run.signal.predict, most):
+    problem, sums, outputs = run.signal.problem, no_sums(), 0
+    for batch in found:
         old, new = decided(batch.teacher, problem), decided(batch.own, problem)
         own = _labels([labels[key].pop() for key in batch.keys], old)
         outputs = _classes(run, batch.own)

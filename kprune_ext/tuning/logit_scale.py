@@ -14,10 +14,9 @@ from ..architectures.tasks import Predict, ProblemType
 from ..calibration.streams import Stream
 from ..common.processes import Processes
 from ..model_layers.layer_stack import LayerStack
-from ..samples.read_tokens import MOST_LOGITS
 from ..samples.samples import require_finite
 from .divergence import best_scale
-from .predictions import predictions_of
+from .predictions import Predictions
 
 
 @torch.no_grad()
@@ -25,6 +24,7 @@ def scale_logits(
     stack: LayerStack,
     streams: Sequence[Stream],
     predict: Predict,
+    found: Sequence[Predictions],
     problem: ProblemType,
     processes: Processes,
 ) -> float | None:
@@ -37,6 +37,7 @@ def scale_logits(
         stack: Layer stack of the student, all of whose sub-layers are pruned.
         streams: Both models' hidden states after the last sub-layer.
         predict: Function `(model, batch) -> logits`.
+        found: The predictions of both models for this process's samples.
         problem: Meaning of the logits.
         processes: The processes that hold the other streams.
 
@@ -55,14 +56,13 @@ def scale_logits(
     if name is None:
         return None
     with processes.error_barrier():
-        own = predictions_of(stack, streams, predict, MOST_LOGITS // processes.count)
-        for each in own:
+        for each in found:
             require_finite(each.own[each.counted], "the logits")
             require_finite(each.teacher[each.counted], "the original model's logits")
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-    for each in chain.from_iterable(processes.gather(own)):
-        found |= each.by_key()
-    scale = best_scale([found[key] for key in sorted(found)], problem)
+    every: dict[int, tuple[Tensor, Tensor]] = {}
+    for each in chain.from_iterable(processes.gather(list(found))):
+        every |= each.by_key()
+    scale = best_scale([every[key] for key in sorted(every)], problem)
     scale = float(processes.from_owner(torch.tensor(scale, dtype=torch.float64), 0))
     for parameter in stack.model.get_submodule(name).parameters():
         parameter.mul_(scale)
