@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from huggingface_hub import ModelCard
 from torch import Tensor
 
 from kprune_ext import KPruneConfig, KPruneReport, kprune
+from kprune_ext.cli.inputs import text_batches
 from kprune_ext.cli.main import main
 from kprune_ext.judging import speed
 from kprune_ext.report.agreement import decided, fitting_labels, no_sums, quality_from, sums_of
@@ -195,3 +197,15 @@ def test_labels_beside_texts(tmp_path) -> None:
         tiny_bert(), rows, KPruneConfig(measure_speed=False), tokenizer=tokenizer, progress=False
     ).kprune_report.quality
     assert quality.labelled == 24 and quality.accuracy is not None
+
+
+def test_the_command_reads_a_column_of_labels(tmp_path) -> None:
+    tokenizer = word_tokenizer(tmp_path)
+    options: Any = SimpleNamespace(text_field="text", max_length=8, batch_size=3)
+    rows = Dataset.from_dict({"text": ["word1", "word2", None, "word3"], "label": [2, None, 1, 0]})
+    batches = list(text_batches(rows, tokenizer, options, tiny_bert().config))
+    assert [batch["labels"].tolist() for batch in batches] == [[2, -100], [0]]
+    words = rows.remove_columns("label").add_column("label", ["a", "b", "c", "d"])
+    assert all(
+        "labels" not in b for b in text_batches(words, tokenizer, options, tiny_bert().config)
+    )
