@@ -19,7 +19,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/kprune_classifier.py
 	$(BIN)/python examples/kprune_language_model.py
 
-# After the tests, the built wheel is tried in an environment of its own.
+# After the tests, the built wheel and the README's examples are tried in an environment of their own.
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(PARALLEL)
 	$(BIN)/python tests/wheel_check.py

@@ -19,6 +19,8 @@ from .budget.latency import LatencyTable
 from .calibration.input_sums import InputsFile, inputs_file
 from .common.files import check_output_file
 from .common.memory import trim_memory
+from .judging.quality import compared, judged, predicted
+from .judging.speed import measured_speed
 from .model_layers.device_map import dispatch, own_weights
 from .modeling.copying import become_plain, record_kept
 from .preparation.config import KPruneConfig
@@ -26,10 +28,10 @@ from .preparation.given import given_config
 from .preparation.run import PruningRun, prepared
 from .progress import progress_over
 from .report.making import HeldOut, make_report
+from .report.quality import Quality, Speed
 from .samples.sharing import processes_of
 from .steps import (
     advance,
-    held_out_loss,
     measured_scores,
     measures_at,
     original_of,
@@ -74,10 +76,11 @@ def kprune(
         dataloader: Texts with `tokenizer`: a list, an iterator or a `datasets.Dataset` of strings, of
             pairs of strings, of chats (`messages`), of prompts with answers (`prompt`, `completion`) or
             of tokens. Or batches as mappings of tensors: `input_ids` and `attention_mask`
-            `(batch, tokens)`, or `pixel_values`, and any other input of the model. Labels and columns
-            that the model does not take are ignored, except with `predict`. Entries with one value
-            for each sample are cut into samples; others, such as an option, go with each as they are.
-            Batch size and padding do not matter. For a causal language model, `labels` (batch, tokens)
+            `(batch, tokens)`, or `pixel_values`, and any other input of the model. Columns that
+            the model does not take are ignored, except with `predict`, and labels are only used for
+            the accuracy in the report. Entries with one value for each sample are cut into samples;
+            others, such as an option, go with each as they are. Batch size and padding do not matter.
+            For a causal language model, `labels` (batch, tokens)
             of -100 mark tokens, such as those of a prompt, whose predictions do not count.
         config: The options; by default half of an encoder's FLOPs, or of the parameters of a decoder's
             layers, are removed.
@@ -148,14 +151,17 @@ def kprune(
             inputs = block.enter_context(
                 inputs_file(covariances, run.given.path, run.student, run.processes)
             )
-        before = held_out_loss(run)
+        before = judged(run)
         outcome = prune_sublayers(run, progress=progress, inputs=inputs)
-        if run.config.scale_logits and not run.signal.next_tokens:
-            signal = run.signal
+        found, signal = predicted(run), run.signal
+        if run.config.scale_logits and not signal.next_tokens:
             outcome.logit_scale = scale_logits(
-                run.stack, run.streams, signal.predict, signal.problem, run.processes
+                run.stack, run.streams, signal.predict, found, signal.problem, run.processes
             )
-        outcome.losses = (before, held_out_loss(run))
+        after = judged(run)
+        outcome.losses = (before.loss, after.loss)
+        outcome.quality = compared(run, before, after, found)
+        outcome.speed = measured_speed(run)
     return _finished(run, outcome)
 
 
@@ -168,12 +174,16 @@ class Outcome:
         errors: Relative error of the fit, per sub-layer.
         logit_scale: The factor on all logits, or None.
         losses: Loss on held-out tokens before and after, in nats a token; None for other tasks.
+        quality: Agreement with the original, and accuracy; None if nothing could be compared.
+        speed: Time of a forward pass; None if it was not measured.
     """
 
     kept: list[list[int]] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
     logit_scale: float | None = None
     losses: tuple[HeldOut | None, HeldOut | None] = (None, None)
+    quality: Quality | None = None
+    speed: Speed | None = None
 
 
 def prune_sublayers(
@@ -246,6 +256,8 @@ def _finished(run: PruningRun, outcome: Outcome) -> Any:
         tokens=run.data.tokens,
         logit_scale=outcome.logit_scale,
         losses=outcome.losses,
+        quality=outcome.quality,
+        speed=outcome.speed,
         kept=units,
     )
     return run.whole

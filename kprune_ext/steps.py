@@ -13,13 +13,11 @@ from torch import Tensor
 from .budget.selection import selected
 from .budget.uniform import uniform_sizes
 from .calibration.input_sums import InputsFile
-from .calibration.next_tokens import token_loss
 from .common.memory import trim_memory
 from .common.placement import is_offloaded
 from .knowledge.measure import measure_knowledge
 from .knowledge.scores import balanced, unit_scores
 from .preparation.run import PruningRun
-from .report.making import HeldOut
 from .tuning.least_squares import TunedProjection
 from .tuning.projection import fit_projection, normal_equations
 from .units.sublayers import SubLayer
@@ -115,17 +113,6 @@ def advance(run: PruningRun, target: SubLayer, inputs: InputsFile | None = None)
             if count is not None:  # before the states, which may themselves be an input, change
                 count(stream.tokens)
             stream.student.copy_(after)
-
-
-def held_out_loss(run: PruningRun) -> HeldOut | None:
-    """Returns the student's loss on the samples that are held out, or None if there are none."""
-    with run.processes.error_barrier():
-        total, count = token_loss(
-            run.stack, run.student, run.data.held_out, run.config.batch_tokens or 1
-        )
-    sums = torch.tensor([total, count], dtype=torch.float64)
-    total, tokens = run.processes.add(sums).tolist()
-    return HeldOut(total / tokens, int(tokens)) if tokens else None
 
 
 def original_of(dense: SubLayer, target: SubLayer, before: SubLayer) -> SubLayer:

@@ -3,13 +3,16 @@
     python tests/wheel_check.py
 
 Builds sdist and wheel, the wheel from the sdist; installs the wheel in the versions of constraints.txt;
-runs both command lines and a small job of each method there, away from the source. `make test` runs it
-after the tests, since it needs a package index.
+runs both command lines and a small job of each method there, away from the source. Then it runs what the
+README says to install, with the wheel in place of the clone, and the README's examples as they are
+pasted, which have to print what it shows. `make test` runs it after the tests, since it needs a package
+index.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -58,6 +61,46 @@ def run(*command: str | Path, cwd: Path) -> str:
     return done.stdout
 
 
+def readme_examples(text: str) -> list[tuple[str, str]]:
+    """Each Python block that is followed by what it prints, and that."""
+    return re.findall(r"```python\n(.*?)```\n+```text\n(.*?)```", text, flags=re.DOTALL)
+
+
+def install_lines(text: str) -> list[list[str]]:
+    """The words of the commands of the section on installation, after `pip install`."""
+    block = text.partition("## Install")[2].partition("```bash\n")[2].partition("```")[0]
+    lines = [line.split() for line in block.splitlines() if line.strip()]
+    assert lines and all(words[:2] == ["pip", "install"] for words in lines), lines
+    return [words[2:] for words in lines]
+
+
+def check_readme(python: Path, wheel: Path, folder: Path) -> None:
+    """Installs what the README says, and runs its examples at the same time."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    places = {".": str(wheel), "constraints.txt": str(ROOT / "constraints.txt")}
+    for words in install_lines(text):
+        named = [places.get(word, word) for word in words]
+        run(python, "-m", "pip", "install", "--quiet", *named, cwd=folder)
+    examples = readme_examples(text)
+    assert len(examples) == text.count("```python") == 2, len(examples)
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    running = [
+        subprocess.Popen(
+            [python, "-c", code],
+            cwd=folder,
+            env={**alone, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for code, _ in examples
+    ]
+    for process, (_, shown) in zip(running, examples, strict=True):
+        printed, errors = process.communicate()
+        assert process.returncode == 0, errors
+        assert printed == shown, f"An example of the README prints\n{printed}\nand shows\n{shown}"
+
+
 def build(folder: Path) -> tuple[Path, Path]:
     """Sdist and wheel."""
     run(sys.executable, "-m", "build", "--outdir", folder, ROOT, cwd=folder)
@@ -98,7 +141,8 @@ def main() -> None:
                 assert all(word in shown for word in words), shown
                 run(*command, words[0], "--print_config", cwd=folder)
         run(python, "-c", JOB, cwd=folder)
-    print("The wheel installs and works on its own.")
+        check_readme(python, wheel, folder)
+    print("The wheel installs and works on its own, and the README's examples print what it shows.")
 
 
 if __name__ == "__main__":

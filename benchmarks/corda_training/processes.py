@@ -76,11 +76,11 @@ def child(args: argparse.Namespace) -> None:
     for _ in range(args.repeats):
         distributed.barrier()
         start = time.perf_counter()
-        options = PassOptions(progress=False, processes=processes)
+        options = PassOptions(processes=processes)
         covariances = collect_covariances(runner, batches, groups, options)
         distributed.barrier()
         middle = time.perf_counter()
-        factorise(groups, covariances, targets, config, [args.method], processes, progress=False)
+        factorise(groups, covariances, targets, config, [args.method], processes)
         distributed.barrier()
         times["statistics"].append(middle - start)
         times["decomposition"].append(time.perf_counter() - middle)

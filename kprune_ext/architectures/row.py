@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from accelerate.utils import compare_versions
@@ -24,6 +25,12 @@ PRUNED_PREFIX = "kprune_ext_"
 
 #: Oldest supported version of transformers; rows for it describe later versions, too.
 OLDEST = "4.57"
+
+
+@cache
+def _has_transformers(oldest: str) -> bool:
+    # The version is read from a file of metadata, which takes as long as a layer of a small model.
+    return bool(compare_versions("transformers", ">=", oldest))
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,7 @@ class Architecture:
     @property
     def is_available(self) -> bool:
         """Whether the installed transformers has the modules that the row describes."""
-        return bool(compare_versions("transformers", ">=", self.transformers))
+        return _has_transformers(self.transformers)
 
     @property
     def pruned_type(self) -> str:

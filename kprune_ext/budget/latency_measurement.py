@@ -65,10 +65,10 @@ def measure_latency(
                 shrink(part, range(units))
                 # The layer itself: `SubLayer.run` would also look up devices and move tensors.
                 runs.append(partial(part.paths.run, layer, hidden, contexts[whole.layer]))
-            times = median_seconds(runs, rounds, lambda: _synchronize(model.device))
+            times = median_seconds(runs, rounds, lambda: synchronize(model.device))
             found[whole.kind] = dict(zip(sizes, times, strict=True))
     return LatencyTable(
-        device=_device_name(model.device),
+        device=device_name(model.device),
         batch_size=batch_size,
         sequence_length=hidden.shape[1],
         heads=found["attention"],
@@ -90,12 +90,14 @@ def _example(model: PreTrainedModel, batch: int, length: int) -> dict[str, Tenso
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Waits until a device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """Returns the name of a GPU, or the kind of another device with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads"

@@ -7,6 +7,7 @@ else. `MOST_IN_CHUNK` bounds the part of them that exists at any time.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -100,14 +101,29 @@ def logits_in_chunks(
         yield chunk, logits
 
 
+@dataclass(frozen=True)
+class TokenLoss:
+    """Loss of a language model on samples.
+
+    Attributes:
+        total: Sum of the losses, in nats.
+        count: Number of tokens that were to be predicted.
+        chosen: For each of them the most likely token, `(count,)`, on the CPU.
+    """
+
+    total: float
+    count: int
+    chosen: Tensor
+
+
 @torch.no_grad()
 def token_loss(
     stack: LayerStack,
     sublayers: Sequence[SubLayer],
     samples: Sequence[Sample],
     batch_tokens: int,
-) -> tuple[float, int]:
-    """Returns the summed loss of a language model on samples, in nats, and the number of its tokens.
+) -> TokenLoss:
+    """Returns the loss of a language model on samples, and the tokens that it holds most likely.
 
     Args:
         stack: Layer stack of the model.
@@ -116,6 +132,7 @@ def token_loss(
         batch_tokens: Largest number of tokens per batch.
     """
     total, count = 0.0, 0
+    chosen = [torch.empty(0, dtype=torch.long)]
     device = input_device(stack.model)
     for members, _ in alike(samples, [True] * len(samples), batch_tokens):
         part = [samples[number] for number in members]
@@ -132,4 +149,5 @@ def token_loss(
             loss = cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
             total += float(loss.double().sum())
             count += int((wanted != -100).sum())
-    return total, count
+            chosen.append(logits.argmax(2)[wanted != -100].cpu())
+    return TokenLoss(total, count, torch.cat(chosen))

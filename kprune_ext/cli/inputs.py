@@ -110,7 +110,7 @@ def text_batches(
         ValueError: If the number of text fields is not one or two, or the data lack one of them, or
             sequences have no room for text.
     """
-    names = text_fields(rows, options)
+    names, label = text_fields(rows, options), _label_field(rows)
     wanted = options.max_length or LENGTH
     most = getattr(about, "max_position_embeddings", None) or wanted
     length = min(wanted, most, tokenizer.model_max_length)
@@ -122,17 +122,20 @@ def text_batches(
         )
 
     def batches() -> Iterator[dict[str, Any]]:
-        for part in rows.select_columns(names).iter(options.batch_size):
-            every = zip(*(part[name] for name in names), strict=True)
-            texts = [texts for texts in every if None not in texts]
+        for part in rows.select_columns([*names, *label]).iter(options.batch_size):
+            every = zip(*(part[name] for name in [*names, *label]), strict=True)
+            texts = [texts for texts in every if None not in texts[: len(names)]]
             if not texts:
                 continue
             columns = [list(column) for column in zip(*texts, strict=True)]
-            yield dict(
-                tokenizer(
-                    *columns, truncation=True, max_length=length, padding=True, return_tensors="pt"
-                )
+            own = tokenizer(
+                *columns[: len(names)],
+                truncation=True,
+                max_length=length,
+                padding=True,
+                return_tensors="pt",
             )
+            yield {**own, **_as_labels(columns[len(names) :])}
 
     return batches()
 
@@ -193,15 +196,33 @@ def image_batches(rows: Any, processor: Any, options: PruneOptions) -> Iterator[
     name = options.image_field
     _check_fields(rows, [name], "image_field", "images")
     decoder = Image(mode=rows.features[name].mode)
-    undecoded = rows.select_columns([name]).cast_column(name, Image(decode=False))
+    label = _label_field(rows)
+    undecoded = rows.select_columns([name, *label]).cast_column(name, Image(decode=False))
 
     def batches() -> Iterator[dict[str, Any]]:
         for part in undecoded.iter(options.batch_size):
-            images = [_image(decoder, value, name) for value in part[name] if value is not None]
+            there = [number for number, value in enumerate(part[name]) if value is not None]
+            images = [_image(decoder, part[name][number], name) for number in there]
             if images:
-                yield dict(processor(images, return_tensors="pt"))
+                labels = [[part[each][number] for number in there] for each in label]
+                yield {**processor(images, return_tensors="pt"), **_as_labels(labels)}
 
     return batches()
+
+
+def _label_field(rows: Any) -> list[str]:
+    """Returns the name of the field with the numbers of classes, by which the result is judged."""
+    for name in ("label", "labels"):
+        if name in rows.column_names and "int" in str(getattr(rows.features[name], "dtype", "")):
+            return [name]
+    return []
+
+
+def _as_labels(columns: list[list[Any]]) -> dict[str, Any]:
+    """Returns a column of class numbers, if there is one, as an entry of a batch; -100 is none."""
+    if not columns:
+        return {}
+    return {"labels": torch.tensor([-100 if value is None else value for value in columns[0]])}
 
 
 def _image(decoder: Any, stored: dict[str, Any], name: str) -> Any:

@@ -86,26 +86,40 @@ def without_onednn(model: nn.Module) -> Iterator[None]:
         _blocks.leave(backend)
 
 
+@contextmanager
+def with_onednn() -> Iterator[None]:
+    """Runs as outside of every block of `without_onednn`, for measurements in one."""
+    if torch.backends.flags_frozen() or not _blocks.count:
+        yield
+        return
+    backend: Any = torch.backends.mkldnn
+    now, backend.enabled = backend.enabled, _blocks.before
+    try:
+        yield
+    finally:
+        backend.enabled = now
+
+
 class _Blocks:
     """Counts the blocks of all threads that run without oneDNN."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._count = 0
-        self._before = True
+        self.count = 0
+        self.before = True
 
     def enter(self, backend: Any) -> None:
         with self._lock:
-            if self._count == 0:
-                self._before = backend.enabled
+            if self.count == 0:
+                self.before = backend.enabled
                 backend.enabled = False
-            self._count += 1
+            self.count += 1
 
     def leave(self, backend: Any) -> None:
         with self._lock:
-            self._count -= 1
-            if self._count == 0:
-                backend.enabled = self._before
+            self.count -= 1
+            if self.count == 0:
+                backend.enabled = self.before
 
 
 _blocks = _Blocks()

@@ -165,7 +165,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def _hooks(module: nn.Module) -> list[ModelHook]:
-    hook = getattr(module, "_hf_hook", None)
+    hook = vars(module).get("_hf_hook")  # a module looks long for an attribute that it lacks
     if isinstance(hook, SequentialHook):
         return list(hook.hooks)
     return [] if hook is None else [cast(ModelHook, hook)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,8 @@ from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from yaml import YAMLError
 
 from ..common.presentation import CARD_NAME, how_to_install, with_section
+from ..report.making import is_hub_id
+from ..report.quality import size_of
 from ..report.report import REPORT_FILE, KPruneReport
 
 logger = logging.getLogger(__name__)
@@ -97,11 +98,10 @@ def _figures(report: KPruneReport) -> str:
         f"- FLOPs of the layers: {report.flops / report.flops_before:.1%} of the original.",
         f"- Parameters: {report.parameters:,} of {report.parameters_before:,}.",
     ]
-    if report.perplexity is not None and report.perplexity_before is not None:
-        lines.append(
-            f"- Perplexity on {report.held_out_tokens:,} held-out tokens: {report.perplexity:.2f}, "
-            f"before {report.perplexity_before:.2f}."
-        )
+    if report.weight_bytes_before:
+        size, before = size_of(report.weight_bytes), size_of(report.weight_bytes_before)
+        lines.append(f"- Weights: {size} of {before}.")
+    lines += [f"- {line[0].upper()}{line[1:]}." for line in report.figures()]
     return "\n".join(lines)
 
 
@@ -129,9 +129,10 @@ def card_facts(name: str, auto: str, report: KPruneReport) -> CardFacts:
         auto: Name of transformers' Auto class that loads the model.
         report: Report of the pruning.
     """
-    is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not os.path.exists(name)
-    metrics = () if report.perplexity is None else ("perplexity",)
-    return CardFacts(name if is_id else None, _PIPELINES.get(auto), metrics)
+    has_accuracy = report.quality is not None and report.quality.accuracy is not None
+    known = {"perplexity": report.perplexity is not None, "accuracy": has_accuracy}
+    metrics = tuple(name for name, is_known in known.items() if is_known)
+    return CardFacts(name if is_hub_id(name) else None, _PIPELINES.get(auto), metrics)
 
 
 def card_text(

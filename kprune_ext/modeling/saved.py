@@ -104,6 +104,9 @@ class Saved(_Base):
             if (folder / "config.json").exists():  # else only an adapter was saved
                 self._complete_config(folder / "config.json")
                 self._write_extras(folder, Path(save_directory), self_contained)
+        if not adapter_only and not self._loaded_name():
+            # Adapters made from now on name it as their base model.
+            self.name_or_path = os.fspath(save_directory)
         if push_to_hub:
             name = hub.pop("repo_id", None) or Path(save_directory).resolve().name
             self.push_to_hub(name, self_contained=self_contained, **hub)
@@ -143,7 +146,7 @@ class Saved(_Base):
             if section is not None:
                 text = remote_card(repo_id, section, token, self._facts())
                 write_card(Path(folder, CARD_NAME), text)
-            return hub.upload_folder(
+            done = hub.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
                 commit_message=commit_message,
@@ -151,6 +154,13 @@ class Saved(_Base):
                 revision=revision,
                 create_pr=create_pr,
             )
+        if not self._loaded_name():
+            self.name_or_path = repo_id
+        return done
+
+    def _loaded_name(self) -> str:
+        """Returns the name that the model was loaded by; empty for one that was pruned just now."""
+        return str(getattr(self.config, "_name_or_path", None) or "")
 
     def _section(self, self_contained: bool) -> str | None:
         """Returns the section of the model card, or None if nothing is known about the pruning."""
@@ -162,8 +172,10 @@ class Saved(_Base):
 
     def _facts(self) -> CardFacts | None:
         report = self._report_for_card()
-        name = str(getattr(self.config, "_name_or_path", None) or "")
-        return None if report is None else card_facts(name, self.kprune_auto.__name__, report)
+        if report is None:
+            return None
+        name = report.original or self._loaded_name()
+        return card_facts(name, self.kprune_auto.__name__, report)
 
     def _auto_map(self, self_contained: bool) -> dict[str, str] | None:
         """Returns the field `auto_map` of the saved config."""

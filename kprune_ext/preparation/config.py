@@ -11,6 +11,7 @@ from ..budget.costs import METRICS, Metric
 from ..common.memory import bytes_of
 from .config_checks import (
     CPU_BATCH_TOKENS,
+    PAPER,
     documented,
     left_open,
     number,
@@ -206,10 +207,18 @@ class KPruneConfig:
         "the dataloader does not matter. None stands for 2048 on a CPU, and for up to 16384 on a GPU, "
         "as far as its memory allows.",
     )
-    held_out: float = option(
-        0.05,
-        number("[0, 0.5]", "Pass 0 to hold out none."),
-        "Fraction of a language model's samples that only the report's perplexities are of.",
+    held_out: float | None = option(
+        None,
+        or_none(number("[0, 0.5]", "Pass 0 to hold out none.")),
+        "Fraction of the samples that only the report's figures are of: perplexity, agreement with the "
+        "original, accuracy. None stands for 0.05 for language models and for 0 for others, which are "
+        "then judged on the calibration data.",
+    )
+    measure_speed: bool = option(
+        True,
+        switch,
+        "Whether the report has the time of a forward pass of both models, which takes about a second "
+        "to measure.",
     )
     sequence_length: int | None = option(
         None,
@@ -248,22 +257,7 @@ class KPruneConfig:
             reduction: Fraction of the encoder's FLOPs to remove.
             options: Options that differ from the paper's.
         """
-        paper: dict[str, Any] = {
-            "temperature": 2.0,
-            "lambda_rep": 2.5e-4,
-            "lambda_scale": "absolute",
-            "prior_samples": 0.0,
-            "min_share": 0.0,
-            "mu": 64.0,
-            "sensitivity": "gradient",
-            "schedule": "per_sublayer",
-            "score_fraction": 1.0,
-            "ridge": 0.0,
-            "tune_bias": False,
-            "scale_logits": False,
-            "unread_weight": 1.0,
-        }
-        return cls(reduction=reduction, **(paper | options))
+        return cls(reduction=reduction, **(PAPER | options))
 
     def meant_for(
         self, *, is_causal: bool, next_tokens: bool, batch_tokens: int = CPU_BATCH_TOKENS

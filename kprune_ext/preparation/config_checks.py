@@ -30,6 +30,24 @@ _BY_MODEL: dict[str, tuple[Any, Any]] = {
 _BY_TASK: dict[str, tuple[Any, Any]] = {
     "temperature": (2.0, 1.0),
     "max_score_passes": (8, 1),
+    "held_out": (0.0, 0.05),
+}
+
+#: The options of the paper (arXiv 2308.03449) that differ from the defaults.
+PAPER: dict[str, Any] = {
+    "temperature": 2.0,
+    "lambda_rep": 2.5e-4,
+    "lambda_scale": "absolute",
+    "prior_samples": 0.0,
+    "min_share": 0.0,
+    "mu": 64.0,
+    "sensitivity": "gradient",
+    "schedule": "per_sublayer",
+    "score_fraction": 1.0,
+    "ridge": 0.0,
+    "tune_bias": False,
+    "scale_logits": False,
+    "unread_weight": 1.0,
 }
 
 

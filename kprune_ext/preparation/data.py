@@ -53,6 +53,7 @@ def batches_for(
         sequence_length(given.model.config, tokenizer, max_length),
         _BATCH_SIZE,
         "decoder" if given.predicts_next_tokens else "encoder",
+        labels=not given.predicts_next_tokens,
     )
     return as_batches(data, encoding, collate=own, part=part)
 
@@ -87,7 +88,7 @@ def collected(
         processes=processes,
         causal=given.architecture.is_causal,
         targets=given.predicts_next_tokens,
-        held_out=config.held_out if given.predicts_next_tokens else 0.0,
+        held_out=config.held_out or 0.0,
     )
 
 

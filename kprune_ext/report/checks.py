@@ -26,17 +26,20 @@ def check_fields(values: dict[str, Any], metrics: tuple[str, ...]) -> None:
         ValueError: If a field has a value that no report has.
     """
     for name in _WHOLE:
-        _check_whole(name, values[name])
+        check_whole(name, values[name])
     for name in _AMOUNTS:
-        _check_number(name, values[name])
+        check_number(name, values[name])
     for name in ("logit_scale", "perplexity", "perplexity_before"):
         if values[name] is not None:
-            _check_number(name, values[name])
-    _check_whole("held_out_tokens", values["held_out_tokens"])
+            check_number(name, values[name])
+    for name in ("held_out_tokens", "weight_bytes", "weight_bytes_before", "widest"):
+        check_whole(name, values[name])
+    if not isinstance(values["original"], str | None):
+        raise ValueError(f"original is {shown(values['original'])}, but must be text or null")
     if values["metric"] not in metrics:
-        raise ValueError(f"metric is {_shown(values['metric'])}, not one of {', '.join(metrics)}")
+        raise ValueError(f"metric is {shown(values['metric'])}, not one of {', '.join(metrics)}")
     if not values["cost_before"] > 0:
-        raise ValueError(f"cost_before is {_shown(values['cost_before'])}, but must be positive")
+        raise ValueError(f"cost_before is {shown(values['cost_before'])}, but must be positive")
 
 
 def check_rows(rows: Any) -> None:
@@ -49,16 +52,16 @@ def check_rows(rows: Any) -> None:
         raise ValueError("sublayers is not a list of rows")
     for row in rows:
         for name in _ROW_WHOLE:
-            _check_whole(name, row[name])
-        _check_whole("query_heads", row.get("query_heads", 1))  # absent in older reports
+            check_whole(name, row[name])
+        check_whole("query_heads", row.get("query_heads", 1))  # absent in older reports
         if not isinstance(row["name"], str):
-            raise ValueError(f"name is {_shown(row['name'])}, but must be text")
+            raise ValueError(f"name is {shown(row['name'])}, but must be text")
         kept = row.get("kept")  # absent in older reports
         if kept is not None and not (isinstance(kept, str) and set(kept) <= set("0123456789,-")):
-            raise ValueError(f"kept is {_shown(kept)}, but must be numbers and runs, or null")
+            raise ValueError(f"kept is {shown(kept)}, but must be numbers and runs, or null")
         error = row["error"]
         if error is not None and (isinstance(error, bool) or not isinstance(error, int | float)):
-            raise ValueError(f"error is {_shown(error)}, but must be a number or null")
+            raise ValueError(f"error is {shown(error)}, but must be a number or null")
     kinds = sorted((row["layer"], str(row["kind"])) for row in rows)
     layers = sorted({layer for layer, _ in kinds})
     if kinds != [(layer, kind) for layer in layers for kind in ("attention", "ffn")]:
@@ -67,16 +70,27 @@ def check_rows(rows: Any) -> None:
         raise ValueError("flops_before is 0 in all sublayers")
 
 
-def _check_whole(name: str, value: Any) -> None:
+def check_whole(name: str, value: Any) -> None:
+    """Refuses what is not a whole number from 0.
+
+    Raises:
+        ValueError: If the value is something else; the message has the name.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-        raise ValueError(f"{name} is {_shown(value)}, but must be a whole number")
+        raise ValueError(f"{name} is {shown(value)}, but must be a whole number")
 
 
-def _check_number(name: str, value: Any) -> None:
+def check_number(name: str, value: Any) -> None:
+    """Refuses what is not a finite number.
+
+    Raises:
+        ValueError: If the value is something else; the message has the name.
+    """
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or abs(value) > 1e30:
-        raise ValueError(f"{name} is {_shown(value)}, but must be a number")
+        raise ValueError(f"{name} is {shown(value)}, but must be a number")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Returns a value as a message shows it, cut to a short length."""
     return f"{str(value)[:40]!r}"

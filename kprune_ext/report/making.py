@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..units.kept import KeptUnits, encode_indices
 from ..units.sublayers import SubLayer
+from .quality import Quality, Speed
 from .report import KPruneReport
 from .rows import SubLayerReport
 
@@ -42,6 +45,8 @@ def make_report(
     tokens: int,
     logit_scale: float | None,
     losses: tuple[HeldOut | None, HeldOut | None] = (None, None),
+    quality: Quality | None = None,
+    speed: Speed | None = None,
     kept: Sequence[KeptUnits] | None = None,
 ) -> KPruneReport:
     """Returns the report of a run.
@@ -58,9 +63,12 @@ def make_report(
         samples, tokens: Amount of calibration data used.
         logit_scale: The factor from `kprune_ext.tuning.logit_scale.scale_logits`.
         losses: Losses of the model before and after on held-out tokens.
+        quality: Agreement with the original, and accuracy.
+        speed: Time of a forward pass of both models.
         kept: The units of each layer, where the pruned model's config does not list them.
     """
     old, new = losses
+    rows = list(rows)
     sublayers = tuple(
         sublayer_row(before, after, flops, error) for before, after, flops, error in rows
     )
@@ -86,7 +94,30 @@ def make_report(
         perplexity=None if new is None else perplexity(new.loss),
         perplexity_before=None if old is None else perplexity(old.loss),
         held_out_tokens=0 if old is None else old.tokens,
+        weight_bytes=weight_bytes(pruned),
+        weight_bytes_before=weight_bytes(model),
+        quality=quality,
+        speed=speed,
+        widest=max(before.width for before, *_ in rows),
+        original=_original(model),
     )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name is one of the hub, and no path, which means nothing elsewhere."""
+    return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)) and not os.path.exists(name)
+
+
+def _original(model: PreTrainedModel) -> str | None:
+    """Returns the hub id of a model, of the first one if it was pruned several times."""
+    before = getattr(model, "kprune_report", None)
+    name = str(getattr(model, "name_or_path", None) or "")
+    return before.original if before is not None else name if is_hub_id(name) else None
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Returns the bytes of a model's weights, in their dtype; tied weights count once."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def perplexity(loss: float) -> float:

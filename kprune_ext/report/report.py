@@ -13,6 +13,7 @@ from ..common.files import write_json
 from ..common.presentation import html_table, markdown_table
 from .checks import MOST_JSON, check_fields, check_rows
 from .figure import save_kept
+from .quality import Quality, Speed, quality_of, size_of, speed_of
 from .rows import SubLayerReport
 
 if TYPE_CHECKING:
@@ -49,6 +50,13 @@ class KPruneReport:
         perplexity, perplexity_before: Of a language model's result and original, on samples that were
             held out from calibration; None if there were none.
         held_out_tokens: Number of tokens that these are the perplexities of.
+        weight_bytes, weight_bytes_before: Bytes of the weights of the entire model; 0 if unknown.
+        quality: Agreement with the original, and accuracy where the data have labels; None if unknown.
+        speed: Time of a forward pass of both models; None if it was not measured. Reports that differ
+            in nothing else are equal.
+        widest: Inputs of the widest output projection, whose weights were fitted to the tokens; 0 if
+            unknown.
+        original: Hub id of the model that was pruned; None if it has none.
     """
 
     sublayers: tuple[SubLayerReport, ...]
@@ -66,6 +74,12 @@ class KPruneReport:
     perplexity: float | None = None
     perplexity_before: float | None = None
     held_out_tokens: int = 0
+    weight_bytes: int = 0
+    weight_bytes_before: int = 0
+    quality: Quality | None = None
+    speed: Speed | None = dataclasses.field(default=None, compare=False)
+    widest: int = 0
+    original: str | None = None
 
     @property
     def flops(self) -> int:
@@ -107,6 +121,7 @@ class KPruneReport:
         check_fields(fields, tuple(_METRIC_NAMES))
         check_rows(fields["sublayers"])
         fields["sublayers"] = tuple(SubLayerReport(**row) for row in fields["sublayers"])
+        fields |= {"quality": quality_of(fields["quality"]), "speed": speed_of(fields["speed"])}
         return cls(**fields)
 
     def save_json(self, path: str | os.PathLike[str]) -> None:
@@ -211,32 +226,42 @@ class KPruneReport:
         """Returns the parts of the entire model that are kept, in a few lines."""
         share = self.flops / self.flops_before
         metric = _METRIC_NAMES[self.metric].format(units=self.attention_units)
-        calibration = (
-            f"\ncalibrated on {self.tokens:,} tokens in {self.samples:,} samples"
-            if self.samples
-            else ""
-        )
-        scaled = (
-            f"\nlogits times {self.logit_scale:.3f}, nearest to the original's probabilities"
-            if self.logit_scale is not None
-            else ""
-        )
-        predicted = (
-            f"\nperplexity on {self.held_out_tokens:,} held-out tokens: {self.perplexity:.2f}, "
-            f"before {self.perplexity_before:.2f}"
-            if self.perplexity is not None and self.perplexity_before is not None
-            else ""
-        )
-        return (
+        lines = [
             f"layers: {self.flops / 1e6:.2f} of {self.flops_before / 1e6:.2f} MFLOPs per "
-            f"{self.sequence_length}-token sequence kept ({share:.1%})\n"
+            f"{self.sequence_length}-token sequence kept ({share:.1%})",
             f"{metric}: {self.cost / self.cost_before:.1%} kept, budget "
-            f"{self.budget / self.cost_before:.1%}\n"
+            f"{self.budget / self.cost_before:.1%}",
             f"model: {self.parameters:,} of {self.parameters_before:,} parameters kept"
-            + calibration
-            + scaled
-            + predicted
-        )
+            + self._size(),
+        ]
+        if self.samples:
+            few = (
+                f", fewer than the {self.widest:,} inputs of a fitted layer: expect less on other data"
+                if self.tokens < self.widest
+                else ""
+            )
+            lines.append(f"calibrated on {self.tokens:,} tokens in {self.samples:,} samples{few}")
+        if self.logit_scale is not None:
+            lines.append(
+                f"logits times {self.logit_scale:.3f}, nearest to the original's probabilities"
+            )
+        return "\n".join([*lines, *self.figures()])
+
+    def _size(self) -> str:
+        if not self.weight_bytes_before:
+            return ""
+        return f" ({size_of(self.weight_bytes)} of {size_of(self.weight_bytes_before)})"
+
+    def figures(self) -> list[str]:
+        """Returns how good the model is, in words: perplexity, agreement, accuracy and speed."""
+        lines = []
+        if self.perplexity is not None and self.perplexity_before is not None:
+            lines.append(
+                f"perplexity on {self.held_out_tokens:,} held-out tokens: {self.perplexity:.2f}, "
+                f"before {self.perplexity_before:.2f}"
+            )
+        lines += [] if self.quality is None else self.quality.lines()
+        return lines if self.speed is None else [*lines, self.speed.line()]
 
     def __str__(self) -> str:
         lines = [f"{'sub-layer':<16}{'kept':>12}{'MFLOPs':>16}{'parameters':>20}{'error':>8}"]

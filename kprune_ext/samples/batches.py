@@ -35,6 +35,7 @@ class Batch:
         images: Whether the samples are images, whose tokens are not those of any entry.
         targets: For language models, the labels `(rows, tokens)`: each position's own token, or -100
             where its prediction does not count.
+        labels: Labels of other tasks, `(rows, …)`, by which the result is judged.
     """
 
     entries: Mapping[str, Any]
@@ -42,6 +43,7 @@ class Batch:
     shared: frozenset[str]
     images: bool
     targets: Tensor | None = None
+    labels: Tensor | None = None
 
     @property
     def rows(self) -> int:

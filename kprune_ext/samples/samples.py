@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from .batches import (
     text_batch,
     with_targets,
 )
+from .labels import labels_in
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +43,15 @@ class Sample:
         keyed: Names of the rows that the sample's key depends on, all tensors; None for all rows.
         targets: For language models, the labels `(1, tokens)`: each position's own token, or -100 where
             its prediction does not count.
+        labels: Labels of other tasks, `(1, …)`, by which the result is judged; None if the data have
+            none.
     """
 
     inputs: Inputs
     tokens: Tensor
     keyed: frozenset[str] | None = None
     targets: Tensor | None = None
+    labels: Tensor | None = None
 
     def first(self, most: int) -> Sample:
         """Returns the first tokens of a text, which a causal model treats as it does in the whole."""
@@ -147,6 +151,8 @@ def collect_samples(
             whole = text_batch(entries, shared)
         if targets:
             whole = with_targets(whole, batch)
+        else:
+            whole = replace(whole, labels=labels_in(batch, whole.rows))
         rows, total, full = _rows_within(whole, total, max_tokens)
         found.append((whole, rows))
         if full:
@@ -193,7 +199,10 @@ def _cut(
             }
             tokens = batch.tokens[row : row + 1, part]
             wanted = None if batch.targets is None else batch.targets[row : row + 1, part]
-            samples.append(Sample(Inputs(cut, inputs.whole), tokens, keyed, wanted))
+            labels = None if batch.labels is None else batch.labels[row : row + 1]
+            if labels is not None and labels.shape[1:2] == (width,):
+                labels = labels[:, part]
+            samples.append(Sample(Inputs(cut, inputs.whole), tokens, keyed, wanted, labels))
     return samples
 
 

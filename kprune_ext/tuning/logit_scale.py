@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -15,9 +14,9 @@ from ..architectures.tasks import Predict, ProblemType
 from ..calibration.streams import Stream
 from ..common.processes import Processes
 from ..model_layers.layer_stack import LayerStack
-from ..samples.read_tokens import MOST_LOGITS
 from ..samples.samples import require_finite
 from .divergence import best_scale
+from .predictions import Predictions
 
 
 @torch.no_grad()
@@ -25,6 +24,7 @@ def scale_logits(
     stack: LayerStack,
     streams: Sequence[Stream],
     predict: Predict,
+    found: Sequence[Predictions],
     problem: ProblemType,
     processes: Processes,
 ) -> float | None:
@@ -37,6 +37,7 @@ def scale_logits(
         stack: Layer stack of the student, all of whose sub-layers are pruned.
         streams: Both models' hidden states after the last sub-layer.
         predict: Function `(model, batch) -> logits`.
+        found: The predictions of both models for this process's samples.
         problem: Meaning of the logits.
         processes: The processes that hold the other streams.
 
@@ -55,11 +56,13 @@ def scale_logits(
     if name is None:
         return None
     with processes.error_barrier():
-        own = _predictions(stack, streams, predict, MOST_LOGITS // processes.count)
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-    for each in chain.from_iterable(processes.gather(own)):
-        found |= each.by_key()
-    scale = best_scale([found[key] for key in sorted(found)], problem)
+        for each in found:
+            require_finite(each.own[each.counted], "the logits")
+            require_finite(each.teacher[each.counted], "the original model's logits")
+    every: dict[int, tuple[Tensor, Tensor]] = {}
+    for each in chain.from_iterable(processes.gather(list(found))):
+        every |= each.by_key()
+    scale = best_scale([every[key] for key in sorted(every)], problem)
     scale = float(processes.from_owner(torch.tensor(scale, dtype=torch.float64), 0))
     for parameter in stack.model.get_submodule(name).parameters():
         parameter.mul_(scale)
@@ -93,82 +96,6 @@ def find_predictor(stack: LayerStack, stream: Stream, predict: Predict) -> nn.Li
     # An output embedding shares its weight with the input embeddings, or will once it is loaded.
     is_decoder = last is stack.model.get_output_embeddings()
     return last if torch.equal(doubled, exact) and not is_decoder else None
-
-
-@dataclass(frozen=True)
-class _Predictions:
-    """Predictions of student and teacher for samples of equal length.
-
-    Attributes:
-        keys: Keys of the samples.
-        own, teacher: Logits, `(batch, positions, classes)`.
-        counted: Mask of the positions that count, `(batch, positions)`, bool.
-    """
-
-    keys: tuple[int, ...]
-    own: Tensor
-    teacher: Tensor
-    counted: Tensor
-
-    def by_key(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """Logits `(positions, classes)` of student and teacher at positions that count, by sample."""
-        rows = zip(self.own, self.teacher, self.counted, strict=True)
-        pairs = [(own[counted], teacher[counted]) for own, teacher, counted in rows]
-        return dict(zip(self.keys, pairs, strict=True))
-
-
-def _predictions(
-    stack: LayerStack, streams: Sequence[Stream], predict: Predict, most: int
-) -> list[_Predictions]:
-    """Predictions for samples in the order of their keys, up to `most` logits (but at least one)."""
-    examples = [_one(stack, stream, predict) for stream in streams]
-    sizes = {
-        key: example.numel()
-        for stream, example in zip(streams, examples, strict=True)
-        for key in stream.keys
-    }
-    taken: set[int] = set()
-    held = 0
-    for key in sorted(sizes):
-        held += sizes[key]
-        if held > most and taken:
-            break
-        taken.add(key)
-    # Allocate what stays before the large temporary blocks, not between them: less fragmentation.
-    waiting = [
-        (stream, rows, _room(len(rows), example))
-        for stream, example in zip(streams, examples, strict=True)
-        if (rows := [row for row, key in enumerate(stream.keys) if key in taken])
-    ]
-    return [_compared(stack, *each, predict) for each in waiting]
-
-
-def _one(stack: LayerStack, stream: Stream, predict: Predict) -> Tensor:
-    """Logits of the stream's first sample alone."""
-    inputs = stream.inputs.part(slice(1))
-    return stack.predict(predict, inputs, stream.student[:1].to(stream.tokens.device))
-
-
-def _compared(
-    stack: LayerStack, stream: Stream, rows: list[int], found: Tensor, predict: Predict
-) -> _Predictions:
-    part: Any = rows if len(rows) < len(stream.keys) else slice(None)  # a slice copies nothing
-    inputs = stream.inputs.part(part)
-    tokens = stream.tokens[part]
-    for held, state in zip(found, (stream.student, stream.teacher), strict=True):
-        held.copy_(stack.predict(predict, inputs, state[part].to(tokens.device)))
-    own, teacher = found
-    per_token = own.shape[1] > 1 and own.shape[1] == tokens.shape[1]
-    counted = tokens.cpu() if per_token else torch.ones(own.shape[:2], dtype=torch.bool)
-    require_finite(own[counted], "the logits")
-    require_finite(teacher[counted], "the original model's logits")
-    return _Predictions(tuple(stream.keys[row] for row in rows), own, teacher, counted)
-
-
-def _room(rows: int, example: Tensor) -> Tensor:
-    """Memory for logits of student and teacher, in a dtype that holds the logits' least value."""
-    dtype = torch.promote_types(example.dtype, torch.float32)
-    return torch.empty(2, rows, *example.shape[1:], dtype=dtype)
 
 
 @contextmanager

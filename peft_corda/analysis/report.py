@@ -169,6 +169,14 @@ class CordaReport:
             f"CorDA {self.method}, {len(self.modules)} modules, {self.parameters:,} trainable "
             f"parameters, {self.tokens:,} tokens. Energy share: {_meaning(self.method)}."
         ]
+        few = [module for module in self.modules if module.tokens < module.shape[1]]
+        if few:
+            widest = max(module.shape[1] for module in few)
+            lines.append(
+                f"  Too few tokens for {len(few)} of the modules, which have up to {widest:,} inputs: "
+                "their energy shares look better than they are. Calibrate on at least "
+                f"{10 * widest:,} tokens."
+            )
         for kind in self.types:
             lines.append(
                 f"  {kind.type}: {kind.modules} modules, {kind.parameters:,} parameters, energy share "

@@ -86,7 +86,7 @@ def calibrate(
         tokenizer: The model's tokenizer, where the data are texts.
         max_length: Largest number of tokens per text; by default 512, or as many as the model takes. A
             causal language model reads longer texts in several parts; for others they are truncated.
-        progress: Whether to print the plan and show progress bars.
+        progress: Whether to print the plan and show a progress bar with the time left.
         verbose: Earlier name of `progress`.
 
     Returns:
@@ -128,8 +128,8 @@ def calibrate(
                 max_length=max_length,
                 progress=shows,
             )
-            with run.held():
-                factors = _run(run, config)
+            with run.held(), run.shown() as shown:
+                factors = _run(shown, config)
         if Processes().is_main:
             _warn_if_few(factors)
     config.corda_factors = factors
@@ -156,8 +156,12 @@ def _run(run: Calibration, config: CordaConfig) -> CordaFactors:
     found: dict[str, ModuleFactors] = {}
     sketches: dict[str, InputSketch] = {}
     for number in range(len(run.plan.passes)):
-        part = run.finished(number, config)
+        part, bar = run.finished(number, config), run.options.progress
+        if bar is not None and part is not None:
+            bar.skip(number)
         if part is None:
+            if bar is not None:
+                bar.begin(number)
             part = _run_pass(run, number, config)
             run.finish(number, part)
         found.update(part.modules)
@@ -178,7 +182,7 @@ def _run_pass(run: Calibration, number: int, config: CordaConfig) -> CordaFactor
     )
     kept = None
     if run.keep is not None:
-        own = replace(options, snapshots=None, description=f"{options.description}, keep")
+        own = replace(options, snapshots=None)
         kept = collect_covariances(run.runner, run.keep, groups, own)
     trim_memory()
     factors = factorise(

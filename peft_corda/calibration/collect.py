@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate.utils import tqdm
 from torch import Tensor, nn
 
 from kprune_ext.common.placement import is_offloaded
@@ -18,7 +17,7 @@ from ..base_model.forward import Runner, evaluating, visiting
 from ..base_model.hidden_state_cache import HiddenStateCache, Span
 from ..base_model.input_groups import Group, InputSharing
 from ..base_model.weights import full_bias
-from ..batches.batches import Batch, count_of
+from ..batches.batches import Batch
 from ..batches.masks import kept_rows
 from ..checkpoint.checkpoint import Snapshots
 from ..decomposition.covariance import (
@@ -27,6 +26,7 @@ from ..decomposition.covariance import (
     CrossAccumulator,
     CrossCovariance,
 )
+from .progress import Progress
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,7 @@ class PassOptions:
     """Options of one pass over the data.
 
     Attributes:
-        description: Description of the progress bar.
-        progress: Whether to show the progress bar.
+        progress: Progress bar of the calibration, which counts the batches; None for none.
         dtype: Dtype in which products and sums are computed.
         snapshots: Snapshots that partial sums are read from and written to; None for neither.
         processes: Processes, each of which feeds its own share of the data.
@@ -43,8 +42,7 @@ class PassOptions:
             does not count.
     """
 
-    description: str = "Calibrating"
-    progress: bool = True
+    progress: Progress | None = None
     dtype: torch.dtype = torch.float32
     snapshots: Snapshots | None = None
     processes: Processes = field(default_factory=Processes)
@@ -114,14 +112,8 @@ def _parts(
 ) -> Iterator[dict[str, Any]]:
     """Yields the parts to run from batch number `done` on; checks and saves sums between batches."""
     snapshots = options.snapshots
-    # An iterator, since tqdm would create two, each with the DataLoader's workers.
-    bar = tqdm(
-        iter(batches),
-        total=count_of(batches),
-        desc=options.description,
-        disable=not options.progress,
-    )
-    for number, batch in enumerate(bar):
+    progress = options.progress
+    for number, batch in enumerate(progress.over(batches, done) if progress else batches):
         if snapshots is not None:
             snapshots.saw(batch)
         if number < done:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Protocol
 
 import torch
-from accelerate.utils import tqdm
 from torch import Tensor, nn
 
 from kprune_ext.common.processes import Processes
@@ -36,6 +35,7 @@ from ..decomposition.two_sets import contrasted, least_inputs, null_directions
 from ..factors import CordaFactors, ModuleFactors
 from ..weight_sample import SAMPLE_SIZE, sample_of
 from .passes import owners_of
+from .progress import Progress
 
 
 class Covariances(Protocol):
@@ -52,7 +52,7 @@ def factorise(
     config: CordaConfig,
     methods: Sequence[str],
     processes: Processes,
-    progress: bool = True,
+    progress: Progress | None = None,
     keep: Covariances | None = None,
 ) -> CordaFactors:
     """Decompose every module of these groups, with the work divided among the processes.
@@ -64,7 +64,7 @@ def factorise(
         config: Config whose ranks, damping and weighting are used.
         methods: Methods to find directions for.
         processes: Processes that take part; all have the same covariances and get the same factors.
-        progress: Whether to show a progress bar.
+        progress: Progress bar of the calibration, which counts the groups; None for none.
         keep: For `"sc_lora"`, covariances of the data to keep, which are emptied likewise; those of
             the task are `covariances`.
 
@@ -78,7 +78,8 @@ def factorise(
     rounds = processes.rounds(owners) if processes.collective_forward else [range(len(groups))]
     found: dict[str, ModuleFactors] = {}
     sketches: dict[str, InputSketch] = {}
-    bar = tqdm(total=len(groups), desc="Decomposing", disable=not progress)
+    if progress:
+        progress.start_decomposing()
     for pieces in rounds:
         gathered: dict[str, Tensor] = {}
         if processes.collective_forward:
@@ -100,8 +101,8 @@ def factorise(
                 if sketch is not None:
                     sketches[group.leader] = sketch
                 found.update(own)
-                bar.update()
-    bar.close()
+                if progress:
+                    progress.decomposed()
     if processes.count > 1:
         for group, owner in zip(groups, owners, strict=True):
             for name in group.members:

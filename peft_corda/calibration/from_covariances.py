@@ -23,6 +23,7 @@ from ..decomposition.covariance import Covariance
 from ..factors import CordaFactors
 from .decompose import factorise
 from .preparation import check_arguments, found_targets
+from .progress import shown_progress
 
 _SHOWN = 3
 
@@ -69,9 +70,9 @@ def factors_from(
         settings = settings_of(config, chosen, base, targets, dtype, None, False, sharding)
         processes.require_agreement({**settings, "covariances": own}, but="progress")
     shows = progress and processes.is_main
-    with processes.leaving_a_note():
+    with processes.leaving_a_note(), shown_progress(shows, 0, [len(groups)]) as bar:
         read = _Read(sums, targets, dtype)
-        factors = factorise(groups, read, targets, config, chosen, processes, shows)
+        factors = factorise(groups, read, targets, config, chosen, processes, bar)
     trim_memory()
     modules = {name: factors.modules[name] for name in targets}
     return CordaFactors(modules, factors.damping, factors.weighting, factors.sketches)

@@ -31,6 +31,7 @@ from ..factors import CordaFactors
 from .collect import PassOptions
 from .first_batches import look_at
 from .plan import Plan, make_plan
+from .progress import shown_progress
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Calibration:
         runner: Runs batches through the model.
         batches: Calibration data of this process.
         keep: Data of this process to keep, beside those of the task; None for most methods.
+        shows: Whether to show a progress bar.
         plan: Passes over the data.
         methods: Methods to find directions for.
         options: How each pass is run.
@@ -54,6 +56,7 @@ class Calibration:
     options: PassOptions
     checkpoint: Checkpoint | None
     keep: Iterable[Batch] | None = None
+    shows: bool = False
 
     @property
     def targets(self) -> Mapping[str, nn.Module]:
@@ -66,10 +69,19 @@ class Calibration:
         return self.options.processes
 
     def pass_options(self, number: int) -> PassOptions:
-        """How a pass is run, with its label and its snapshots."""
+        """How a pass is run, with its snapshots."""
         snapshots = None if self.checkpoint is None else self.checkpoint.snapshots(number)
-        label = f"Calibrating ({number + 1} of {len(self.plan.passes)})"
-        return replace(self.options, description=label, snapshots=snapshots)
+        return replace(self.options, snapshots=snapshots)
+
+    @contextmanager
+    def shown(self) -> Iterator[Calibration]:
+        """Shows one progress bar for all passes, in the block, if one is wanted."""
+        counts = [count_of(data) for data in (self.batches, self.keep) if data is not None]
+        known = [count for count in counts if count is not None]
+        batches = sum(known) if len(known) == len(counts) else None
+        groups = [len(groups) for groups in self.plan.passes]
+        with shown_progress(self.shows, batches, groups) as bar:
+            yield replace(self, options=replace(self.options, progress=bar))
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -151,15 +163,15 @@ def prepare(
             seen = _digests(batches)
             checkpoint = Checkpoint(checkpoint_dir, about, checkpoint_seconds, processes, seen)
     options = PassOptions(
-        progress=progress and processes.is_main,
         dtype=dtype,
         processes=processes,
         spare=_spare(runner, first) if processes.collective_forward else None,
     )
-    if options.progress:
+    shows = progress and processes.is_main
+    if shows:
         print(plan, file=sys.stderr)
     passing = runner if layout.masked else runner.cutting_padding()
-    return Calibration(passing, batches, plan, chosen, options, checkpoint, keep)
+    return Calibration(passing, batches, plan, chosen, options, checkpoint, keep, shows)
 
 
 def found_targets(

@@ -54,9 +54,7 @@ def covariances(batches: list[dict]) -> dict[str, Any]:
     model = deep_model("llama", 3)
     targets = find_targets(model, make_config())
     groups = discover(Runner(model, targets), BATCHES[0]).groups
-    found = collect_covariances(
-        Runner(model, targets), batches, groups, PassOptions(progress=False)
-    )
+    found = collect_covariances(Runner(model, targets), batches, groups, PassOptions())
     return {name: (own.matrix, own.tokens) for name, own in found.items()}
 
 

@@ -46,7 +46,7 @@ def test_hidden_states_in_a_file_give_the_same_model(monkeypatch) -> None:
 
 @pytest.mark.parametrize("family", ["bert", "modernbert", "dinov2"])
 def test_parameters_meet_their_budget(family: str) -> None:
-    model = tiny(family, neurons=1200)
+    model = tiny(family, neurons=600)
     pruned = run(model, batches_for(family), reduction=0.6, metric="params")
     report = pruned.kprune_report
     removed = model.num_parameters() - pruned.num_parameters()

@@ -48,7 +48,7 @@ def counted_flops(model: torch.nn.Module, family: str, length: int) -> int:
 @pytest.mark.parametrize("reduction", [0.3, 0.8])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_flops_meet_the_budget_and_the_flop_counter(family: str, reduction: float) -> None:
-    model = tiny(family, neurons=2400, attention="eager")
+    model = tiny(family, neurons=1200, attention="eager")
     length = 17  # of an image, too
     config = KPruneConfig(reduction=reduction, sequence_length=length)
     pruned = kprune(model, batches_for(family), config, progress=False)

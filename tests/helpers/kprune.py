@@ -123,5 +123,6 @@ def data_of(model, batches, config=None):
 
 
 def run(model: Any, batches: Any, predict: Any = None, **options: Any) -> Any:
-    """`kprune` with options of its config."""
+    """`kprune` with options of its config, and without a measurement of the speed."""
+    options.setdefault("measure_speed", False)
     return kprune(model, batches, KPruneConfig(**options), predict=predict, progress=False)

@@ -30,12 +30,14 @@ class Encoding:
         model: Kind of the model. `"decoder"` predicts the next token: long texts are cut into several
             sequences, and labels leave out prompts. `"encoder"` is any other: long texts are truncated,
             and pairs are one input. For `"encoder_decoder"`, the second text of a pair is the label.
+        labels: Whether the rows of an encoder have the numbers of their classes as `labels`.
     """
 
     tokenizer: Any
     max_length: int = LENGTH
     batch_size: int = 8
     model: Literal["decoder", "encoder", "encoder_decoder"] = "encoder"
+    labels: bool = False
 
     def rows(self, example: Example) -> Iterator[Row]:
         """Yields the sequences of an example; none if it is blank.
@@ -53,10 +55,15 @@ class Encoding:
             )
         if isinstance(example, Chat):
             yield from self._chat(example)
-        elif isinstance(example, Text):
-            yield from self._text(example.text, special=True)
+            return
+        label = getattr(example, "label", None) if self.labels else None
+        beside = {} if label is None else {"labels": label}
+        if isinstance(example, Text):
+            rows = self._text(example.text, special=True)
         else:
-            yield from self._pair(*_parts(example))
+            rows = self._pair(*_parts(example))
+        for row in rows:
+            yield row | beside
 
     def _pair(self, first: str, second: str) -> Iterator[Row]:
         cut = {"truncation": True, "max_length": self.max_length}

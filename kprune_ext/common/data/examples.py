@@ -28,17 +28,19 @@ _ANSWERS = (("prompt", "completion"), ("prompt", "chosen"), ("question", "answer
 
 @dataclass(frozen=True)
 class Text:
-    """A text."""
+    """A text, and the number of its class if the data have one."""
 
     text: str
+    label: int | None = None
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two texts that an encoder reads as one input."""
+    """Two texts that an encoder reads as one input, and the number of their class if there is one."""
 
     first: str
     second: str
+    label: int | None = None
 
 
 @dataclass(frozen=True)
@@ -114,11 +116,11 @@ def _of_row(row: Mapping[str, Any]) -> Example:
     for first, second in _PAIRS:
         one, other = row.get(first), row.get(second)
         if isinstance(one, str) and isinstance(other, str):
-            return Pair(one, other)
+            return Pair(one, other, _label_of(row))
     texts = [name for name, value in row.items() if isinstance(value, str)]
     name = "text" if "text" in texts else texts[0] if len(texts) == 1 else None
     if name is not None:
-        return Text(row[name])
+        return Text(row[name], _label_of(row))
     about = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items())
     raise TypeError(
         f"A row of the data has the columns {about or 'of nothing'}, and it cannot be told which is the "
@@ -164,6 +166,11 @@ def _is_chat(given: Any) -> TypeGuard[Sequence[Mapping[str, Any]]]:
         and bool(given)
         and all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in given)
     )
+
+
+def _label_of(row: Mapping[str, Any]) -> int | None:
+    label = row.get("label", row.get("labels"))
+    return label if isinstance(label, int) else None
 
 
 def _first(value: Any) -> Any:

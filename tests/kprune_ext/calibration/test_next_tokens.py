@@ -113,14 +113,14 @@ def test_the_loss_is_that_of_the_model(family: str) -> None:
         sublayers(model, find_architecture(model)),
     )
     with plain_outputs(model.config):
-        total, count = token_loss(stack, targets, samples, 30)
+        found = token_loss(stack, targets, samples, 30)
     expected = 0.0
     for sample in samples:
         ids = sample.inputs["input_ids"]
         with torch.no_grad():
             expected += float(model(ids, labels=ids, use_cache=False).loss) * (ids.shape[1] - 1)
-    assert count == sum(sample.count - 1 for sample in samples)
-    assert total == pytest.approx(expected, rel=1e-4)
+    assert found.count == len(found.chosen) == sum(sample.count - 1 for sample in samples)
+    assert found.total == pytest.approx(expected, rel=1e-4)
 
 
 def test_chunks_have_at_most_so_many_logits() -> None:

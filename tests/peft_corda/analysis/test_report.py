@@ -183,3 +183,12 @@ def test_types_of_modules():
         "attention.output.dense", "output.dense", "output.dense", "query", "classifier",
     ]  # fmt: skip
     assert [layer_number(name) for name in names] == [0, 0, 1, 1, None]
+
+
+def test_too_few_tokens_are_said(factors):
+    assert "Too few tokens" not in str(report(factors, method="kpm"))
+    few = {name: dataclasses.replace(own, tokens=7) for name, own in factors.modules.items()}
+    said = str(report(dataclasses.replace(factors, modules=few), method="kpm"))
+    widest = max(own.shape[1] for own in few.values())
+    assert f"Too few tokens for {len(few)} of the modules, which have up to {widest} inputs" in said
+    assert f"Calibrate on at least {10 * widest:,} tokens." in said

@@ -98,7 +98,7 @@ def test_blocks_that_are_done_with_are_not_run():
     assert any(span.first == span.last == span.following for span in plan.spans)  # cut in a block
     assert any(span.last < span.following for span in plan.spans[:-1])  # and between two
     for number, groups in enumerate(plan.passes):
-        options = PassOptions(progress=False)
+        options = PassOptions()
         one_pass = partial(
             collect_covariances,
             Runner(model, targets),

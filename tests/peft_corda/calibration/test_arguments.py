@@ -68,7 +68,7 @@ def test_double_precision_sums():
     model, batches = make_model("llama"), make_batches()
     targets = find_targets(model, make_config())
     groups = discover(Runner(model, targets), batches[0]).groups
-    options = PassOptions(progress=False, dtype=torch.float64)
+    options = PassOptions(dtype=torch.float64)
     found = collect_covariances(Runner(model, targets), batches, groups, options)
     single = covariances_of(model, targets, batches)
     name = "model.layers.0.mlp.down_proj"
