@@ -72,7 +72,12 @@ def kprune_to(
         ValueError: If a limit or fraction is out of range, the score is not finite, the file is of
             another search, or as `kprune`.
     """
-    grid = _checked(evaluate, keep, tolerance, reductions)
+    if not callable(evaluate):
+        raise TypeError(
+            f"evaluate is a {type(evaluate).__name__}, not a function. Pass a function of the model "
+            "that returns its score, such as lambda model: accuracy(model, validation_set)."
+        )
+    grid = checked_search(keep, tolerance, reductions)
     config = given_config(config, None)
     check_output_files({"state_file": None if state_file is None else str(state_file)}, {})
     if isinstance(dataloader, Iterator):
@@ -123,14 +128,14 @@ def kprune_to(
     return KPruneSearch(pruned, best, limit, greater_is_better, every)
 
 
-def _checked(
-    evaluate: Any, keep: float | None, tolerance: float | None, reductions: Sequence[float]
+def checked_search(
+    keep: float | None, tolerance: float | None, reductions: Sequence[float]
 ) -> list[float]:
-    if not callable(evaluate):
-        raise TypeError(
-            f"evaluate is a {type(evaluate).__name__}, not a function. Pass a function of the model "
-            "that returns its score, such as lambda model: accuracy(model, validation_set)."
-        )
+    """Returns the fractions to try in ascending order, after checking the limits.
+
+    Raises:
+        ValueError: If one of the arguments, which are those of `kprune_to`, is out of range.
+    """
     if keep is not None and tolerance is not None:
         raise ValueError("Both keep= and tolerance= were passed. Pass one of them.")
     if keep is not None and not 0 < keep <= 1:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -68,12 +70,36 @@ def measure_latency(
             times = median_seconds(runs, rounds, lambda: _synchronize(model.device))
             found[whole.kind] = dict(zip(sizes, times, strict=True))
     return LatencyTable(
-        device=_device_name(model.device),
+        device=device_name(model.device),
         batch_size=batch_size,
         sequence_length=hidden.shape[1],
         heads=found["attention"],
         neurons=found["ffn"],
     )
+
+
+@torch.no_grad()
+def model_seconds(
+    models: Sequence[PreTrainedModel],
+    batch_size: int = 1,
+    sequence_length: int = 64,
+    rounds: int = 9,
+) -> list[float]:
+    """Measures the latency of whole models, which take turns, in seconds per batch.
+
+    Args:
+        models: Models with the same inputs, such as a model and its pruned copy.
+        batch_size: Number of sequences or images.
+        sequence_length: Tokens per sequence; ignored for images, whose size sets their tokens.
+        rounds: Number of runs of each, of which the median is taken.
+    """
+    with ExitStack() as block:
+        runs = []
+        for model in models:
+            block.enter_context(evaluating(model))
+            batch = _example(model, batch_size, sequence_length)
+            runs.append(partial(model, **batch))
+        return median_seconds(runs, rounds, lambda: _synchronize(models[0].device))
 
 
 def _example(model: PreTrainedModel, batch: int, length: int) -> dict[str, Tensor]:
@@ -95,7 +121,8 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """Returns the name of a GPU, or the kind of another device and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads"

@@ -93,8 +93,8 @@ def data_of(data: Any) -> str | None:
     """Returns a fingerprint of data that can be read without an effect, of 1,000 rows at most.
 
     Args:
-        data: A list, a tuple, a mapping, a `datasets.Dataset`, or a `DataLoader` of one of these. Of more
-            rows than 1,000, so many are read, at even distances; their number counts, too.
+        data: A list, a tuple, a mapping, a `datasets.Dataset`, or a `DataLoader` of one of these. Of
+            more than 1,000 rows, so many are read, at even distances, and their number counts.
 
     Returns:
         The fingerprint; None for other data, which may be others each time that they are read.

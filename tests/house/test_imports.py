@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[2]
 WINGS = {
     "kprune_ext": (
         "common", "console", "architectures", "units", "model_layers", "samples", "calibration",
-        "knowledge", "budget", "tuning", "report", "modeling", "evaluation", "preparation", "export", "root",
-        "cli",
+        "knowledge", "budget", "tuning", "report", "modeling", "evaluation", "preparation", "export",
+        "root", "cli",
     ),
     "peft_corda": (
         "decomposition", "root", "batches", "base_model", "export", "analysis", "adapter", "retention",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -25,16 +26,20 @@ def search(evaluate=left, model=None, data=DATA, **options):
     return kprune_to(model or tiny_bert(), data, evaluate, **options)
 
 
+@functools.cache
+def pruned(reduction: float):
+    return kprune(tiny_bert(), DATA, reduction=reduction, progress=False)
+
+
 @pytest.mark.parametrize("keep", [0.99, 0.75, 0.55, 0.42, 0.15])
 def test_the_result_is_that_of_a_full_sweep(keep) -> None:
     found = search(keep=keep)
-    scores = {r: left(kprune(tiny_bert(), DATA, reduction=r, progress=False)) for r in COSTS}
+    scores = {reduction: left(pruned(reduction)) for reduction in COSTS}
     good = [reduction for reduction, score in scores.items() if score >= keep]
     assert found.reduction == max(good, default=0.0)
     assert len(found.trials) <= 1 + 3  # of seven
     if good:
-        expected = kprune(tiny_bert(), DATA, reduction=found.reduction, progress=False)
-        for name, value in expected.state_dict().items():
+        for name, value in pruned(found.reduction).state_dict().items():
             assert torch.equal(found.model.state_dict()[name], value)
     else:
         assert found.model is None
