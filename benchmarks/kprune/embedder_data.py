@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,29 +101,28 @@ def shuffled(texts: Sequence[str], seed: int) -> list[str]:
 
 
 def scores(
-    model: Any, tokenizer: Any, data: Path, most: int | None, dense: dict[str, Tensor] | None
-) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """The scores of an embedder, and its embeddings of all texts by data set.
+    model: Any, dense: Any, tokenizer: Any, data: Path, most: Mapping[str, int | None]
+) -> dict[str, float]:
+    """The scores of an embedder, and how near it is to the dense one.
 
     Args:
         model: The embedder, whose embeddings are the means of its last hidden states.
-        tokenizer: Its tokenizer.
+        dense: The dense one, which may be the model itself.
+        tokenizer: The tokenizer of both.
         data: Folder of the data sets.
-        most: Largest number of pairs of each set.
-        dense: Embeddings of the dense model; None for that model itself.
+        most: Largest number of pairs by data set; None for all.
 
     Returns:
-        Spearman's correlation for each set in percent; with `dense`, the mean cosine to its embeddings
-        of STS-B's texts and the lowest hundredth of the cosines; and the seconds that it took.
+        Spearman's correlation for each set in percent; the mean cosine to the dense model's embeddings
+        of STS-B's texts, and the lowest hundredth of these cosines; and the seconds that it took.
     """
     watch = Stopwatch()
     found: dict[str, float] = {}
-    embedded: dict[str, Tensor] = {}
     for name in PAIR_SETS:
-        pairs = read_pairs(data, name, most)
-        embedded[name] = own = embeddings_of(model, batches_of(pairs.texts, tokenizer))
+        pairs = read_pairs(data, name, most[name])
+        own = embeddings_of(model, batches_of(pairs.texts, tokenizer))
         found[name] = 100 * spearman(cosines(own[pairs.first], own[pairs.second]), pairs.alike)
-    if dense is not None:
-        near = cosines(embedded["stsb"], dense["stsb"])
-        found["cosine"], found["cosine_low"] = float(near.mean()), float(near.quantile(0.01))
-    return found | {"cpu_seconds": watch.read()["cpu"]}, embedded
+        if name == "stsb" and model is not dense:
+            near = cosines(own, embeddings_of(dense, batches_of(pairs.texts, tokenizer)))
+            found["cosine"], found["cosine_low"] = float(near.mean()), float(near.quantile(0.01))
+    return found | {"cpu_seconds": watch.read()["cpu"]}

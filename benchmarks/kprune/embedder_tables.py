@@ -22,9 +22,14 @@ def by_cell(runs: Sequence[Run]) -> dict[tuple[Any, ...], list[Run]]:
     """Runs that differ in the seed alone."""
     found: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
-        key = (run["model"], run["pairs"] or 0, run["tokens"], run["reduction"], label(run))
+        key = (run["model"], pairs_of(run), run["tokens"], run["reduction"], label(run))
         found.setdefault((*key, run["minutes"]), []).append(run)
     return found
+
+
+def pairs_of(run: Run) -> str:
+    """Numbers of pairs that a run was scored on, in words."""
+    return " / ".join(f"{most:,}" if most else "all" for most in run["pairs"].values())
 
 
 def as_markdown(report: dict[str, Any]) -> str:
@@ -34,10 +39,10 @@ def as_markdown(report: dict[str, Any]) -> str:
         "mean. `of dense`: STS-B's as a part of the dense model's. `cosine`: mean to the dense model's "
         "embeddings of STS-B's texts. CPU seconds and MiB (the peak beyond the loaded model) are those "
         "of pruning. Speed-ups are those of the dense model's median time on one thread, for batches × "
-        f"tokens. {as_code(report)}\n\n"
+        f"tokens. `pairs`: of STS-B, MRPC and QNLI. {as_code(report)}\n\n"
     )
     dense = {
-        (run["model"], run["pairs"] or 0): run["scores"]
+        (run["model"], pairs_of(run)): run["scores"]
         for run in report["runs"]
         if run["method"] == "dense"
     }
@@ -68,7 +73,7 @@ def _row(
     ratio = None if dense is None else dense["stsb"]
     return [
         model,
-        f"{pairs:,}" if pairs else "all",
+        pairs,
         f"{tokens:,}" if tokens else "–",
         f"{reduction:.0%}",
         method + (", distilled" if ending else ""),
@@ -102,14 +107,14 @@ def plot(report: dict[str, Any], path: Path, source: str = "") -> None:
 
 def draw_model(panel: Any, runs: Sequence[Run]) -> None:
     """Draw all methods of one model, as pruned and as distilled, with the sizes most runs have."""
-    shapes = [(run["pairs"], run["tokens"]) for run in runs if run["tokens"]]
-    usual = max(dict.fromkeys(shapes), key=shapes.count) if shapes else (None, 0)
+    shapes = [(pairs_of(run), run["tokens"]) for run in runs if run["tokens"]]
+    usual = max(dict.fromkeys(shapes), key=shapes.count) if shapes else ("", 0)
     ends = []
     for method in dict.fromkeys(run["method"] for run in runs):
         for stage, ending in STAGES.items():
             points: dict[float, list[float]] = {}
             for run in runs:
-                fits = run["pairs"] == usual[0] and run["tokens"] in (0, usual[1])
+                fits = run["tokens"] in (0, usual[1]) and usual[0] in ("", pairs_of(run))
                 if run["method"] == method and fits and stage in run:
                     points.setdefault(100 * run["reduction"], []).append(run[stage]["stsb"])
             ends.append(draw_points(panel, sorted(points.items()), look_of(method + ending)))

@@ -34,7 +34,7 @@ def study(data: Path, *more: str) -> dict:
 
 
 def test_every_method_is_scored_distilled_and_resumed(pair_data: Path) -> None:
-    given = ["--distill-minutes", "0.005", "--rate", "1e-2", "--pairs", "8"]
+    given = ["--distill-minutes", "0.005", "--rate", "1e-2", "--pairs", "8", "--other-pairs", "8"]
     report = study(pair_data, *given)
     dense, *runs = report["runs"]
     assert dense["method"] == "dense" and set(dense["scores"]) == {
