@@ -61,6 +61,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     add("--pairs", type=int, help="Pairs of STS-B to score, from all over it; by default all.")
     add("--other-pairs", type=int, default=1000, help="Pairs of MRPC and of QNLI to score.")
     add("--distill-minutes", type=float, default=0.0, help="Minutes of distillation; 0 for none.")
+    add("--distilled", nargs="+", choices=METHODS, default=["ours", "fisher_mask"],
+        help="Methods whose results are distilled.")  # fmt: skip
     add("--rate", type=float, default=1e-4, help="Learning rate of the distillation.")
     options = "JSON with options of KPruneConfig for the method `ours`."
     add("--options", type=json.loads, default={}, help=options)
@@ -93,17 +95,21 @@ def wanted_runs(args: argparse.Namespace) -> list[dict[str, Any]]:
         base = {"model": label_of(source), "source": source, "pairs": pairs}
         none = {"tokens": 0, "seed": 0, "minutes": 0.0, "rate": 0.0}
         runs.append(base | none | {"method": "dense", "reduction": 0.0})
-        trained = {"minutes": args.distill_minutes, "rate": args.rate * bool(args.distill_minutes)}
         runs += [
             base
-            | trained
             | {"tokens": args.tokens, "seed": seed, "method": method, "reduction": reduction}
+            | _distillation(method, args)
             | ({"options": args.options} if args.options and method == "ours" else {})
             for seed in args.seeds
             for reduction in args.reductions
             for method in args.methods
         ]
     return runs
+
+
+def _distillation(method: str, args: argparse.Namespace) -> dict[str, float]:
+    minutes = args.distill_minutes if method in args.distilled else 0.0
+    return {"minutes": minutes, "rate": args.rate if minutes else 0.0}
 
 
 def key_of(run: dict[str, Any]) -> str:
