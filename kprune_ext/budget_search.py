@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from .budget.costs import UnreachableError
 from .common.files import check_output_files, write_json
-from .common.fingerprints import config_of, weights_of
+from .common.fingerprints import config_of, data_of, name_of, weights_of
 from .preparation.config import KPruneConfig
 from .preparation.given import given_config
 from .pruning import kprune
@@ -33,6 +34,7 @@ def kprune_to(
     reductions: Sequence[float] = REDUCTIONS,
     config: KPruneConfig | None = None,
     state_file: str | Path | None = None,
+    about: Mapping[str, Any] | None = None,
     progress: bool = True,
     **options: Any,
 ) -> KPruneSearch:
@@ -40,7 +42,8 @@ def kprune_to(
 
     The fractions of `reductions` are searched by bisection: of nine, at most four are tried. This takes
     the score to fall as more is removed; where it rises a little again, the result is one of the
-    fractions at which it crosses the limit. All are pruned on the same calibration data.
+    fractions at which it crosses the limit. All are pruned on the same calibration data. A fraction that
+    cannot be removed, as with `layout="uniform"`, counts as too much.
 
     Args:
         model: The model, as for `kprune`. It is left as it was.
@@ -54,7 +57,10 @@ def kprune_to(
         reductions: Fractions to remove that may be tried.
         config: Other options of `kprune`; its `reduction` is not used.
         state_file: A JSON file of the scores so far. If it exists and is of the same search, what was
-            tried is not tried again.
+            tried is not tried again. A search is the same if model, options, calibration data (lists and
+            data sets, see `about` for others) and the name of `evaluate` are.
+        about: Whatever else the search depends on, as values that JSON can hold, by a name for messages:
+            such as the validation data of `evaluate`, or calibration data that come from a stream.
         progress: Whether to show a progress bar for each try, in the main process.
         options: Other arguments of `kprune`, such as `tokenizer` and `predict`.
 
@@ -66,61 +72,70 @@ def kprune_to(
         ValueError: If a limit or fraction is out of range, the score is not finite, the file is of
             another search, or as `kprune`.
     """
-    grid = _checked(evaluate, keep, tolerance, reductions)
-    config = given_config(config, None)
-    check_output_files({"state_file": None if state_file is None else str(state_file)}, {})
-    if isinstance(dataloader, Iterator):
-        dataloader = list(dataloader)
-    about = _identity(model, config, greater_is_better)
-    trials = {} if state_file is None else read_trials(Path(state_file), about)
-    found: dict[float, Any] = {}
-
-    def tried(reduction: float) -> Trial:
-        if reduction in trials:
-            return trials[reduction]
-        start = time.perf_counter()
-        result = model
-        if reduction:
-            own = replace(config, reduction=reduction)
-            result = found[reduction] = kprune(model, dataloader, own, progress=progress, **options)
-            for other in [other for other in found if other < reduction and other != best]:
-                del found[other]  # it can no longer be the result
-        trial = Trial(
-            reduction, _score(evaluate, result), _share(result), time.perf_counter() - start
-        )
-        trials[reduction] = trial
-        if state_file is not None:
-            write_json(state_file, {"about": about, "trials": [asdict(t) for t in trials.values()]})
-        return trial
-
-    best = 0.0
-    limit = _limit(tried(0.0).score, keep, tolerance, greater_is_better)
-    low, high = -1, len(grid)  # the greatest that is good enough, and the smallest that is not
-    while high - low > 1:
-        middle = (low + high) // 2
-        score = tried(grid[middle]).score
-        if score >= limit if greater_is_better else score <= limit:
-            low, best = middle, grid[middle]
-        else:
-            high = middle
-            found.pop(grid[middle], None)
-    pruned = found.get(best)
-    if best and pruned is None:  # it was tried before an interruption
-        pruned = kprune(
-            model, dataloader, replace(config, reduction=best), progress=progress, **options
-        )
-    every = tuple(trials[reduction] for reduction in sorted(trials))
-    return KPruneSearch(pruned, best, limit, greater_is_better, every)
-
-
-def _checked(
-    evaluate: Any, keep: float | None, tolerance: float | None, reductions: Sequence[float]
-) -> list[float]:
     if not callable(evaluate):
         raise TypeError(
             f"evaluate is a {type(evaluate).__name__}, not a function. Pass a function of the model "
             "that returns its score, such as lambda model: accuracy(model, validation_set)."
         )
+    grid = checked_search(keep, tolerance, reductions)
+    config = given_config(config, None)
+    check_output_files({"state_file": None if state_file is None else str(state_file)}, {})
+    if isinstance(dataloader, Iterator):
+        dataloader = list(dataloader)
+    same: dict[str, Any] = {}
+    trials: dict[float, Trial] = {}
+    if state_file is not None:
+        same = _identity(model, config, dataloader, evaluate, greater_is_better) | dict(about or {})
+        trials = read_trials(Path(state_file), same)
+    found: dict[float, Any] = {}
+
+    def pruned_by(reduction: float) -> Any:
+        own = replace(config, reduction=reduction)
+        return kprune(model, dataloader, own, progress=progress, **options)
+
+    def tried(reduction: float) -> Trial:
+        if reduction in trials:
+            return trials[reduction]
+        start = time.perf_counter()
+        score, cost, note = None, None, ""
+        try:
+            result = found[reduction] = pruned_by(reduction) if reduction else model
+            for other in [other for other in found if other < reduction and other != best]:
+                del found[other]  # it can no longer be the result
+            score, cost = _score(evaluate, result), _share(result)
+        except UnreachableError as error:
+            note = str(error).partition(". ")[0]
+        trials[reduction] = Trial(reduction, score, cost, time.perf_counter() - start, note)
+        if state_file is not None:
+            write_json(state_file, {"about": same, "trials": [asdict(t) for t in trials.values()]})
+        return trials[reduction]
+
+    best = 0.0
+    limit = _limit(tried(0.0).score or 0.0, keep, tolerance, greater_is_better)
+    low, high = -1, len(grid)  # the greatest that is good enough, and the smallest that is not
+    while high - low > 1:
+        middle = (low + high) // 2
+        score = tried(grid[middle]).score
+        if score is not None and (score >= limit if greater_is_better else score <= limit):
+            low, best = middle, grid[middle]
+        else:
+            high = middle
+            found.pop(grid[middle], None)
+    pruned = found.get(best) if best else None
+    if best and pruned is None:  # it was tried before an interruption
+        pruned = pruned_by(best)
+    every = tuple(trials[reduction] for reduction in sorted(trials))
+    return KPruneSearch(pruned, best, limit, greater_is_better, every)
+
+
+def checked_search(
+    keep: float | None, tolerance: float | None, reductions: Sequence[float]
+) -> list[float]:
+    """Returns the fractions to try in ascending order, after checking the limits.
+
+    Raises:
+        ValueError: If one of the arguments, which are those of `kprune_to`, is out of range.
+    """
     if keep is not None and tolerance is not None:
         raise ValueError("Both keep= and tolerance= were passed. Pass one of them.")
     if keep is not None and not 0 < keep <= 1:
@@ -170,12 +185,20 @@ def _share(model: nn.Module) -> float:
     return 1.0
 
 
-def _identity(model: nn.Module, config: KPruneConfig, greater: bool) -> dict[str, Any]:
+def _identity(
+    model: nn.Module,
+    config: KPruneConfig,
+    data: Any,
+    evaluate: Callable[[Any], float],
+    greater: bool,
+) -> dict[str, Any]:
     options = {name: value for name, value in config.to_dict().items() if name != "reduction"}
     inner: Any = next((m for m in model.modules() if hasattr(m, "config")), model)
     return {
         "model": config_of(inner),
         "weights": weights_of(model),
         "options": options,
+        "calibration data": data_of(data),
+        "evaluate": name_of(evaluate),
         "greater_is_better": greater,
     }

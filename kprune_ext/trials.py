@@ -15,15 +15,17 @@ class Trial:
 
     Attributes:
         reduction: Fraction that was to be removed; 0 for the model itself.
-        score: Its score.
-        cost: Fraction of the pruned quantity (FLOPs, parameters, latency) that it has.
+        score: Its score; None if so much cannot be removed.
+        cost: Fraction of the pruned quantity (FLOPs, parameters, latency) that it has; None likewise.
         seconds: Time to prune and score it.
+        note: Why there is no score.
     """
 
     reduction: float
-    score: float
-    cost: float
+    score: float | None
+    cost: float | None
     seconds: float
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,11 @@ class KPruneSearch:
         lines = [f"score wanted: {sign} {self.limit:.4g}", "", "reduction   score   left   seconds"]
         for trial in self.trials:
             mark = "  <- chosen" if trial.reduction == self.reduction else ""
-            lines.append(
-                f"{trial.reduction:8.0%} {trial.score:8.4g} {trial.cost:6.1%} {trial.seconds:9.1f}{mark}"
-            )
-        return "\n".join(lines)
+            score = "–" if trial.score is None else f"{trial.score:.4g}"
+            cost = "–" if trial.cost is None else f"{trial.cost:.1%}"
+            lines.append(f"{trial.reduction:8.0%} {score:>8} {cost:>6} {trial.seconds:9.1f}{mark}")
+        notes = [f"{trial.reduction:.0%}: {trial.note}" for trial in self.trials if trial.note]
+        return "\n".join([*lines, *notes])
 
 
 def read_trials(path: Path, about: Mapping[str, Any]) -> dict[float, Trial]:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
 
+from kprune_ext.evaluation import metrics
+
 from ..common.corpora import read_rows
 
 Row = dict[str, Any]
@@ -70,25 +72,19 @@ def _spans(rows: list[Row], encoded: Any) -> dict[str, Tensor]:
 
 def accuracy_and_f1(predictions: list[Any], rows: list[Row]) -> dict[str, float]:
     """Accuracy, and F1 of class 1."""
-    pairs = [(int(p.argmax()), row["label"]) for p, row in zip(predictions, rows, strict=True)]
-    counts = collections.Counter(pairs)
-    wrong = counts[1, 0] + counts[0, 1]
-    f1 = 2 * counts[1, 1] / max(1, 2 * counts[1, 1] + wrong)
-    return {"accuracy": 100 * sum(a == b for a, b in pairs) / len(pairs), "f1": 100 * f1}
+    found = torch.stack([p.argmax() for p in predictions])
+    wanted = torch.tensor([row["label"] for row in rows])
+    return {
+        "accuracy": 100 * metrics.accuracy(found, wanted),
+        "f1": 100 * metrics.binary_f1(found, wanted),
+    }
 
 
 def spearman(predictions: list[Any], rows: list[Row]) -> dict[str, float]:
     """Spearman's rank correlation with the scores."""
-    found = torch.stack([p.reshape(()) for p in predictions]).double()
-    ranks = [_ranks(found), _ranks(torch.tensor([float(row["score"]) for row in rows]))]
-    return {"spearman": 100 * float(torch.corrcoef(torch.stack(ranks))[0, 1].nan_to_num())}
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """The ranks of the values; equal values share the mean of their ranks."""
-    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts - 1) / 2)[inverse]
+    found = torch.stack([p.reshape(()) for p in predictions])
+    wanted = torch.tensor([float(row["score"]) for row in rows])
+    return {"spearman": 100 * metrics.spearman(found, wanted)}
 
 
 def answer_scores(predictions: list[Any], rows: list[Row]) -> dict[str, float]:

@@ -110,6 +110,10 @@ def cost_tables(
     return tables
 
 
+class UnreachableError(ValueError):
+    """So much cannot be removed from a model, however it is pruned."""
+
+
 def budget_for(tables: Sequence[Tensor], reduction: float) -> float:
     """Largest total cost of the kept units.
 
@@ -118,8 +122,9 @@ def budget_for(tables: Sequence[Tensor], reduction: float) -> float:
         reduction: Fraction of the total cost to remove.
 
     Raises:
-        ValueError: If the budget does not cover the cheapest unit; the message names the largest
+        UnreachableError: If the budget does not cover the cheapest unit; the message names the largest
             reduction.
+        ValueError: If nothing is left to prune.
     """
     total = sum(float(table[-1]) for table in tables)
     fixed = sum(float(table[0]) for table in tables)
@@ -131,7 +136,7 @@ def budget_for(tables: Sequence[Tensor], reduction: float) -> float:
         )
     budget = float(math.floor((1 - reduction) * total))
     if budget < fixed + min(steps):
-        raise ValueError(
+        raise UnreachableError(
             f"reduction={reduction} cannot be reached: it leaves {budget:,.0f} of {total:,.0f}, "
             "but the smallest unit and the parts that cannot be removed take "
             f"{fixed + min(steps):,.0f}. "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -74,6 +76,30 @@ def measure_latency(
         heads=found["attention"],
         neurons=found["ffn"],
     )
+
+
+@torch.no_grad()
+def model_seconds(
+    models: Sequence[PreTrainedModel],
+    batch_size: int = 1,
+    sequence_length: int = 64,
+    rounds: int = 9,
+) -> list[float]:
+    """Measures the latency of whole models, which take turns, in seconds per batch.
+
+    Args:
+        models: Models with the same inputs, such as a model and its pruned copy.
+        batch_size: Number of sequences or images.
+        sequence_length: Tokens per sequence; ignored for images, whose size sets their tokens.
+        rounds: Number of runs of each, of which the median is taken.
+    """
+    with ExitStack() as block:
+        runs = []
+        for model in models:
+            block.enter_context(evaluating(model))
+            batch = _example(model, batch_size, sequence_length)
+            runs.append(partial(model, **batch))
+        return median_seconds(runs, rounds, lambda: synchronize(models[0].device))
 
 
 def _example(model: PreTrainedModel, batch: int, length: int) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..units.grouped_query import attention_sizes
 from ..units.plain import PlainSizes, plain_sizes
 from ..units.sublayers import Kind
+from .costs import UnreachableError
 
 
 def uniform_sizes(
@@ -39,7 +40,7 @@ def uniform_sizes(
         Numbers of heads and of neurons.
 
     Raises:
-        ValueError: If not even the smallest numbers fit.
+        UnreachableError: If not even the smallest numbers fit.
     """
     heads = _summed([s for s, kind in zip(scores, kinds, strict=True) if kind == "attention"])
     neurons = _summed([s for s, kind in zip(scores, kinds, strict=True) if kind == "ffn"])
@@ -58,7 +59,7 @@ def uniform_sizes(
         if best is None or (meets, value) > best[:2]:
             best = (meets, value, (count, width))
     if best is None:
-        raise ValueError(
+        raise UnreachableError(
             "The budget leaves no room for the smallest layers of equal size. Lower reduction or "
             "round_to, or pass layout='free'."
         )
@@ -82,8 +83,9 @@ def allowed_sizes(
         round_to: Number of which neurons are a multiple.
 
     Raises:
-        ValueError: If the family's config can name no such sizes, or none that fit. The message names
-            the largest reduction that can be reached.
+        ValueError: If the family's config can name no such sizes.
+        UnreachableError: If it can name none that fit. The message names the largest reduction that can
+            be reached.
     """
     allowed = plain_sizes(model.config, round_to)
     name = type(model.config).__name__.removeprefix("KPrune")
@@ -103,7 +105,7 @@ def allowed_sizes(
     kept = f"at least {allowed.heads[0]} of {len(heads) - 1} {units}"
     if len(allowed.heads) == 1:
         kept = f"all {allowed.heads[0]} {units}, as a plain {name} cannot name fewer"
-    raise ValueError(
+    raise UnreachableError(
         f"reduction={reduction} cannot be reached with layout='uniform': every layer keeps {kept}, and "
         f"at least {allowed.neurons[0]} of {len(neurons) - 1} neurons. The largest reduction for this "
         f"model is {most:.6f}. Pass at most that, or layout='free', whose layers keep as many units as "

@@ -1,26 +1,81 @@
-"""Model and data of `kprune prune`."""
+"""Model and data of the commands that prune."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
 from .. import modeling
 from ..common.command_line import TASKS
+from ..common.text_data import load_rows
+from ..modeling.classes import model_task
 from .language_inputs import answered_prompts, packed_windows, sequence_tokens
 
 if TYPE_CHECKING:
-    from .options import PruneOptions
+    from .options import CalibratedOptions
 
 #: Tokens per sequence of encoders if the options do not say.
 LENGTH = 128
 
 
-def load_model(options: PruneOptions, about: Any) -> PreTrainedModel:
+@dataclass(frozen=True)
+class Loaded:
+    """A model to prune, and what it is pruned with.
+
+    Attributes:
+        about: Config of the model.
+        model: The model, on its device.
+        processor: Its tokenizer or image processor.
+        rows: The calibration data, in the order in which they are taken.
+    """
+
+    about: Any
+    model: PreTrainedModel
+    processor: Any
+    rows: Any
+
+    def batches(self, rows: Any, options: CalibratedOptions) -> Iterator[dict[str, Any]]:
+        """Returns an iterator over batches of data, as the model takes them.
+
+        Raises:
+            ValueError: If the data lack the fields that the options name.
+        """
+        if self.model.main_input_name == "pixel_values":
+            return image_batches(rows, self.processor, options)
+        make = language_batches if model_task(self.model).is_causal else text_batches
+        return make(rows, self.processor, options, self.about)
+
+
+def load_all(options: CalibratedOptions) -> Loaded:
+    """Loads data and model of a command that prunes.
+
+    Raises:
+        ValueError, OSError: If an option is invalid, or something cannot be loaded.
+    """
+    if options.device is not None and options.device_map is not None:
+        raise ValueError("Pass either device or device_map, not both.")
+    if min(options.max_length or 1, options.batch_size) < 1 or options.max_length == 0:
+        raise ValueError("max_length and batch_size must be at least 1.")
+    if options.seed < 0:
+        raise ValueError(f"seed={options.seed} is negative. Pass 0 or more.")
+    check_device(options.device)
+    about = AutoConfig.from_pretrained(options.model, revision=options.revision)
+    rows = load_rows(options.data, name=options.data_name, split=options.split)
+    rows = rows.shuffle(seed=options.seed)
+    model = load_model(options, about)
+    images = model.main_input_name == "pixel_values"
+    kind: Any = AutoImageProcessor if images else AutoTokenizer
+    return Loaded(
+        about, model, kind.from_pretrained(options.model, revision=options.revision), rows
+    )
+
+
+def load_model(options: CalibratedOptions, about: Any) -> PreTrainedModel:
     """Loads the model to prune, on its device.
 
     Args:
@@ -75,7 +130,7 @@ def check_device(device: str | None) -> None:
         ) from error
 
 
-def _check_fields(rows: Any, names: list[str], option: str, wanted: str) -> None:
+def check_fields(rows: Any, names: list[str], option: str, wanted: str) -> None:
     """Checks that the data have fields, and that these hold texts or images, as `wanted` says."""
     from datasets import Image, Value
 
@@ -96,7 +151,7 @@ def _check_fields(rows: Any, names: list[str], option: str, wanted: str) -> None
 
 
 def text_batches(
-    rows: Any, tokenizer: Any, options: PruneOptions, about: Any
+    rows: Any, tokenizer: Any, options: CalibratedOptions, about: Any
 ) -> Iterator[dict[str, Any]]:
     """Returns an iterator over batches of a data set's texts, tokenised; empty fields are left out.
 
@@ -140,21 +195,27 @@ def text_batches(
     return batches()
 
 
-def text_fields(rows: Any, options: PruneOptions) -> list[str]:
+def text_fields(rows: Any, options: CalibratedOptions, option: str = "text_field") -> list[str]:
     """Returns the names of the fields with text, which the data have.
+
+    Args:
+        rows: The data set.
+        options: Options of the command.
+        option: Name of the option that names the fields.
 
     Raises:
         ValueError: If the number of text fields is not one or two, or the data lack one of them.
     """
-    names = [options.text_field] if isinstance(options.text_field, str) else options.text_field
+    given = getattr(options, option)
+    names = [given] if isinstance(given, str) else given
     if not 1 <= len(names) <= 2:
-        raise ValueError("text_field takes the name of one field, or of two for text pairs.")
-    _check_fields(rows, list(names), "text_field", "text")
+        raise ValueError(f"{option} takes the name of one field, or of two for text pairs.")
+    check_fields(rows, list(names), option, "text")
     return list(names)
 
 
 def language_batches(
-    rows: Any, tokenizer: Any, options: PruneOptions, about: Any
+    rows: Any, tokenizer: Any, options: CalibratedOptions, about: Any
 ) -> Iterator[dict[str, Any]]:
     """Returns an iterator over batches for a causal language model; empty fields are left out.
 
@@ -180,7 +241,9 @@ def language_batches(
     return answered_prompts(pairs, tokenizer, length, options.batch_size)
 
 
-def image_batches(rows: Any, processor: Any, options: PruneOptions) -> Iterator[dict[str, Any]]:
+def image_batches(
+    rows: Any, processor: Any, options: CalibratedOptions
+) -> Iterator[dict[str, Any]]:
     """Returns an iterator over batches of a data set's images, preprocessed for the model.
 
     Args:
@@ -194,7 +257,7 @@ def image_batches(rows: Any, processor: Any, options: PruneOptions) -> Iterator[
     from datasets import Image
 
     name = options.image_field
-    _check_fields(rows, [name], "image_field", "images")
+    check_fields(rows, [name], "image_field", "images")
     decoder = Image(mode=rows.features[name].mode)
     label = _label_field(rows)
     undecoded = rows.select_columns([name, *label]).cast_column(name, Image(decode=False))

@@ -1,4 +1,4 @@
-"""Calibration text of `kprune prune` for causal language models."""
+"""Texts for causal language models, to calibrate and to score on."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from .options import PruneOptions
+    from .options import CalibratedOptions
 
 #: Tokens per sequence if the options do not say.
 LENGTH = 512
 
 
-def sequence_tokens(options: PruneOptions, tokenizer: Any, about: Any) -> int:
+def sequence_tokens(options: CalibratedOptions, tokenizer: Any, about: Any) -> int:
     """Returns the largest number of tokens per sequence, which neither model nor tokenizer exceeds.
 
     Raises:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..common.command_line import Aliases
-from ..console.options import Command
 
 Task = Literal[
     "auto",
@@ -22,10 +21,15 @@ Task = Literal[
 ALIASES = Aliases(
     {"out": "output"},
     meant={
-        "sparsity": ("reduction",),
-        "ratio": ("reduction",),
-        "amount": ("reduction",),
+        "sparsity": ("reduction", "reductions"),
+        "ratio": ("reduction", "reductions"),
+        "amount": ("reduction", "reductions"),
         "dataset": ("data", "data_name"),
+        "metric_for_best_model": ("eval",),
+        "eval_metric": ("eval",),
+        "eval_dataset": ("eval_data",),
+        "validation_file": ("eval_data",),
+        "test_file": ("eval_data",),
         "samples": ("max_tokens",),
         "num_samples": ("max_tokens",),
         "model_name_or_path": ("model",),
@@ -37,8 +41,8 @@ ALIASES = Aliases(
 
 
 @dataclass(frozen=True)
-class PruneOptions:
-    """Prune heads and neurons of a model and tune the remaining weights, without training.
+class CalibratedOptions:
+    """What every command that prunes is told: the model, the data, what counts, and how to prune.
 
     Args:
         model: Hub id or local path of the model.
@@ -46,7 +50,6 @@ class PruneOptions:
             .parquet file, or the id of a data set on the hub.
         output: Folder to write the pruned model, its tokenizer and its report to. It must be new or
             empty.
-        reduction: Fraction to remove of the quantity that metric names.
         metric: Quantity that reduction refers to. By default it is flops for encoders, params (the
             parameters of heads and neurons) for decoders.
         layout: Sizes of the layers. The value uniform keeps the same numbers in every layer, which
@@ -82,7 +85,6 @@ class PruneOptions:
             uses all GPUs, and CPU memory if they are too small. It cannot be combined with device.
         dtype: Dtype to load the weights in. The value auto keeps the dtype in which they are stored.
         revision: Branch, tag or commit of the model on the hub.
-        plot: File to write a figure of the kept units to. It requires matplotlib.
         self_contained: Write a modelling file as well, with which transformers loads the pruned model
             without this package, given trust_remote_code=True.
     """
@@ -90,7 +92,6 @@ class PruneOptions:
     model: str
     data: str
     output: str
-    reduction: float = 0.5
     metric: Literal["flops", "params", "latency", "cache"] | None = None
     layout: Literal["free", "uniform"] = "free"
     round_to: int = 1
@@ -116,8 +117,20 @@ class PruneOptions:
     device_map: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     revision: str | None = None
-    plot: str | None = None
     self_contained: bool = False
+
+
+@dataclass(frozen=True)
+class PruneOptions(CalibratedOptions):
+    """Prune heads and neurons of a model and tune the remaining weights, without training.
+
+    Args:
+        reduction: Fraction to remove of the quantity that metric names.
+        plot: File to write a figure of the kept units to. It requires matplotlib.
+    """
+
+    reduction: float = 0.5
+    plot: str | None = None
 
 
 @dataclass(frozen=True)
@@ -193,35 +206,3 @@ class ReportOptions:
     format: Literal["table", "md", "json"] = "table"
     json: str | None = None
     plot: str | None = None
-
-
-COMMANDS = {
-    "prune": Command(
-        PruneOptions,
-        "prune:run_prune",
-        groups={
-            "what to remove": ("metric", "layout", "round_to", "latency", "sequence_length", "paper"),
-            "calibration data": (
-                "text_field", "image_field", "data_name", "split", "max_length", "max_tokens", "seed",
-            ),
-            "method": (
-                "lambda_rep", "schedule", "score_fraction", "ridge", "min_share", "min_head_share",
-            ),
-            "loading and running the model": (
-                "device", "device_map", "dtype", "revision", "batch_size",
-            ),
-        },
-        after_ctrl_c=lambda _: "No model was written. A run with fewer --max_tokens is shorter.",
-    ),
-    "plan": Command(
-        PlanOptions,
-        "plan:run_plan",
-        groups={
-            "what to remove": ("metric", "layout", "schedule"),
-            "calibration data": ("max_tokens", "max_length"),
-            "loading and running the model": ("device", "dtype", "revision"),
-        },
-    ),
-    "report": Command(ReportOptions, "report:run_report", positional=True),
-    "export": Command(ExportOptions, "export:run_export"),
-}  # fmt: skip

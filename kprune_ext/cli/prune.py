@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..budget.latency import LatencyTable
 from ..budget.latency_measurement import measure_latency
@@ -17,16 +18,14 @@ from ..common.files import (
     resolved,
 )
 from ..common.presentation import check_figure
-from ..common.text_data import load_rows
-from ..modeling.classes import model_task
 from ..preparation.config import KPruneConfig
 from ..pruning import kprune
-from .inputs import check_device, image_batches, language_batches, load_model, text_batches
+from .inputs import load_all
 from .report import print_report
 
 if TYPE_CHECKING:
     from ..report.report import KPruneReport
-    from .options import PruneOptions
+    from .options import CalibratedOptions, PruneOptions
 
 
 def run_prune(options: PruneOptions) -> PreTrainedModel:
@@ -39,38 +38,22 @@ def run_prune(options: PruneOptions) -> PreTrainedModel:
     config = prune_config(options)
     _check_paths(options)
     out = resolved(options.output, "output")
-    if options.device is not None and options.device_map is not None:
-        raise ValueError("Pass either device or device_map, not both.")
-    if min(options.max_length or 1, options.batch_size) < 1 or options.max_length == 0:
-        raise ValueError("max_length and batch_size must be at least 1.")
-    if options.seed < 0:
-        raise ValueError(f"seed={options.seed} is negative. Pass 0 or more.")
-    check_device(options.device)
-    about = AutoConfig.from_pretrained(options.model, revision=options.revision)
-    rows = load_rows(options.data, name=options.data_name, split=options.split)
-    rows = rows.shuffle(seed=options.seed)
-    model = load_model(options, about)
-    if model.main_input_name == "pixel_values":
-        processor: Any = AutoImageProcessor.from_pretrained(
-            options.model, revision=options.revision
-        )
-        batches = image_batches(rows, processor, options)
-    else:
-        processor = AutoTokenizer.from_pretrained(options.model, revision=options.revision)
-        is_causal = model_task(model).is_causal
-        batches = (language_batches if is_causal else text_batches)(rows, processor, options, about)
-    pruned: Any = kprune(model, batches, config, latency=_latency(options, model))
-    _save_all(out, pruned, processor, options.self_contained)
+    loaded = load_all(options)
+    batches = loaded.batches(loaded.rows, options)
+    pruned: Any = kprune(
+        loaded.model, batches, config, latency=latency_table(options, loaded.model)
+    )
+    save_all(out, pruned, loaded.processor, options.self_contained)
     print_report(pruned.kprune_report)
-    print(f"Wrote {options.output}. Load it {_how(options, config)}.")
+    print(f"Wrote {options.output}. Load it {how_to_load(options)}.")
     if options.plot is not None:
         _plot(pruned.kprune_report, options.plot, options.output)
     return pruned
 
 
-def _how(options: PruneOptions, config: KPruneConfig) -> str:
-    """How the saved model is loaded, in words."""
-    if config.layout == "uniform":
+def how_to_load(options: CalibratedOptions) -> str:
+    """Returns how the saved model is loaded, in words."""
+    if options.layout == "uniform":
         return "as usual"
     if options.self_contained:
         return "with trust_remote_code=True, or without it after `import kprune_ext`"
@@ -83,17 +66,38 @@ def _check_paths(options: PruneOptions) -> None:
     Raises:
         ValueError, OSError, ImportError: If they cannot, or would.
     """
-    inputs = {"model": options.model, "data": options.data}
-    files: dict[str, str | None] = {"plot": options.plot, "latency": options.latency}
     check_output_folder(options.output, "output")
-    check_output_files(files, inputs)
-    check_distinct({"output": options.output}, {**inputs, **files})
+    inputs = {"model": options.model, "data": options.data}
+    check_files(options, inputs, {"plot": options.plot, "latency": options.latency})
     if options.plot is not None:
         check_figure(options.plot)
 
 
+def check_files(
+    options: CalibratedOptions,
+    inputs: Mapping[str, str | None],
+    files: Mapping[str, str | None],
+) -> None:
+    """Checks that files can be written, and that neither they nor the folder overwrite anything.
+
+    Raises:
+        ValueError, OSError: If they cannot, or would.
+    """
+    check_output_files(files, inputs)
+    check_distinct({"output": options.output}, {**inputs, **files})
+
+
 def prune_config(options: PruneOptions) -> KPruneConfig:
     """Returns the configuration of `kprune` for the options of the command line.
+
+    Raises:
+        ValueError: If an option is out of range.
+    """
+    return config_removing(options.reduction, options)
+
+
+def config_removing(reduction: float, options: CalibratedOptions) -> KPruneConfig:
+    """Returns the configuration of `kprune` that removes a fraction, otherwise by the options.
 
     Raises:
         ValueError: If an option is out of range.
@@ -103,7 +107,7 @@ def prune_config(options: PruneOptions) -> KPruneConfig:
         for name in ("metric", "max_tokens", "sequence_length", "seed", "layout", "round_to")
     }
     if options.paper:
-        return KPruneConfig.paper(options.reduction, **common)
+        return KPruneConfig.paper(reduction, **common)
     chosen = {
         name: getattr(options, name)
         for name in (
@@ -116,19 +120,27 @@ def prune_config(options: PruneOptions) -> KPruneConfig:
         )
         if getattr(options, name) is not None
     }
-    return KPruneConfig(reduction=options.reduction, **common, **chosen)
+    return KPruneConfig(reduction=reduction, **common, **chosen)
 
 
-def _latency(options: PruneOptions, model: PreTrainedModel) -> LatencyTable | None:
+def latency_table(options: CalibratedOptions, model: PreTrainedModel) -> LatencyTable | None:
+    """Returns the latency table of the options, which is measured if its file does not exist.
+
+    None without such a file, or if latency is not what is to be reduced.
+    """
     if options.metric != "latency" or options.latency is None:
         return None
     path = Path(options.latency)
     if path.exists():
         return LatencyTable.load(path)
-    length = options.sequence_length or 64
-    table = measure_latency(model, options.batch_size, length)
+    table = measured_table(options, model)
     table.save(path)
     return table
+
+
+def measured_table(options: CalibratedOptions, model: PreTrainedModel) -> LatencyTable:
+    """Returns a latency table that is measured now, by the options."""
+    return measure_latency(model, options.batch_size, options.sequence_length or 64)
 
 
 def _plot(report: KPruneReport, path: str, saved: str) -> None:
@@ -146,7 +158,7 @@ def _plot(report: KPruneReport, path: str, saved: str) -> None:
         ) from error
 
 
-def _save_all(out: str, pruned: Any, processor: Any, self_contained: bool) -> None:
+def save_all(out: str, pruned: Any, processor: Any, self_contained: bool) -> None:
     """Writes the model with its report and its processor, all of them or none.
 
     Raises:

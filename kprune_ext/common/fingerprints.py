@@ -1,13 +1,14 @@
-"""Fingerprints of models, by which two runs or two processes tell whether they have the same one."""
+"""Fingerprints of models and data, by which two runs or processes tell whether they have the same."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +24,8 @@ _IGNORED = re.compile(
 _PLACES = re.compile(r" at 0x[0-9a-f]+|\(?(cuda|xpu|npu|mps|hpu):\d+\)?|\(?GPU \d+\)?")
 # Buffers that grow or change with the inputs that the module has seen.
 _CHANGING = ("dynamic", "longrope")
+# Rows of a data set that its fingerprint reads at most.
+_MOST_ROWS = 1000
 
 
 def text_digest(text: str) -> str:
@@ -84,6 +87,64 @@ def weights_of(model: nn.Module) -> str:
     for name, _, tensor in full_tensors(model):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + bits_of(tensor))
     return digest.hexdigest()
+
+
+def data_of(data: Any) -> str | None:
+    """Returns a fingerprint of data that can be read without an effect, of 1,000 rows at most.
+
+    Args:
+        data: A list, a tuple, a mapping, a `datasets.Dataset`, or a `DataLoader` of one of these. Of
+            more than 1,000 rows, so many are read, at even distances, and their number counts.
+
+    Returns:
+        The fingerprint; None for other data, which may be others each time that they are read.
+    """
+    data = getattr(data, "dataset", data)  # of a DataLoader
+    is_table = type(data).__module__.partition(".")[0] == "datasets" and hasattr(data, "__len__")
+    if not is_table and (isinstance(data, str) or not isinstance(data, Sequence | Mapping)):
+        return None
+    digest = hashlib.sha256()
+    if isinstance(data, Mapping):
+        _add(digest.update, data)
+        return digest.hexdigest()
+    count = len(data)
+    digest.update(f"{count} rows".encode())
+    read = min(count, _MOST_ROWS)
+    for number in range(read):
+        _add(digest.update, data[number * count // read])
+    return digest.hexdigest()
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Returns the module and the qualified name of a function, or of the class of a callable object."""
+    function = getattr(function, "func", function)  # of functools.partial
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _add(update: Callable[[bytes], None], value: Any) -> None:
+    """Adds a value of data to a digest: its kind, its size, and all that is in it."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().contiguous()
+        update(f"tensor {tuple(value.shape)} {value.dtype}".encode())
+        update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, np.ndarray) and value.dtype != object:
+        update(f"array {value.shape} {value.dtype}".encode() + value.tobytes())
+    elif isinstance(value, Mapping):
+        update(f"mapping {len(value)}".encode())
+        for name in value:
+            update(f"{name}:".encode())
+            _add(update, value[name])
+    elif isinstance(value, list | tuple):
+        update(f"list {len(value)}".encode())
+        for one in value:
+            _add(update, one)
+    elif hasattr(value, "tobytes"):  # an image
+        update(type(value).__name__.encode() + value.tobytes())
+    elif isinstance(value, str | bytes | int | float | bool | None):
+        update(f"{type(value).__name__} {value!r};".encode())
+    else:
+        update(type(value).__name__.encode())
 
 
 def _changes(module: nn.Module) -> bool:

@@ -152,6 +152,8 @@ def _collected(option: Option, values: Sequence[str], plain: bool = False) -> An
         pieces = []
         for value, names in zip(values, listed, strict=True):
             pieces += _separated(option.name, value) if names is None else names
+    if option.takes_numbers:
+        return [_number(option.name, piece) for piece in pieces]
     patterns = [piece for piece in pieces if not _NAME.fullmatch(piece)]
     if option.name in PATTERNS and not plain:
         if patterns and len(pieces) > 1:
@@ -163,6 +165,15 @@ def _collected(option: Option, values: Sequence[str], plain: bool = False) -> An
     if len(pieces) == 1 and option.takes_text and not plain:
         return pieces[0]
     return pieces
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(
+            f"--{name}: {text!r} is not a number. Pass numbers, such as --{name} 0.3 0.5."
+        ) from None
 
 
 def _listed(value: str) -> list[str] | None:

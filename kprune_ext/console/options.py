@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -36,8 +37,15 @@ class Option:
 
     @property
     def takes_list(self) -> bool:
-        """Whether the value may be a list of names."""
+        """Whether the value may be a list, of names or of numbers."""
         return any(get_origin(one) is list for one in alternatives(self.hint))
+
+    @property
+    def takes_numbers(self) -> bool:
+        """Whether the value is a list of numbers."""
+        return any(
+            get_origin(one) is list and get_args(one) == (float,) for one in alternatives(self.hint)
+        )
 
     @property
     def takes_mapping(self) -> bool:
@@ -91,15 +99,20 @@ class Command:
         texts = help_texts(self.options)
         hints = get_type_hints(self.options)
         return {
-            own.name: Option(own.name, hints[own.name], own.default, texts.get(own.name, ""))
+            own.name: Option(own.name, hints[own.name], _default(own), texts.get(own.name, ""))
             for own in dataclasses.fields(self.options)
         }
 
     def grouped(self, optional: str = "options") -> dict[str, list[Option]]:
-        """Returns the options by title: the required ones first, then those without a group."""
+        """Returns the options by title: the required ones first, then those without a group.
+
+        Options of the command itself come before those that it shares with others.
+        """
         inside = {name for names in self.groups.values() for name in names}
         required = [own for own in self.members.values() if own.is_required]
+        shared = set(self.members) - set(inspect.get_annotations(self.options))
         rest = [own for own in self.members.values() if not own.is_required]
+        rest.sort(key=lambda own: own.name in shared)
         found = {
             "required": required,
             optional: [own for own in rest if own.name not in inside],
@@ -109,6 +122,11 @@ class Command:
             },
         }
         return {title: members for title, members in found.items() if members}
+
+
+def _default(own: dataclasses.Field[Any]) -> Any:
+    made = own.default_factory
+    return own.default if made is dataclasses.MISSING else made()
 
 
 def help_texts(options: type) -> dict[str, str]:
@@ -134,7 +152,7 @@ def _in_words(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
     if get_origin(hint) is list:
-        return "names"
+        return "numbers" if get_args(hint) == (float,) else "names"
     if get_origin(hint) is dict:
         return "names with numbers, such as q_proj=8 v_proj=4"
     return {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "a text")

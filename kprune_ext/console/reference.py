@@ -96,6 +96,8 @@ def _values(option: Option) -> str:
         return ""
     words = {int: "whole number", float: "number", str: "text"}
     found: list[Any] = list(alternatives(option.hint))
+    if option.takes_numbers:
+        return "list of numbers"
     if option.takes_list:
         return "names" if option.takes_text else "list of names"
     if option.takes_mapping:
@@ -108,7 +110,10 @@ def _values(option: Option) -> str:
 def _default(option: Option) -> str:
     if option.is_required:
         return "required"
-    return "" if option.default is None or option.hint is bool else f"`{option.default}`"
+    if option.default is None or option.hint is bool:
+        return ""
+    listed = option.takes_list and isinstance(option.default, tuple | list)
+    return f"`{' '.join(map(str, option.default)) if listed else option.default}`"
 
 
 if __name__ == "__main__":

@@ -154,14 +154,14 @@ import os, resource, signal, sys
 import kprune_ext.cli.prune as command
 from kprune_ext.cli.main import main
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-real = command._save_all
+real = command.save_all
 def limited(*args):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
         real(*args)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-command._save_all = limited
+command.save_all = limited
 for limit in (20_000, 1_500, 100):
     try:
         main(sys.argv[2:])

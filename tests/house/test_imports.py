@@ -10,7 +10,8 @@ ROOT = Path(__file__).parents[2]
 WINGS = {
     "kprune_ext": (
         "common", "console", "architectures", "units", "model_layers", "samples", "calibration",
-        "knowledge", "budget", "tuning", "report", "modeling", "preparation", "judging", "export",
+        "knowledge", "budget", "tuning", "report", "modeling", "evaluation", "preparation", "judging",
+        "export",
         "root", "cli",
     ),
     "peft_corda": (

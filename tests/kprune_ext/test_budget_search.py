@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -25,16 +26,20 @@ def search(evaluate=left, model=None, data=DATA, **options):
     return kprune_to(model or tiny_bert(), data, evaluate, **options)
 
 
+@functools.cache
+def pruned(reduction: float):
+    return kprune(tiny_bert(), DATA, reduction=reduction, progress=False)
+
+
 @pytest.mark.parametrize("keep", [0.99, 0.75, 0.55, 0.42, 0.15])
 def test_the_result_is_that_of_a_full_sweep(keep) -> None:
     found = search(keep=keep)
-    scores = {r: left(kprune(tiny_bert(), DATA, reduction=r, progress=False)) for r in COSTS}
+    scores = {reduction: left(pruned(reduction)) for reduction in COSTS}
     good = [reduction for reduction, score in scores.items() if score >= keep]
     assert found.reduction == max(good, default=0.0)
     assert len(found.trials) <= 1 + 3  # of seven
     if good:
-        expected = kprune(tiny_bert(), DATA, reduction=found.reduction, progress=False)
-        for name, value in expected.state_dict().items():
+        for name, value in pruned(found.reduction).state_dict().items():
             assert torch.equal(found.model.state_dict()[name], value)
     else:
         assert found.model is None
@@ -61,36 +66,68 @@ def test_an_iterator_and_other_options_serve_every_try() -> None:
     assert [t.score for t in found.trials] == [t.score for t in again.trials]
 
 
-def test_an_interrupted_search_goes_on(tmp_path) -> None:
-    file, calls = tmp_path / "search.json", []
+class Counted:
+    """A score that counts its calls, and is interrupted at one of them."""
 
-    def failing(model) -> float:
-        calls.append(left(model))
-        if len(calls) == 3:
+    def __init__(self, stop: int = 0) -> None:
+        self.calls, self.stop = 0, stop
+
+    def __call__(self, model) -> float:
+        self.calls += 1
+        if self.calls == self.stop:
             raise KeyboardInterrupt
-        return calls[-1]
+        return left(model)
 
+
+def test_an_interrupted_search_goes_on(tmp_path) -> None:
+    file, score = tmp_path / "search.json", Counted(stop=3)
     with pytest.raises(KeyboardInterrupt):
-        search(failing, keep=0.45, state_file=file)
+        search(score, keep=0.45, state_file=file)
     assert len(json.loads(file.read_text())["trials"]) == 2
-    whole = search(keep=0.45)
-    calls.clear()
-    found = search(lambda model: calls.append(1) or left(model), keep=0.45, state_file=file)
-    assert len(calls) == len(whole.trials) - 2
+    whole, score = search(keep=0.45), Counted()
+    found = search(score, keep=0.45, state_file=file)
+    assert score.calls == len(whole.trials) - 2
     assert (found.reduction, found.limit) == (whole.reduction, whole.limit)
     # Nothing is left to be scored, and the chosen model is pruned again.
-    calls.clear()
-    again = search(lambda model: calls.append(1) or left(model), keep=0.45, state_file=file)
-    assert not calls and again.reduction == found.reduction
+    score = Counted()
+    again = search(score, keep=0.45, state_file=file)
+    assert not score.calls and again.reduction == found.reduction
     for name, value in found.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], value)
-    with pytest.raises(ValueError, match="a search with other weights"):
-        search(model=tiny_bert(seed=1), state_file=file)
-    with pytest.raises(ValueError, match="a search with other options"):
-        search(config=KPruneConfig(mu=7.0), state_file=file)
+
+
+def test_the_file_of_another_search_is_refused(tmp_path) -> None:
+    file = tmp_path / "search.json"
+    options = {"state_file": file, "reductions": [0.5], "about": {"validation data": "first half"}}
+    search(**options)
+    other = [batch | {"input_ids": batch["input_ids"].flip(1)} for batch in DATA]
+    for change, named in (
+        ({"model": tiny_bert(seed=1)}, "weights"),
+        ({"config": KPruneConfig(mu=7.0)}, "options"),
+        ({"data": other}, "calibration data"),
+        ({"data": DATA[:-1]}, "calibration data"),
+        ({"evaluate": Counted()}, "evaluate"),
+        ({"about": {"validation data": "second half"}}, "validation data"),
+    ):
+        with pytest.raises(ValueError, match=f"a search with other {named}. Pass another"):
+            search(**options | change)
+    assert search(**options | {"data": tuple(dict(batch) for batch in DATA)}).trials
     file.write_text("{}")
     with pytest.raises(ValueError, match="is not a file of a search"):
-        search(state_file=file)
+        search(**options)
+
+
+def test_a_fraction_that_cannot_be_removed_is_too_much(tmp_path) -> None:
+    """A plain BertConfig cannot name fewer heads, so equal layers keep all of attention."""
+    config = KPruneConfig(layout="uniform")
+    options = {"config": config, "state_file": tmp_path / "search.json", "keep": 0.5}
+    found = search(reductions=[0.2, 0.8, 0.9], **options)
+    assert found.reduction == 0.2
+    none = next(trial for trial in found.trials if trial.reduction == 0.8)
+    assert none.score is None and none.cost is None
+    assert none.note.startswith("reduction=0.8 cannot be reached with layout='uniform': every")
+    assert f"80%: {none.note}" in str(found)
+    assert search(reductions=[0.2, 0.8, 0.9], **options).trials == found.trials
 
 
 def test_a_search_as_text_and_values() -> None:

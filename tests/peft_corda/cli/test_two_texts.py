@@ -10,7 +10,7 @@ from tests.helpers.text import SENTENCES, make_tokenizer
 from tests.peft_corda.cli.test_calibrate import folder, options  # noqa: F401
 
 
-def test_a_task_and_what_to_keep(folder, tmp_path):
+def test_a_task_and_what_to_keep(folder, tmp_path):  # noqa: F811
     keep, output = tmp_path / "keep.txt", tmp_path / "factors.safetensors"
     keep.write_text("\n".join(SENTENCES[:4]))
     given = {"keep": keep, "corda_method": "sc_lora", "corda_beta": 0.3}
