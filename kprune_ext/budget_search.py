@@ -77,6 +77,12 @@ def kprune_to(
             f"evaluate is a {type(evaluate).__name__}, not a function. Pass a function of the model "
             "that returns its score, such as lambda model: accuracy(model, validation_set)."
         )
+    if options.get("covariances") is not None:
+        raise ValueError(
+            "kprune_to prunes several models, and covariances= takes a file of one. Leave it out, and "
+            "prune once more at the fraction that was found: kprune(model, data, reduction=…, "
+            "covariances=path)."
+        )
     grid = checked_search(keep, tolerance, reductions)
     config = given_config(config, None)
     check_output_files({"state_file": None if state_file is None else str(state_file)}, {})

@@ -150,6 +150,7 @@ def test_a_search_as_text_and_values() -> None:
         ({"reductions": [0.5, 1.5]}, ValueError, "pass the fractions"),
         ({"config": 0.5}, TypeError, "not a KPruneConfig"),
         ({"state_file": f"{__file__}/a.json"}, OSError, "test_budget_search"),
+        ({"covariances": "sums.safetensors"}, ValueError, "a file of one. Leave it out"),
     ],
 )
 def test_errors_come_before_the_work(options, error, message, monkeypatch) -> None:
