@@ -74,9 +74,9 @@ def recovered(
     trained = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=run["rate"], weight_decay=0.0)
     order, steps = random.Random(run["seed"]), 0
-    while (done := (clock(args.threads) - start) / run["minutes"]) < 1:
+    while (done := (clock(args.threads) - start) / run["minutes"]) < 1 or not steps:
         for group in optimizer.param_groups:
-            group["lr"] = run["rate"] * min(1.0, 20 * done + 0.05, 1.05 - done)
+            group["lr"] = run["rate"] * max(0.05, min(1.0, 20 * done + 0.05, 1.05 - done))
         batch = rows[order.sample(range(len(rows)), args.batch_size)]
         loss = _loss(adapted, dense if run["after"] == "distill" else None, batch)
         loss.backward()

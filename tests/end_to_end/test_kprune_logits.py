@@ -83,9 +83,8 @@ def test_a_part_of_the_samples_is_enough_and_does_not_hang_on_batches(
 ) -> None:
     model, samples = tiny_bert(), sequences(60)
     whole = pruned_by(model, padded(samples)).kprune_report.logit_scale
-    monkeypatch.setattr(
-        "kprune_ext.tuning.logit_scale.MOST_LOGITS", 30
-    )  # ten samples of three classes
+    # ten samples of three classes
+    monkeypatch.setattr("kprune_ext.judging.quality.MOST_LOGITS", 30)
     parts = [
         pruned_by(model, padded(samples, batch=batch)).kprune_report.logit_scale for batch in (8, 5)
     ]

@@ -228,7 +228,7 @@ def test_the_report_reads_well_and_goes_through_json() -> None:
     assert KPruneReport.from_dict(report.to_dict()) == report
     assert '"sequence_length": 16' in report.to_json()
     text = str(report)
-    assert len(text.splitlines()) == 1 + 4 + 5
+    assert len(text.splitlines()) == 1 + 4 + 6
     assert "heads" in text and "neurons" in text and "budget 50.0%" in text
     assert report.parameters == pruned.num_parameters()
     removed = sum(row.parameters_before - row.parameters for row in report.sublayers)

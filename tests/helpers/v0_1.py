@@ -94,7 +94,7 @@ def check_outputs(model: torch.nn.Module, batch: Batch, wanted: dict[str, Tensor
     assert wanted
     for key, value in wanted.items():
         assert found[key].dtype == value.dtype
-        near = 3e-5 if value.dtype == torch.float32 else 3e-2
+        near = 3e-5 if value.dtype == torch.float32 else 5e-2
         torch.testing.assert_close(found[key], value, rtol=near, atol=near)
 
 

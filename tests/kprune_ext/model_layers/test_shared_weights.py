@@ -29,9 +29,9 @@ def test_the_copy_shares_and_the_result_does_not(family, monkeypatch) -> None:
     shared = []
     advance = kprune_ext.pruning.advance
 
-    def noted(run, target):
+    def noted(run, target, inputs):
         shared.append(len({*storages(run.whole).values()} & {*storages(run.model).values()}))
-        advance(run, target)
+        advance(run, target, inputs)
 
     monkeypatch.setattr(kprune_ext.pruning, "advance", noted)
     pruned = kprune(model, batches_for(family), KPruneConfig(reduction=0.3), progress=False)
