@@ -91,7 +91,7 @@ def adapted(arm: Arm, corpora: Corpora, args: argparse.Namespace) -> nn.Module:
         return get_peft_model(model, LoraConfig(init_lora_weights=init, **common))
     config = CordaConfig(
         corda_method=arm.start,
-        corda_factors=str(factors_of(arm, model, corpora, args)),
+        corda_factors=factors_of(arm, corpora, args),
         **arm.options,
         **common,
     )
@@ -108,23 +108,23 @@ def _common(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def factors_of(arm: Arm, model: nn.Module, corpora: Corpora, args: argparse.Namespace) -> Path:
+def factors_of(arm: Arm, corpora: Corpora, args: argparse.Namespace) -> str:
     """The file of an arm's factors, which is made by its first run."""
     weighting = arm.options.get("corda_weighting", "covariance")
     name = f"{arm.start}{'-sqrt' * (weighting != 'covariance')}"
-    path = args.factors / f"{args.settings.task}-{name}.safetensors"
+    path: Path = args.factors / f"{args.settings.task}-{name}.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         config = CordaConfig(corda_method=arm.start, corda_weighting=weighting, **_common(args))
         keep = {"keep": corpora.calibration["kpm"]} if arm.start == "sc_lora" else {}
         data = corpora.calibration[CALIBRATED_ON[arm.start]]
-        calibrate(model, config, data, **keep).save(path)
-    return path
+        calibrate(fresh_model(args), config, data, **keep).save(path)
+    return str(path)
 
 
-def knowledge_factors(model: nn.Module, corpora: Corpora, args: argparse.Namespace) -> str:
+def knowledge_factors(corpora: Corpora, args: argparse.Namespace) -> str:
     """The file of the factors on the texts to keep, by whose sketches forgetting is predicted."""
-    return str(factors_of(ARMS["kpm"], model, corpora, args))
+    return factors_of(ARMS["kpm"], corpora, args)
 
 
 def predicted_forgetting(
@@ -133,7 +133,7 @@ def predicted_forgetting(
     """`F` on the texts to keep; None where more than an adapter beside the base is changed."""
     if arm.start in ("full", "pissa"):
         return None
-    return forgetting(model, knowledge_factors(fresh_model(args), corpora, args)).value
+    return forgetting(model, knowledge_factors(corpora, args)).value
 
 
 def optimizer_of(

@@ -130,7 +130,7 @@ def run(
     model = adapted(arm, corpora, args)
     factors = None
     if arm.decay == "knowledge":
-        factors = knowledge_factors(fresh_model(args), corpora, args)
+        factors = knowledge_factors(corpora, args)
     optimizer = optimizer_of(arm, model, rate, strength, factors)
     about = train(model, optimizer, seed, corpora, args.settings)
     return (

@@ -231,7 +231,7 @@ def _class(value: Any, about: Any, field: str) -> int:
     if not 0 <= number < about.num_labels:
         raise ValueError(
             f"The field {field!r} of the data to score on holds {value!r}, which is no class of the "
-            f"model: it has {about.num_labels} ({', '.join(map(str, about.label2id))}). Pass labeled "
+            f"model: it has {about.num_labels} ({', '.join(map(str, about.label2id))}). Pass labelled "
             "data, whose labels are these names or numbers from 0."
         )
     return number

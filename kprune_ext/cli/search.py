@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Repeated:
-    """Data that begin anew whenever they are read.
+    """Batches that can be read several times.
 
     Attributes:
         make: Returns an iterator over the batches.
@@ -73,9 +73,9 @@ def run_search(options: SearchOptions) -> KPruneSearch:
     print(found)
     if found.model is None:
         raise ValueError(
-            f"No model was written: with {min(options.reductions):.0%} removed, the least of "
-            f"reductions, the score is past {found.limit:.4g}. Pass smaller reductions, a smaller keep "
-            "or a larger tolerance, or more max_tokens."
+            f"No model was written: with {min(options.reductions):.0%} removed, the smallest of "
+            f"reductions, the score misses the limit of {found.limit:.4g}. Pass smaller reductions, a "
+            "smaller keep or a larger tolerance, or more max_tokens."
         )
     save_all(out, found.model, loaded.processor, options.self_contained)
     print(
@@ -100,7 +100,7 @@ def calibration(options: ScoredOptions, loaded: Loaded) -> Repeated:
 
 
 def calibrated_on(options: ScoredOptions, loaded: Loaded) -> dict[str, Any]:
-    """Returns what tells calibration data from others, as plain values."""
+    """Returns what identifies the calibration data, as plain values."""
     names = ("text_field", "image_field", "max_length")
     return {
         "calibration data": data_of(loaded.rows),

@@ -40,7 +40,7 @@ class Sweep:
         loaded: The model, and what it is pruned with.
         scoring: How models are scored.
         latency: Latency table, if latency is what is to be reduced.
-        about: What tells the sweep from others, as plain values.
+        about: What identifies the sweep, as plain values.
     """
 
     options: SweepOptions
@@ -61,7 +61,9 @@ def run_sweep(options: SweepOptions) -> Frontier:
     for reduction in grid:
         config_removing(reduction, options)
     if options.latency_batch < 1:
-        raise ValueError(f"latency_batch={options.latency_batch} is no number of sequences.")
+        raise ValueError(
+            f"latency_batch={options.latency_batch} is no number of sequences. Pass 1 or more."
+        )
     before = _results_before(options)
     check_files(options, inputs_of(options), {"latency": options.latency})
     draws = find_spec("matplotlib") is not None

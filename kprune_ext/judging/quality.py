@@ -33,7 +33,7 @@ _MOST_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Said:
-    """What a model says about a batch.
+    """A model's predictions for a batch.
 
     Attributes:
         said: Result of `kprune_ext.report.agreement.decided`.
@@ -50,11 +50,11 @@ class Said:
 
 @dataclass(frozen=True)
 class Judged:
-    """What the model being pruned says about this process's held-out samples, as it is now.
+    """Predictions of the model being pruned for this process's held-out samples, as it is now.
 
     Attributes:
         loss: For language models the loss on the samples of all processes; None without any.
-        batches: What it says, a batch after the other.
+        batches: The predictions, batch by batch.
     """
 
     loss: HeldOut | None

@@ -210,15 +210,14 @@ class KPruneConfig:
     held_out: float | None = option(
         None,
         or_none(number("[0, 0.5]", "Pass 0 to hold out none.")),
-        "Fraction of the samples that only the report's figures are of: perplexity, agreement with the "
-        "original, accuracy. None stands for 0.05 for language models and for 0 for others, which are "
-        "then judged on the calibration data.",
+        "Fraction of the samples that are set aside for the report: perplexity, agreement with the "
+        "original and accuracy are measured on them. None stands for 0.05 for language models "
+        "and for 0 for others, which are then judged on the calibration data.",
     )
     measure_speed: bool = option(
         True,
         switch,
-        "Whether the report has the time of a forward pass of both models, which takes about a second "
-        "to measure.",
+        "Whether to time a forward pass of both models for the report, which takes about a second.",
     )
     sequence_length: int | None = option(
         None,
