@@ -90,7 +90,10 @@ class Counted(TorchDispatchMode):
 
 def test_flops_are_those_of_a_run() -> None:
     model = wide(attn_implementation="eager")
-    config = KPruneConfig(reduction=0.3, held_out=0.0, ridge=1.0, score_fraction=1.0)
+    # What the measured speed takes depends on the machine, and no plan counts it.
+    config = KPruneConfig(
+        reduction=0.3, held_out=0.0, ridge=1.0, score_fraction=1.0, measure_speed=False
+    )
     with Counted() as counted:
         kprune(model, [equal_texts(64, 32)], config, progress=False)
     planned = plan_pruning(
