@@ -77,7 +77,9 @@ def device_of(args: argparse.Namespace) -> torch.device:
 
 def fresh_model(args: argparse.Namespace) -> nn.Module:
     """The model before training."""
-    return load_model(args.model, getattr(torch, args.settings.dtype)).to(device_of(args))
+    model = load_model(args.model, getattr(torch, args.settings.dtype))
+    model.set_attn_implementation(args.settings.attention)
+    return model.to(device_of(args))
 
 
 def adapted(arm: Arm, corpora: Corpora, args: argparse.Namespace) -> nn.Module:

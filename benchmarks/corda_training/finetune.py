@@ -214,6 +214,7 @@ def main(given: list[str] | None = None) -> None:
     given = sys.argv[1:] if given is None else given
     args = arguments(given)
     torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision(args.settings.precision)
     corpora = Corpora(args.data, load_tokenizer(args.model), args.settings)
     study = Study(args, given)
     if "before" not in study.report:
