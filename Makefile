@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM := false
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/corda_language_model.py --steps 12 --calibration-samples 64 --test-samples 32
-	$(BIN)/python examples/kprune_classifier.py --steps 120
+	$(BIN)/python examples/kprune_classifier.py --steps 120 --calibration-tokens 6000
 	$(BIN)/python examples/kprune_language_model.py --tokens 2048
 
 # After the tests, the built wheel and the README's examples are tried in an environment of their own.

@@ -13,6 +13,8 @@ logits.
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import importlib.util
 import math
 import sys
@@ -65,9 +67,17 @@ def embedded_model() -> tuple[str, dict[str, str]]:
 
 
 def load_model(source: str | None, dtype: torch.dtype) -> PreTrainedModel:
-    path, options = (source, {}) if source else embedded_model()
+    if source is None:
+        return copy.deepcopy(expanded(dtype))
+    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
+
+
+@functools.cache
+def expanded(dtype: torch.dtype) -> PreTrainedModel:
+    """The embedded model, of which only copies are used: expanding its weights takes a while."""
+    path, options = embedded_model()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options).eval()
-    if "gguf_file" in options and hasattr(model, "hf_quantizer"):
+    if hasattr(model, "hf_quantizer"):
         # The weights were expanded on loading; Trainer refuses a model still marked as quantised.
         model.hf_quantizer.remove_quantization_config(model)
     return model

@@ -32,7 +32,9 @@ class Settings:
     task: str = "gsm8k"  # or "mbpp"
     validation_examples: int = 0  # of each text; what rates and decays are chosen by
     attention: str = "sdpa"  # on CPUs, "eager" trains faster on texts this short
-    precision: str = "highest"  # of float32 products; "medium" multiplies in bfloat16 where that is fast
+    precision: str = (
+        "highest"  # of float32 products; "medium" multiplies in bfloat16 where that is fast
+    )
 
 
 PRESETS = {
