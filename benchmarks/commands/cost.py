@@ -1,11 +1,11 @@
-"""What starting costs: `--help`, `--version`, a wrong option and importing, before and now. Not on Windows.
+"""What starting costs: `--help`, `--version`, a wrong option, importing; before and now. Not on Windows.
 
     git worktree add ../before v0.1.0
     python -m benchmarks.commands.cost --before ../before
 
 Every command is a process of its own; the two states of the code take turns, with the same Python and
-the same libraries. CPU time (user and system) and peak memory are the operating system's figures for the
-finished process. Results go to `benchmarks/results/commands_cost.{json,md,png}`.
+the same libraries. CPU time (user and system) is the operating system's figure for the finished process.
+Results go to `benchmarks/results/commands_cost.{json,md,png}`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 
 
 def cost_of(code: Path, command: Sequence[str]) -> dict[str, float]:
-    """CPU seconds and peak MiB of a process that runs the packages of a checkout."""
+    """CPU seconds and exit code of a process that runs the packages of a checkout."""
     # Nothing of this process's own folder is imported by it.
     with tempfile.TemporaryDirectory() as elsewhere:
         process = subprocess.Popen(
@@ -63,8 +63,7 @@ def cost_of(code: Path, command: Sequence[str]) -> dict[str, float]:
         )
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-    peak = used.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    return {"cpu": used.ru_utime + used.ru_stime, "peak_mib": peak, "code": process.returncode}
+    return {"cpu": used.ru_utime + used.ru_stime, "code": process.returncode}
 
 
 def rows_of(report: Mapping[str, Any]) -> list[list[str]]:
@@ -72,21 +71,15 @@ def rows_of(report: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for name, runs in report["runs"].items():
         cpu = {state: statistics.median(run["cpu"] for run in runs[state]) for state in STATES}
-        peak = {
-            state: statistics.median(run["peak_mib"] for run in runs[state]) for state in STATES
-        }
         pairs = zip(runs["before"], runs["now"], strict=True)
         ratio = statistics.median(now["cpu"] / before["cpu"] for before, now in pairs)
-        rows.append(
-            [name, f"{cpu['before']:.2f}", f"{cpu['now']:.2f}", f"{ratio:.2f}×"]
-            + [f"{peak[state]:.0f}" for state in STATES]
-        )
+        rows.append([name, f"{cpu['before']:.2f}", f"{cpu['now']:.2f}", f"{ratio:.2f}×"])
     return rows
 
 
 def as_markdown(report: Mapping[str, Any]) -> str:
     """The report as text."""
-    header = ["what", "before, CPU s", "now, CPU s", "now / before", "before, MiB", "now, MiB"]
+    header = ["what", "before, CPU s", "now, CPU s", "now / before"]
     rounds = len(next(iter(report["runs"].values()))["now"])
     return "\n".join(
         [

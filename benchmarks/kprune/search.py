@@ -3,9 +3,9 @@
     python -m benchmarks.kprune.search --data DATA --checkpoints FOLDER
     python -m benchmarks.kprune.search --data DATA --checkpoints FOLDER --task mrpc --tolerance 2
 
-A search finds the smallest model whose score on the validation set is at most `--tolerance` points below
-the dense model's. The sweep then prunes to every size, on the same calibration data, and shows which size
-that is. CPU time counts the pruning and the scoring. Results go to
+A search finds the smallest model whose score on the validation set is at most `--tolerance` points
+below the dense model's. The sweep then prunes to every size, on the same calibration data, and shows
+which size that is. CPU time counts the pruning and the scoring. Results go to
 `benchmarks/results/kprune_search.{json,md,png}` after every sample. Started again, the benchmark resumes
 with the samples that are missing. See `accuracy.py` for data and checkpoints.
 """
@@ -13,6 +13,7 @@ with the samples that are missing. See `accuracy.py` for data and checkpoints.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,8 +79,8 @@ def searched_and_swept(
     search, clock = clock.read(), Stopwatch()
     scores = {0.0: score(model)}
     for reduction in sorted(args.reductions):
-        pruned = kprune(model, batches, config, reduction=reduction, progress=False)
-        scores[reduction] = score(pruned)
+        own = dataclasses.replace(config, reduction=reduction)
+        scores[reduction] = score(kprune(model, batches, own, progress=False))
     return {
         "seed": seed,
         "found": found.reduction,
