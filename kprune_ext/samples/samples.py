@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..common.data.token_ids import require_known_tokens
 from ..common.text_data import LABEL_KEYS
 from ..model_layers.inputs import Inputs
 from ..model_layers.layer_stack import arguments_of
@@ -125,8 +126,9 @@ def collect_samples(
 
     Raises:
         TypeError: If a batch is not a mapping of tensors.
-        ValueError: If a batch lacks `input_ids` or `pixel_values` or has an `attention_mask` whose
-            shape is not `(batch, tokens)`, or if needed data hold no unmasked token.
+        ValueError: If a batch lacks `input_ids` or `pixel_values`, has ids that the model does not
+            know or an `attention_mask` whose shape is not `(batch, tokens)`, or if needed data hold no
+            unmasked token.
     """
     accepted = arguments_of(model) - LABEL_KEYS
     images = model.main_input_name == "pixel_values" and image_tokens is not None
@@ -140,6 +142,7 @@ def collect_samples(
             continue
         entries = entries_of(batch, accepted, every=runs is not None)
         check_inputs(entries, batch, images=images)
+        require_known_tokens(model, entries.get("input_ids"))
         if left_out is None and runs is not None:
             left_out = unread_entries(entries, accepted, runs)
         entries = {n: value for n, value in entries.items() if n not in (left_out or ())}

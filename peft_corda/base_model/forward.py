@@ -16,6 +16,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kprune_ext.common.data.token_ids import require_known_tokens
 from kprune_ext.common.placement import execution_device, is_offloaded, reshard, sharding_of
 from kprune_ext.common.text_data import LABEL_KEYS
 
@@ -113,11 +114,13 @@ class Runner:
 
         Raises:
             TypeError: If the batch is not a mapping.
-            ValueError: If its mask has an unsupported shape, or holes that cannot be cut out.
+            ValueError: If its mask has an unsupported shape, or holes that cannot be cut out, or if the
+                model does not know its tokens.
         """
         values = checked(batch, number)
         if is_empty(values):
             return []
+        require_known_tokens(unwrapped(self.model), values.get("input_ids"))
         inputs = {
             key: value
             for key, value in values.items()
@@ -136,8 +139,8 @@ class Runner:
         return [kept_apart(part) for part in parts] if self._takes_targets else parts
 
     def check(self, batch: Batch, number: int) -> None:
-        """Raises the errors of `parts` that the types and shapes in a batch show."""
-        checked(batch, number)
+        """Raises the errors of `parts` that the types, shapes and tokens of a batch show."""
+        require_known_tokens(unwrapped(self.model), checked(batch, number).get("input_ids"))
 
     def example(self, part: Batch) -> dict[str, Any] | None:
         """Returns the first row of a part, or None (see `batches.first_example`)."""
