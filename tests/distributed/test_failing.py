@@ -10,7 +10,7 @@ import pytest
 from tests.distributed import failing_processes
 from tests.helpers.launching import environment
 
-BAD = "IndexError: index out of range"
+BAD = "ValueError: A calibration batch has the token id"
 GONE = "lost contact with another process"
 STARTING = 400  # seconds
 
