@@ -1,14 +1,12 @@
 """When one process fails, is killed or does not come, the other ends with a message, in time."""
 
 import re
-import subprocess
-import sys
 import time
 
 import pytest
 
 from tests.distributed import failing_processes
-from tests.helpers.launching import environment
+from tests.helpers.launching import started
 
 BAD = "ValueError: A calibration batch has the token id"
 GONE = "lost contact with another process"
@@ -17,27 +15,23 @@ STARTING = 400  # seconds
 
 def ended(folder, case):
     """Exit status and what was printed of both, and seconds from the beginning of the calibration."""
-    command = [sys.executable, failing_processes.__file__, str(folder)]
+    files = [folder / f"said-{rank}.txt" for rank in range(2)]
     children = [
-        subprocess.Popen(
-            [*command, str(rank), case],
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        started(failing_processes, [str(folder), str(rank), case], files[rank], {})
         for rank in range(2)
     ]
     try:
         # The other first: it must come to an end by itself, whatever the one does. Both take their time
         # to start where other tests run beside them.
-        said = children[0].communicate(timeout=STARTING)[1]
+        children[0].join(STARTING)
         took = time.time() - float((folder / "began-0").read_text())
     finally:
         if case.endswith("late"):
             children[1].kill()
-        last = children[1].communicate(timeout=STARTING)[1]
-    return [child.returncode for child in children], [said, last], took
+        children[1].join(STARTING)
+        for child in children:
+            child.kill()
+    return [child.exitcode for child in children], [file.read_text() for file in files], took
 
 
 @pytest.mark.parametrize(
