@@ -35,7 +35,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 torch.set_num_threads(1)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
-inputs = AutoTokenizer.from_pretrained(sys.argv[1])(sys.argv[2], return_tensors="pt")
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+inputs = tokenizer(sys.argv[2], return_tensors="pt", return_token_type_ids=False)
 options = {"do_sample": False, "min_new_tokens": 24, "max_new_tokens": 24}
 model.generate(**inputs, **options)
 start = time.perf_counter()

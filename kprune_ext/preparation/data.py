@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -119,8 +120,12 @@ def warn_if_few(tokens: int, targets: Sequence[SubLayer]) -> None:
 
 def _own_collate(whole: Any) -> Callable[[list[Example]], Mapping[str, Any]] | None:
     """The way in which a model of sentence-transformers makes inputs of texts."""
+    if not is_from(whole, "sentence_transformers"):
+        return None
     make = getattr(whole, "preprocess", None) or getattr(whole, "tokenize", None)
-    if make is None or not is_from(whole, "sentence_transformers"):
+    if make is None and getattr(whole, "tokenizer", None) is not None:  # a CrossEncoder before 6
+        make = partial(whole.tokenizer, padding=True, truncation=True, return_tensors="pt")
+    if make is None:
         return None
     prompts, name = getattr(whole, "prompts", None), getattr(whole, "default_prompt_name", None)
     prompt = prompts.get(name) if prompts and name else None

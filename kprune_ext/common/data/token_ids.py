@@ -38,9 +38,10 @@ def _rows(model: nn.Module) -> int | None:
     config: Any = getattr(model, "config", None)
     if any(getattr(config, name, None) is not None for name in _OTHER_INPUTS):
         return None
+    find: Any = getattr(model, "get_input_embeddings", None)
     try:
-        embedding = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError, TypeError):
+        embedding = find()
+    except (AttributeError, NotImplementedError, TypeError):  # none, or none of its own
         return None
     rows = getattr(embedding, "num_embeddings", None)
     return rows if isinstance(rows, int) else None
