@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..common.command_line import make_parser
 from ..common.records import RESULTS
-from ..corda_training import encoder, tradeoff
+from ..corda_training import encoder, pareto, tradeoff
 from ..kprune import accuracy, decoder_tables, recovery
 from .pictures import PICTURES, draw
 from .tables import fill
@@ -22,6 +22,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 _OWN = {
     "corda_finetune": tradeoff,
     "corda_finetune_rank8": tradeoff,
+    "corda_forgetting": pareto,
     "corda_encoder": encoder,
     "corda_encoder_mrpc": encoder,
     "kprune_accuracy": accuracy,
