@@ -18,7 +18,7 @@ from ..common.figures import (
     make_panels,
     save,
 )
-from ..corda_training import encoder, tradeoff
+from ..corda_training import encoder, pareto, tradeoff
 from ..kprune import accuracy, decoder_tables, recovery
 
 Reports = Mapping[str, Any]
@@ -129,6 +129,7 @@ def _plain(module: Any, name: str) -> Callable[[Reports, Path, str], None]:
 PICTURES: Mapping[str, tuple[tuple[str, ...], Callable[[Reports, Path, str], None]]] = {
     "overview": (("corda_finetune", "kprune_accuracy", "kprune_decoders"), overview),
     "forgetting": (("corda_finetune",), _plain(tradeoff, "corda_finetune")),
+    "weight_decay": (("corda_forgetting",), _plain(pareto, "corda_forgetting")),
     "encoder_rates": (("corda_encoder",), _plain(encoder, "corda_encoder")),
     "start_cost": (("corda_init",), start_cost),
     "encoder_speed": (("kprune_accuracy",), encoder_speed),
