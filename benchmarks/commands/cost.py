@@ -1,6 +1,6 @@
 """What starting costs: `--help`, `--version`, a wrong option, importing; before and now. Not on Windows.
 
-    git worktree add ../before v0.1.0
+    git worktree add ../before 23278c2
     python -m benchmarks.commands.cost --before ../before
 
 Every command is a process of its own; the two states of the code take turns, with the same Python and

@@ -12,12 +12,12 @@ import runpy
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import torch
 
@@ -37,24 +37,11 @@ def environment(**more: str) -> dict[str, str]:
     }
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
-
-
 def started(
     script: ModuleType, arguments: Sequence[str], said: Path, variables: Mapping[str, str]
 ) -> BaseProcess:
     """A process that runs a script; what it prints goes to the file `said`."""
-    with _one_thread():
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
         _FORKS.set_forkserver_preload(_IMPORTED)
         forkserver.ensure_running()
     process = _FORKS.Process(
