@@ -1,4 +1,4 @@
-"""Token ids of another model's tokenizer are an error that says so, before any work."""
+"""Token ids of another model's tokenizer are an error that says so."""
 
 from __future__ import annotations
 
