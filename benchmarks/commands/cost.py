@@ -94,7 +94,7 @@ def as_markdown(report: Mapping[str, Any]) -> str:
     )
 
 
-def plot(report: Mapping[str, Any], path: Path) -> None:
+def plot(report: Mapping[str, Any], path: Path, source: str = "") -> None:
     """Draw the CPU seconds of both states, a pair of bars for each thing that is started."""
     looks = (Look("before", COLOURS["vermillion"], "s"), Look("now", COLOURS["blue"], "o"))
     bars = [
@@ -105,7 +105,7 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
     figure, (panel,) = make_panels(1, 7.0, 1.0 + 0.26 * len(bars))
     draw_bars(panel, bars, "{:.2f} s")
     panel.set_xlabel("CPU seconds of a process")
-    save(figure, path)
+    save(figure, path, source)
 
 
 def main(given: list[str] | None = None) -> None:

@@ -9,17 +9,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..common.figures import (
-    Look,
-    draw_bars,
-    draw_points,
-    label_ends,
-    look_of,
-    make_panels,
-    save,
-)
+from ..common.figures import draw_points, label_ends, look_of, make_panels, save
 from ..corda_training import encoder, pareto, tradeoff
 from ..kprune import accuracy, decoder_tables, recovery
+from . import bars
 
 Reports = Mapping[str, Any]
 
@@ -78,49 +71,6 @@ def _by_speed(panel: Any, runs: list[dict[str, Any]]) -> None:
     label_ends(panel, ends)
 
 
-def start_cost(reports: Reports, path: Path, source: str) -> None:
-    """CPU time and memory of a calibration, beside PEFT's own CorDA."""
-    figure, (time, memory) = make_panels(2, 11, 4)
-    peft, ours = look_of("peft"), look_of("peft_corda")
-    rows: list[tuple[str, list[float], Look]] = []
-    for cell in reports["corda_init"]["time"]["cells"]:
-        if cell["dtype"] == "float32" and cell["data"] != "256 questions":
-            name = cell["data"]
-            rows.append((f"{name}: PEFT", [run["total"]["cpu"] for run in cell["peft"]], peft))
-            for method in ("kpm", "ipm"):
-                runs = cell["ours"][f"{method} r=32"]
-                rows.append((f"{method}, here", [run["total"]["cpu"] for run in runs], ours))
-    draw_bars(time, rows, "{:.0f} s")
-    time.set(title="CPU seconds, r = 32", xlabel="seconds")
-    bars: list[tuple[str, list[float], Look]] = []
-    names = {"peft": "PEFT", "ours": "here, default", "ours-least": "here, least `max_memory`"}
-    for cell in reports["corda_init"]["memory"]["cells"]:
-        for run in cell["runs"]:
-            look = peft if run["side"] == "peft" else ours
-            label = f"r = {cell['rank']}: {names[run['side']].replace('`', '')}"
-            bars.append((label, [run["peak_above"] / 2**20], look))
-    draw_bars(memory, bars, "{:.0f} MiB")
-    memory.set(title="Peak memory above the model, kpm", xlabel="MiB")
-    save(figure, path, source)
-
-
-def options(reports: Reports, path: Path, source: str) -> None:
-    """What one option that is changed does to accuracy, sample by sample."""
-    figure, (panel,) = make_panels(1, 7, 4.6)
-    runs = [run for run in reports["kprune_defaults"]["runs"] if run["method"] == "ours"]
-    base = {run["seed"]: run["accuracy"] for run in runs if not run.get("options")}
-    changed: dict[str, list[float]] = {}
-    for run in runs:
-        for name, value in run.get("options", {}).items():
-            difference = run["accuracy"] - base[run["seed"]]
-            changed.setdefault(f"{name}={value}", []).append(difference)
-    blue = look_of("ours")
-    ordered = sorted(changed.items(), key=lambda item: statistics.mean(item[1]))
-    draw_bars(panel, [(name, values, blue) for name, values in ordered], "{:+.1f}")
-    panel.set(title="SST-2, 80 % removed: points of accuracy beside the defaults")
-    save(figure, path, source)
-
-
 def _plain(module: Any, name: str) -> Callable[[Reports, Path, str], None]:
     return lambda reports, path, source: module.plot(reports[name], path, source)
 
@@ -131,12 +81,20 @@ PICTURES: Mapping[str, tuple[tuple[str, ...], Callable[[Reports, Path, str], Non
     "forgetting": (("corda_finetune",), _plain(tradeoff, "corda_finetune")),
     "weight_decay": (("corda_forgetting",), _plain(pareto, "corda_forgetting")),
     "encoder_rates": (("corda_encoder",), _plain(encoder, "corda_encoder")),
-    "start_cost": (("corda_init",), start_cost),
+    "start_cost": (("corda_init",), bars.start_cost),
     "encoder_speed": (("kprune_accuracy",), encoder_speed),
     "encoder_accuracy": (("kprune_accuracy",), _plain(accuracy, "kprune_accuracy")),
-    "encoder_options": (("kprune_defaults",), options),
+    "encoder_options": (("kprune_defaults",), bars.options),
     "recovery": (("kprune_recovery",), _plain(recovery, "kprune_recovery")),
     "decoders": (("kprune_decoders",), _plain(decoder_tables, "kprune_decoders")),
+    "decoder_recovery": (("kprune_decoder_recovery",), bars.decoder_recovery),
+    "directions": (("corda_decomposition",), bars.directions),
+    "step_cost": (("corda_step",), bars.step_cost),
+    "pruning_cost": (("kprune_cost", "kprune_handover"), bars.pruning_cost),
+    "confidence": (("kprune_logits",), bars.confidence),
+    "onnx_speed": (("kprune_export",), bars.onnx_speed),
+    "command_cost": (("commands_cost",), bars.command_cost),
+    "gpu": (("gpu_start", "gpu_step"), bars.gpu),
 }
 
 
