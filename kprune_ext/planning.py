@@ -47,6 +47,7 @@ class PruningPlan:
         passes: Passes through the layers over all calibration tokens, a backward pass counted like a
             forward pass: mean over the sub-layers.
         flops: Floating-point operations of all passes, equations and solutions.
+        covariances: Most bytes of the file of covariances, if it is asked for.
         devices: Peak of the bytes by device, of a model on several.
     """
 
@@ -62,6 +63,7 @@ class PruningPlan:
     scored_tokens: int
     passes: float
     flops: float
+    covariances: int = 0
     devices: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
@@ -101,6 +103,9 @@ class PruningPlan:
             f"{self.passes:.1f} passes through the layers over {self.tokens:,} tokens (knowledge is "
             f"measured on {self.scored_tokens:,}), {self.flops / 1e12:,.1f} TFLOP"
         )
+        if self.covariances:
+            most = size(self.covariances).strip()
+            lines.append(f"file of covariances, if it is asked for: at most {most}")
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -176,6 +181,7 @@ def plan_pruning(
         scored_tokens=scored * length,
         passes=_passes(targets, config, scored / samples),
         flops=_flops(made, targets, config, samples, scored, length, next_tokens),
+        covariances=sum(4 * (len(t.weight) ** 2 + t.width**2) for t in targets),
     )
     return plan if device_map is None else _on_devices(made, plan, device_map)
 

@@ -35,7 +35,7 @@ from ..common.records import (
     write_report,
 )
 from .decoder_data import Texts
-from .decoder_training import pruned_model, recovered, scores, training_rows
+from .decoder_training import kept_or_pruned, recovered, scores, training_rows
 
 NAME = "kprune_decoder_recovery"
 RATES = {
@@ -69,6 +69,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     add("--rank", type=int, default=16, help="Rank of the adapters.")
     add("--windows", type=int, default=64, help="Windows to score.")
     add("--questions", type=int, default=150, help="Questions to score.")
+    add("--pruned-models", type=Path, help="Folder that keeps K-prune's models for later runs.")
     add("--name", default=NAME, help="Name of the result files.")
     add_threads(parser, 2)
     add_results(parser)
@@ -80,7 +81,7 @@ def one_run(run: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     dense, tokenizer = load_model(args.model, torch.float32), load_tokenizer(args.model)
     texts = Texts(args.data, tokenizer, args.length)
     set_seed(run["seed"])
-    model = pruned_model(dense, texts, run, tokenizer.pad_token_id)
+    model = kept_or_pruned(dense, texts, run, tokenizer.pad_token_id, args.pruned_models)
     rows, held_out = training_rows(texts, run["seed"])
     trained, took = recovered(model, dense, rows, run, args)
     return run | took | {"scores": scores(trained, texts, held_out, args)}

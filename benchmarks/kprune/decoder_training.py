@@ -6,12 +6,13 @@ import argparse
 import random
 import time
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kprune_ext import KPruneConfig, kprune
 from kprune_ext.architectures.table import find_architecture
@@ -40,6 +41,18 @@ def pruned_model(
     layout: Any = "uniform" if run["pruned"] == "uniform" else "free"
     config = KPruneConfig(reduction=run["reduction"], max_tokens=run["tokens"], layout=layout)
     return kprune(dense, batches, config, progress=False)
+
+
+def kept_or_pruned(
+    dense: PreTrainedModel, texts: Texts, run: dict[str, Any], pad: int, folder: Path | None
+) -> PreTrainedModel:
+    """The same; K-prune's models, which take minutes, are kept in a folder if there is one."""
+    if folder is None or run["pruned"] == "flap":
+        return pruned_model(dense, texts, run, pad)
+    name = "-".join(str(run[part]) for part in ("pruned", "reduction", "tokens", "seed"))
+    if not (folder / name).exists():
+        pruned_model(dense, texts, run, pad).save_pretrained(folder / name)
+    return AutoModelForCausalLM.from_pretrained(folder / name, dtype=dense.dtype)
 
 
 def clock(threads: int) -> float:

@@ -126,10 +126,13 @@ class PruneOptions(CalibratedOptions):
 
     Args:
         reduction: Fraction to remove of the quantity that metric names.
+        covariances: File to write the covariances of the pruned layers' inputs to. From it
+            peft-corda calibrate or init starts an adapter without a pass over the data.
         plot: File to write a figure of the kept units to. It requires matplotlib.
     """
 
     reduction: float = 0.5
+    covariances: str | None = None
     plot: str | None = None
 
 

@@ -41,11 +41,20 @@ def run_prune(options: PruneOptions) -> PreTrainedModel:
     loaded = load_all(options)
     batches = loaded.batches(loaded.rows, options)
     pruned: Any = kprune(
-        loaded.model, batches, config, latency=latency_table(options, loaded.model)
+        loaded.model,
+        batches,
+        config,
+        latency=latency_table(options, loaded.model),
+        covariances=options.covariances,
     )
     save_all(out, pruned, loaded.processor, options.self_contained)
     print_report(pruned.kprune_report)
     print(f"Wrote {options.output}. Load it {how_to_load(options)}.")
+    if options.covariances is not None:
+        print(
+            f"Wrote {options.covariances}. Start an adapter with: peft-corda init --model "
+            f"{options.output} --covariances {options.covariances} --output FOLDER"
+        )
     if options.plot is not None:
         _plot(pruned.kprune_report, options.plot, options.output)
     return pruned
@@ -68,7 +77,8 @@ def _check_paths(options: PruneOptions) -> None:
     """
     check_output_folder(options.output, "output")
     inputs = {"model": options.model, "data": options.data}
-    check_files(options, inputs, {"plot": options.plot, "latency": options.latency})
+    files = ("plot", "latency", "covariances")
+    check_files(options, inputs, {name: getattr(options, name) for name in files})
     if options.plot is not None:
         check_figure(options.plot)
 

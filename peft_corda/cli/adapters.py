@@ -13,7 +13,7 @@ from ..analysis.spectra import pick_method
 from ..config import CordaConfig
 from ..export.export import export_lora
 from ..factors import CordaFactors
-from .base_model import PEFT_TYPES, check_keep, check_options, load_model
+from .base_model import PEFT_TYPES, check_options, check_sources, load_model
 from .calibrate import calibrated
 
 if TYPE_CHECKING:
@@ -40,30 +40,22 @@ def run_init(options: InitOptions) -> str:
     Raises:
         ValueError, OSError: If an option or file is invalid; nothing is written then.
     """
-    if (options.factors is None) == (options.data is None):
-        raise ValueError(
-            "Give exactly one of factors (a file written by peft-corda calibrate) and data."
-        )
+    method = options.corda_method or "kpm"
+    check_sources(options, method, factors=options.factors)
     check_output_folder(options.output, "output")
-    inputs = ("model", "factors", "data", "keep", "checkpoint_dir")
+    inputs = ("model", "factors", "data", "covariances", "keep", "checkpoint_dir")
     check_distinct({"output": options.output}, {name: getattr(options, name) for name in inputs})
     check_options(options)
-    if options.data is not None:
+    if options.factors is None:
         chosen = replace(
             options,
             r=_DEFAULT_RANK if options.r is None else options.r,
-            corda_method=options.corda_method or "kpm",
+            corda_method=method,
             corda_weighting=options.corda_weighting or "covariance",
         )
-        check_keep(options, str(chosen.corda_method))
         config = _config(chosen)
-        model, _ = calibrated(options, options.data, config, (config.method_for(),))
+        model, _ = calibrated(options, config, (config.method_for(),))
     else:
-        assert options.factors is not None  # one of the two is given
-        if options.keep is not None:
-            raise ValueError(
-                "keep is for a calibration, and factors are of one that is done. Leave it out."
-            )
         factors = CordaFactors.load(options.factors)
         chosen = with_values_of(factors, options)
         config = _config(chosen)

@@ -61,12 +61,53 @@ def check_options(options: ModelOptions) -> None:
         )
 
 
-def check_keep(options: ModelOptions, method: str) -> None:
-    """Check that there is text to keep if, and only if, the method needs it.
+def check_sources(options: ModelOptions, method: str, **others: str | None) -> None:
+    """Check that there is one thing to calibrate on, with text to keep where the method needs it.
+
+    Args:
+        options: The options.
+        method: Method of the calibration.
+        others: What may be given in place of both data and covariances, by name.
 
     Raises:
-        ValueError: Otherwise.
+        ValueError: If there is none or more, or what is given does not go together.
     """
+    what = {
+        "data (text to calibrate on)": options.data,
+        "covariances (a file written by kprune prune)": options.covariances,
+        **{f"{name} (a file written by peft-corda calibrate)": own for name, own in others.items()},
+    }
+    if sum(value is not None for value in what.values()) != 1:
+        raise ValueError(f"Give exactly one of {', '.join(what)}.")
+    if options.covariances is not None:
+        _check_with_covariances(options, method)
+    elif options.data is not None:
+        _check_keep(options, method)
+    elif options.keep is not None:
+        raise ValueError(
+            f"keep is for a calibration, and {', '.join(others)} are of one that is done. Leave it out."
+        )
+
+
+def _check_with_covariances(options: ModelOptions, method: str) -> None:
+    wrong = [
+        name
+        for name in ("keep", "max_memory", "checkpoint_dir")
+        if getattr(options, name) is not None
+    ]
+    if wrong:
+        raise ValueError(
+            f"{' and '.join(wrong)} cannot be combined with covariances, which need no pass over data. "
+            "Leave it out, or give data in place of covariances."
+        )
+    if method == "sc_lora":
+        raise ValueError(
+            "sc_lora compares two texts, and covariances are of one. Give data and keep in their place, "
+            "or choose another corda_method."
+        )
+
+
+def _check_keep(options: ModelOptions, method: str) -> None:
     if method == "sc_lora" and options.keep is None:
         raise ValueError(
             "sc_lora needs the text of the task as data and the text of the knowledge to keep as keep, "

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
 from kprune_ext.common.files import check_output_files, replacing
+from kprune_ext.common.input_sums import InputSums
 from kprune_ext.common.memory import available_memory
 from kprune_ext.common.processes import Processes
 from kprune_ext.common.text_data import Batch, load_rows, packed_batches, padded_batches, read_texts
@@ -20,7 +21,7 @@ from ..calibration.calibrate import calibrate
 from ..config import CordaConfig
 from ..decomposition.directions import METHODS
 from ..factors import CordaFactors
-from .base_model import PEFT_TYPES, check_keep, check_options, load_model, model_source
+from .base_model import PEFT_TYPES, check_options, check_sources, load_model, model_source
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -48,10 +49,10 @@ def run_calibrate(options: CalibrateOptions) -> CordaFactors:
     )
     check_options(options)
     outputs = {"output": options.output, "report": options.report}
-    check_keep(options, methods[0])
-    inputs = ("data", "keep", "model", "checkpoint_dir")
+    check_sources(options, methods[0])
+    inputs = ("data", "covariances", "keep", "model", "checkpoint_dir")
     check_output_files(outputs, {name: getattr(options, name) for name in inputs})
-    _, factors = calibrated(options, options.data, config, methods)
+    _, factors = calibrated(options, config, methods)
     reports = [report(factors, config, method) for method in methods]
     _write(factors, options.output, reports, options.report)
     for own in reports:
@@ -63,14 +64,19 @@ def run_calibrate(options: CalibrateOptions) -> CordaFactors:
 
 
 def calibrated(
-    options: ModelOptions, data: str, config: CordaConfig, methods: Sequence[str]
+    options: ModelOptions, config: CordaConfig, methods: Sequence[str]
 ) -> tuple[nn.Module, CordaFactors]:
-    """Returns the base model, and the factors of a calibration on `data`."""
+    """Returns the base model, and the factors of a calibration on the data or covariances."""
     # Cheap steps come first, so that a mistake is found before the model is loaded.
+    if options.covariances is not None:
+        InputSums.open(options.covariances)
+        model = load_model(options)
+        return model, calibrate(model, config, covariances=options.covariances, methods=methods)
+    assert options.data is not None  # as checked
     source = model_source(options)
     about = AutoConfig.from_pretrained(options.model, **source)
     tokenizer = AutoTokenizer.from_pretrained(options.model, **source)
-    batches = _batches(options, data, tokenizer, about)
+    batches = _batches(options, options.data, tokenizer, about)
     keep = None
     if options.keep is not None:
         keep = _batches(options, options.keep, tokenizer, about)

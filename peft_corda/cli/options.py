@@ -65,6 +65,11 @@ class ModelOptions:
         exclude_modules: Names of modules to leave out.
         rank_pattern: Ranks of some modules, by name, in place of r.
         corda_damping: Multiple of the mean input energy that is added to the covariance's diagonal.
+        data: Text to calibrate on: a .txt, .md, .json, .jsonl, .csv, .tsv or .parquet file, or the id
+            of a dataset on the Hub. Give text with the knowledge to keep for kpm, and text of the
+            task for ipm.
+        covariances: In place of data, file of the covariances of this model's layers, which
+            kprune prune --covariances wrote when it pruned the model.
         keep: With sc_lora, text of the knowledge to keep, of the same kind as data, which is then that
             of the task.
         corda_beta: With sc_lora, the weight of the text to keep, between 0 and 1.
@@ -95,6 +100,8 @@ class ModelOptions:
     exclude_modules: list[str] | str | None = None
     rank_pattern: dict[str, int] | None = None
     corda_damping: float = 0.01
+    data: str | None = None
+    covariances: str | None = None
     keep: str | None = None
     corda_beta: float = 0.5
     max_memory: int | str | None = None
@@ -106,9 +113,6 @@ class CalibrateOptions(ModelOptions):
     """Run calibration data through a model and write the factors that CorDA adapters start from.
 
     Args:
-        data: Text to calibrate on: a .txt, .md, .json, .jsonl, .csv, .tsv or .parquet file, or the id
-            of a dataset on the Hub. Give text with the knowledge to keep for kpm, and text of the
-            task for ipm.
         output: Factors file to write, such as factors.safetensors.
         r: Largest rank of an adapter that the factors support.
         corda_method: Directions to find: "kpm" for those that the data uses least, "ipm" for those
@@ -118,7 +122,6 @@ class CalibrateOptions(ModelOptions):
         report: JSON file to write the report to.
     """
 
-    data: str
     output: str
     r: int = 16
     corda_method: Literal["kpm", "ipm", "both", "sc_lora", "lora_null"] = "kpm"
@@ -133,10 +136,10 @@ class InitOptions(ModelOptions):
     Args:
         output: Folder to write the adapter to; load it with PeftModel.from_pretrained(model, folder,
             is_trainable=True).
-        factors: Factors file written by calibrate. The calibration options then have no effect.
-        data: Text to calibrate on, as for calibrate, in place of factors.
-        r: Rank of the adapters; by default the largest that the factors file supports, and 16 with
-            data.
+        factors: Factors file written by calibrate, in place of data. The calibration options then have
+            no effect.
+        r: Rank of the adapters; by default the largest that the factors file supports, and 16 without
+            such a file.
         lora_alpha: Numerator of the scaling lora_alpha / r; by default r, the paper's setting.
         alpha_pattern: Values of lora_alpha for some modules, by name.
         use_rslora: Divide lora_alpha by the square root of the rank (rsLoRA), not by the rank.
@@ -146,7 +149,7 @@ class InitOptions(ModelOptions):
         corda_method: Directions to start from: "kpm" for those that the data uses least, "ipm" for
             those that it uses most, "sc_lora" for those that the task uses and the text to keep does
             not, "lora_null" for the inputs that the data reaches least. By default those of the factors
-            file, or "kpm" if it holds both and with data.
+            file, or "kpm" if it holds both or there is none.
         corda_weighting: Matrix that the weight is multiplied by before it is decomposed; by default
             that of the factors file, or the covariance.
         corda_scaling: Division of the start between A and B: "balanced" gives both the same singular
@@ -155,7 +158,6 @@ class InitOptions(ModelOptions):
 
     output: str
     factors: str | None = None
-    data: str | None = None
     r: int | None = None
     lora_alpha: int | None = None
     alpha_pattern: dict[str, int] | None = None

@@ -28,6 +28,7 @@ def run(model: Path, data: Path, folder: Path, *others: str) -> dict:  # noqa: F
 def test_rates_are_chosen_and_seeds_follow(model, data, tmp_path) -> None:  # noqa: F811
     chosen = ["--after", "none", "lora", "kpm", "distill", "--pruned", "uniform", "flap"]
     settings = [*chosen, "--rates", "1e-4", "3e-2", "--minutes", "0.005", "--seeds", "0", "1"]
+    settings += ["--pruned-models", str(tmp_path / "pruned")]
     report = run(model, data, tmp_path, *settings)
     runs = {}
     for each in report["runs"]:
@@ -43,6 +44,10 @@ def test_rates_are_chosen_and_seeds_follow(model, data, tmp_path) -> None:  # no
             assert all(one["steps"] > 0 for one in own)
     table = (tmp_path / "kprune_decoder_recovery.md").read_text()
     assert "| 30% | flap | lora |" in table and "| 1.000 |" in table
+    assert {kept.name for kept in (tmp_path / "pruned").iterdir()} == {
+        "uniform-0.3-600-0",
+        "uniform-0.3-600-1",
+    }
     again = run(model, data, tmp_path, *settings)
     assert len(again["runs"]) == len(report["runs"])
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from kprune_ext import KPruneReport
@@ -14,6 +15,8 @@ from kprune_ext.cli.language_inputs import answered_prompts, packed_windows, seq
 from kprune_ext.cli.main import main
 from kprune_ext.cli.options import PruneOptions
 from kprune_ext.cli.prune import prune_config
+from peft_corda import CordaConfig, CordaFactors, calibrate
+from peft_corda import cli as corda
 from tests.helpers.kprune import word_tokenizer
 from tests.helpers.kprune_decoders import tiny_decoder
 
@@ -117,6 +120,28 @@ def test_labels_are_the_answers(tmp_path: Path) -> None:
     assert unequal["labels"][1].tolist() == [-100, first + 1, end, -100]
 
 
+def test_covariances_are_handed_to_the_other_command(source: Path, tmp_path: Path, capsys) -> None:
+    file, out = tmp_path / "covariances.safetensors", tmp_path / "out"
+    given = [f"--model={source}", f"--data={source / 'data.jsonl'}", "--task=causal-lm"]
+    small = ["--reduction=0.3", "--max_length=16", f"--covariances={file}", f"--output={out}"]
+    main(["prune", *given, *small])
+    assert f"--covariances {file}" in capsys.readouterr().out
+    start = ["--device=cpu", "--r=2", "--corda_method=ipm", f"--covariances={file}"]
+    corda.main(["init", f"--model={out}", *start, f"--output={tmp_path / 'adapter'}"])
+    corda.main(["calibrate", f"--model={out}", *start, f"--output={tmp_path / 'f.safetensors'}"])
+    factors = CordaFactors.load(tmp_path / "f.safetensors")
+    config = CordaConfig(corda_method="ipm", r=2, target_modules="all-linear")
+    model = AutoModelForCausalLM.from_pretrained(out)
+    expected = calibrate(model, config, covariances=file, progress=False)
+    assert list(factors.modules) == list(expected.modules)
+    for name, module in expected.modules.items():
+        assert factors.modules[name].tokens == module.tokens
+        assert torch.equal(factors.modules[name].directions["ipm"].S, module.directions["ipm"].S)
+    adapted = PeftModel.from_pretrained(model, tmp_path / "adapter")
+    found = {name for name, _ in adapted.named_parameters() if "q_proj.lora_A" in name}
+    assert found
+
+
 def test_sequences_are_as_long_as_the_model_allows(source: Path) -> None:
     about, words = tiny_decoder("llama").config, AutoTokenizer.from_pretrained(source)
     assert sequence_tokens(PruneOptions("m", "d", "o"), words, about) == 64
@@ -140,6 +165,7 @@ def test_plan(source: Path, tmp_path: Path, capsys) -> None:
     printed = capsys.readouterr().out
     assert "memory (cpu):" in printed and "passes through the layers" in printed
     plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["covariances"] > 0 and "file of covariances" in printed
     assert plan["peak"] == plan["weights"] + plan["beyond_model"] > 0
     parameters = tiny_decoder("llama", intermediate_size=200).num_parameters()
     assert 4 * parameters <= plan["weights"] <= 4 * parameters + 100  # and the rotary positions

@@ -102,12 +102,30 @@ class TestInit:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({}, "Give exactly one of factors .* and data"),
+            ({}, "Give exactly one of data .*, covariances .*, factors"),
             (
                 {"factors": "{folder}/factors.safetensors", "data": "{folder}/data.txt"},
                 "exactly one",
             ),
+            (
+                {"covariances": "{folder}/data.txt", "data": "{folder}/data.txt"},
+                "exactly one",
+            ),
+            ({"covariances": "{folder}/none.safetensors"}, "none.safetensors"),
+            ({"covariances": "{folder}/factors.safetensors"}, "has no covariances"),
+            (
+                {"covariances": "{folder}/c.safetensors", "max_memory": "1GiB"},
+                "max_memory cannot be combined with covariances",
+            ),
+            (
+                {"covariances": "{folder}/c.safetensors", "corda_method": "sc_lora"},
+                "sc_lora compares two texts",
+            ),
             ({"factors": "{folder}/none.safetensors"}, "No factors file at"),
+            (
+                {"factors": "{folder}/factors.safetensors", "keep": "{folder}/data.txt"},
+                "keep is for a calibration",
+            ),
             ({"factors": "{folder}/factors.safetensors", "r": 9}, "too small a rank"),
             (
                 {
