@@ -39,6 +39,12 @@ def abandoned(directory: str, prefix: str) -> list[str]:
     return _abandoned(directory, re.compile(re.escape(prefix) + _MARK))
 
 
+def marked(directory: str, prefix: str) -> list[str]:
+    """Returns the paths of a prefix and a `writer_mark`, whether or not their writers have ended."""
+    pattern = re.compile(re.escape(prefix) + _MARK)
+    return [entry.path for entry in _entries(directory) if pattern.fullmatch(entry.name)]
+
+
 def naming(error: OSError, what: str) -> OSError | None:
     """Returns an error of the system that says what failed; None if it names a file itself."""
     if error.filename is not None or error.errno is None or what in str(error):

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from ..common.files import resolved
 from ..common.locks import locked
-from ..common.replacement import abandoned, naming, remove, take_mode, writer_mark
+from ..common.replacement import abandoned, marked, naming, remove, take_mode, writer_mark
 
 _UNFINISHED = ".kprune-unfinished-"
 _LOCK = ".kprune-lock"
@@ -95,12 +95,9 @@ def _unfinished(target: Path) -> Iterator[tuple[Path, Path]]:
 
 def _clean_up(target: Path, alone: bool) -> None:
     """Removes what saves that were killed have left; alone, there is no other."""
-    if alone:
-        for left in target.glob(f"{_UNFINISHED}*"):
-            shutil.rmtree(left, ignore_errors=True)
-    else:
-        for name in abandoned(str(target), _UNFINISHED):
-            remove(name)
+    found = marked if alone else abandoned
+    for name in found(str(target), _UNFINISHED):
+        remove(name)
 
 
 def _put_in_place(new: Path, old: Path, target: Path, replaceable: set[str]) -> None:

@@ -70,6 +70,16 @@ def test_an_unfinished_save_of_a_live_process_is_left_alone(tmp_path):
     assert (target / "config.json").read_text() == "quick"
 
 
+def test_what_only_begins_like_an_unfinished_save_is_kept(tmp_path):
+    folder, file = tmp_path / ".kprune-unfinished-business", tmp_path / ".kprune-unfinished-notes"
+    folder.mkdir()
+    (folder / "mine").touch()
+    file.touch()
+    with replacing_files(tmp_path) as new:
+        (new / "config.json").touch()
+    assert (folder / "mine").exists() and file.exists() and (tmp_path / "config.json").exists()
+
+
 @pytest.mark.parametrize(
     ("write", "name"),
     [(replacing, "file"), (replacing_folder, "folder"), (replacing_files, "folder")],
