@@ -146,7 +146,11 @@ def budget_for(tables: Sequence[Tensor], reduction: float) -> float:
 
 
 def least_units(
-    costs: Sequence[Tensor], budget: float, min_share: float | Sequence[float]
+    costs: Sequence[Tensor],
+    budget: float,
+    min_share: float | Sequence[float],
+    *,
+    one: bool = False,
 ) -> list[int]:
     """Least number of units to keep: `min_share` of those kept if all sub-layers were pruned alike.
 
@@ -157,6 +161,8 @@ def least_units(
         costs: Cost of keeping 0, 1, … units, per sub-layer.
         budget: Largest total cost of the kept units.
         min_share: Fraction of the units kept under uniform pruning, for all or per sub-layer.
+        one: Whether sub-layers with a positive fraction keep one unit where the fraction is of less, as
+            long as the budget allows it for all.
 
     Returns:
         Number of units, per sub-layer.
@@ -165,7 +171,15 @@ def least_units(
     removable = sum(float(table[-1]) for table in costs) - fixed
     shares = [min_share] * len(costs) if isinstance(min_share, int | float) else min_share
     room = max(budget - fixed, 0.0)
-    return [
+    least = [
         int(share * room / max(removable, 1e-300) * (len(table) - 1))
         for share, table in zip(shares, costs, strict=True)
     ]
+    if not one:
+        return least
+    raised = [
+        max(count, int(share > 0 and len(table) > 1))
+        for count, share, table in zip(least, shares, costs, strict=True)
+    ]
+    spent = sum(float(table[count]) for count, table in zip(raised, costs, strict=True))
+    return raised if spent <= budget else least

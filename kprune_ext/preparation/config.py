@@ -98,7 +98,8 @@ class KPruneConfig:
         0.5,
         number("[0, 1]", "Pass 0 to set no lower bound on the units of a sub-layer."),
         "Every sub-layer keeps at least this fraction of the units that it would keep if all "
-        "sub-layers were pruned alike, whatever the scores are. 0 sets no lower bound.",
+        "sub-layers were pruned alike, whatever the scores are; in decoders at least one, if the budget "
+        "allows it for all. 0 sets no lower bound.",
     )
     min_head_share: float | None = option(
         None,

@@ -242,7 +242,9 @@ def _budget(
     limit = budget_for(costs, config.reduction)
     heads = config.min_share if config.min_head_share is None else config.min_head_share
     shares = [heads if each.kind == "attention" else config.min_share for each in targets]
-    return Budget(costs, limit, least_units(costs, limit, shares), length, allowed)
+    # A decoder may have a single key-value group in a layer, and does badly without any.
+    one = find_architecture(model).is_causal
+    return Budget(costs, limit, least_units(costs, limit, shares, one=one), length, allowed)
 
 
 def example(given: Given, samples: Sequence[Sample]) -> Sample | None:

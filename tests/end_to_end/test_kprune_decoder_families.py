@@ -124,3 +124,24 @@ def test_a_body_that_reads_both_ways_is_an_embedder() -> None:
     other = outputs_of(pruned, batch | {"input_ids": changed})[0]
     assert not torch.allclose(one[:, 0], other[:, 0])
     assert one.isfinite().all()
+
+
+def test_the_only_group_of_a_layer_stays_unless_it_is_asked_for() -> None:
+    model = tiny_decoder("gemma3", num_key_value_heads=1, intermediate_size=400)
+    assert all(
+        len(layer.self_attn.k_proj.weight) == layer.self_attn.head_dim
+        for layer in model.model.layers
+    )
+    with torch.no_grad():
+        for layer in model.model.layers:  # knows next to nothing
+            layer.self_attn.o_proj.weight.mul_(1e-4)
+            layer.post_attention_layernorm.weight.fill_(-0.9999)
+    batches = decoder_batches(16)
+
+    def groups(**options) -> list[int]:
+        config = KPruneConfig(reduction=0.4, measure_speed=False, **options)
+        report = kprune(model, batches, config, progress=False).kprune_report
+        return [row.units for row in report.sublayers if row.kind == "attention"]
+
+    assert groups() == [1] * len(model.model.layers)
+    assert sum(groups(min_head_share=0.0)) < len(model.model.layers)

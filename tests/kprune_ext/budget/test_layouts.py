@@ -225,3 +225,11 @@ def test_encoders_have_no_cache() -> None:
     model = tiny_bert()
     with pytest.raises(ValueError, match="key-value cache of decoders"):
         cost_tables(model, sublayers(model, find_architecture(model)), "cache", 8, None)
+
+
+def test_one_group_stays_where_a_part_of_it_would() -> None:
+    costs = [torch.arange(2) * 10.0, torch.arange(41) * 1.0] * 2
+    assert least_units(costs, 50.0, 0.5) == [0, 10] * 2
+    assert least_units(costs, 50.0, 0.5, one=True) == [1, 10] * 2
+    assert least_units(costs, 50.0, [0.0, 0.5] * 2, one=True) == [0, 10] * 2
+    assert least_units(costs, 20.0, 0.5, one=True) == [0, 4] * 2  # 28 is more than there is
