@@ -12,12 +12,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kprune_ext.common.files import atomic_save
+from kprune_ext.common.fingerprints import WeightSample, same_sample
 from kprune_ext.common.version import installed_version
 
 from .decomposition.directions import ALL_METHODS, Directions
 from .decomposition.sketch import InputSketch
 from .soundness import CHECKSUM, check_sketch, check_sound, check_sum, checksum_of
-from .weight_sample import WeightSample, same_sample
 
 FORMAT = "peft_corda.factors"
 FORMAT_VERSION = 2

@@ -37,7 +37,15 @@ from ..common.corpora import Encoded
 from ..common.models import load_tokenizer
 from ..common.records import model_label, read_report, with_provenance, write_report
 from . import pareto, tradeoff
-from .arms import ARMS, adapted, fresh_model, knowledge_factors, optimizer_of, predicted_forgetting
+from .arms import (
+    ARMS,
+    adapted,
+    device_of,
+    fresh_model,
+    knowledge_factors,
+    optimizer_of,
+    predicted_forgetting,
+)
 from .finetune_data import PRESETS, Corpora, Settings
 
 NAME = "corda_finetune"
@@ -204,6 +212,14 @@ class Study:
         }
 
 
+def precision_here(args: argparse.Namespace) -> str:
+    """The precision of the settings, or "highest" on a CPU where that is faster and as precise."""
+    able = torch.cpu.get_capabilities()
+    if device_of(args).type != "cpu" or able.get("amx_bf16") or able.get("avx512_bf16"):
+        return args.settings.precision
+    return "highest"
+
+
 def measure_before(corpora: Corpora, args: argparse.Namespace) -> dict[str, Any]:
     """The losses of the model before training."""
     base = fresh_model(args).eval()
@@ -214,7 +230,7 @@ def main(given: list[str] | None = None) -> None:
     given = sys.argv[1:] if given is None else given
     args = arguments(given)
     torch.set_num_threads(args.threads)
-    torch.set_float32_matmul_precision(args.settings.precision)
+    torch.set_float32_matmul_precision(precision_here(args))
     corpora = Corpora(args.data, load_tokenizer(args.model), args.settings)
     study = Study(args, given)
     if "before" not in study.report:

@@ -77,17 +77,18 @@ class InputsFile:
         for paths, count in zip(every, own, strict=True):
             if count != tokens:
                 continue
-            shapes = _shapes(target, paths)
+            weights = {path: weight_of(linear_at(target.module, path)) for path in paths}
             if paths in sums:
                 total = sums[paths].total
             else:
-                size, kind = shapes[paths[0]][1], torch.float64 if wide else torch.float32
+                size, kind = weights[paths[0]].shape[1], torch.float64 if wide else torch.float32
                 total = torch.zeros(size, size, dtype=kind, device=target.device)
             total = mirror_lower(processes.add(total))
             with processes.error_barrier():
                 if self.writer is not None:
                     named = {
-                        name_in(self.path, target, path): shape for path, shape in shapes.items()
+                        name_in(self.path, target, path): weight.detach()
+                        for path, weight in weights.items()
                     }
                     self.writer.add(named, total, count)
 
@@ -151,12 +152,3 @@ def _add(sums: dict[Paths, _Sum], paths: Paths, rows: Tensor) -> None:
         sums[paths] = _Sum(torch.zeros(size, size, dtype=kind, device=rows.device))
     add_rows(sums[paths].total, rows)
     sums[paths].tokens += len(rows)
-
-
-def _shapes(target: SubLayer, paths: Paths) -> dict[str, tuple[int, int]]:
-    """Shapes `(out, in)` of the weights at some paths."""
-    found = {}
-    for path in paths:
-        rows, columns = weight_of(linear_at(target.module, path)).shape
-        found[path] = (rows, columns)
-    return found

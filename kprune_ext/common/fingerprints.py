@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,10 @@ _IGNORED = re.compile(
 _PLACES = re.compile(r" at 0x[0-9a-f]+|\(?(cuda|xpu|npu|mps|hpu):\d+\)?|\(?GPU \d+\)?")
 # Buffers that grow or change with the inputs that the module has seen.
 _CHANGING = ("dynamic", "longrope")
+# Number of weight entries stored per module, by which the base model is recognized.
+SAMPLE_SIZE = 32
+# Two roundings of one weight to bfloat16 differ by less than this, relative to its magnitude.
+SAMPLE_RTOL = 2.0**-7
 # Rows of a data set that its fingerprint reads at most.
 _MOST_ROWS = 1000
 
@@ -162,3 +167,31 @@ def _relevant(values: Any) -> Any:
     if isinstance(values, set | frozenset):
         return sorted(map(str, values))
     return [_relevant(value) for value in values] if isinstance(values, list | tuple) else values
+
+
+@dataclass(frozen=True, eq=False)
+class WeightSample:
+    """Sample of a weight, to check that it is the one that was calibrated.
+
+    Attributes:
+        sample: Entries of the weight, from `sample_of`.
+        shape: Shape of the weight, `(out, in)`.
+        error: Largest absolute change of an entry that quantization may have caused.
+    """
+
+    sample: Tensor
+    shape: tuple[int, int]
+    error: float = 0.0
+
+
+def sample_of(weight: Tensor) -> Tensor:
+    """Returns `SAMPLE_SIZE` evenly spaced entries of a weight, in float32 on the CPU."""
+    flat = weight.reshape(-1)
+    positions = torch.linspace(0, flat.numel() - 1, SAMPLE_SIZE, dtype=torch.float64).long()
+    return flat[positions.to(flat.device)].float().cpu()
+
+
+def same_sample(seen: WeightSample, theirs: Tensor) -> bool:
+    # A base model in another float dtype, or quantized, is still the same base model.
+    least = float(theirs.abs().max()) * 1e-6
+    return bool(torch.allclose(seen.sample, theirs, rtol=SAMPLE_RTOL, atol=max(least, seen.error)))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 from transformers.modeling_utils import is_fsdp_enabled
 
+from kprune_ext.common.fingerprints import WeightSample, sample_of
 from kprune_ext.common.processes import Processes
 
 from ..base_model.quantized import rounding_of
 from ..base_model.weights import dense_weight, weight_shape
 from ..config import CordaConfig, rank_of
 from ..factors import CordaFactors
-from ..weight_sample import WeightSample, sample_of
 
 
 def factors_of(config: CordaConfig) -> CordaFactors | None:
@@ -38,14 +38,19 @@ def _compare(factors: CordaFactors, targets: dict[str, nn.Module], config: Corda
         method=config.method_for(factors),
         weighting=config.corda_weighting,
         ranks={name: rank_of(config, name) for name in targets},
-        weights={
-            name: _shown(name, dense_weight(name, module), module)
-            for name, module in targets.items()
-        },
+        weights={name: shown_weight(name, module) for name, module in targets.items()},
     )
 
 
-def _shown(name: str, weight: Tensor, module: nn.Module) -> WeightSample:
+def shown_weight(name: str, module: nn.Module) -> WeightSample:
+    """Returns what a target module's weight is recognised by.
+
+    With weights that are sharded over processes, all processes must call this function.
+
+    Raises:
+        ValueError: If the weight has NaN or infinite values.
+    """
+    weight = dense_weight(name, module)
     if not bool(weight.isfinite().all()):
         raise ValueError(
             f"The weight of {name} has NaN or infinite values, and so would the start of its adapter. "

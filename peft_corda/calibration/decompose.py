@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from kprune_ext.common.fingerprints import SAMPLE_SIZE, sample_of
 from kprune_ext.common.processes import Processes
 
 from ..base_model.input_groups import Group
@@ -33,7 +34,6 @@ from ..decomposition.directions import (
 from ..decomposition.sketch import InputSketch, output_energy, sketch_of
 from ..decomposition.two_sets import contrasted, least_inputs, null_directions
 from ..factors import CordaFactors, ModuleFactors
-from ..weight_sample import SAMPLE_SIZE, sample_of
 from .passes import owners_of
 from .progress import Progress
 

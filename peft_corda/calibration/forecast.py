@@ -30,6 +30,7 @@ from accelerate.utils import compare_versions
 from torch import nn
 
 from kprune_ext.common.files import write_json
+from kprune_ext.common.fingerprints import SAMPLE_SIZE
 
 from ..base_model.block_chain import find_chain
 from ..base_model.forward import Runner
@@ -39,7 +40,6 @@ from ..base_model.weights import weight_shape
 from ..config import CordaConfig, rank_of
 from ..decomposition.cost import FLOAT32, sketch_workspace, total_arithmetic, workspace
 from ..decomposition.directions import METHODS
-from ..weight_sample import SAMPLE_SIZE
 from .passes import owners_of, passes_within, peak_of
 from .plan import default_memory
 

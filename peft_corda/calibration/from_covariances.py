@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from kprune_ext.common.fingerprints import same_sample
 from kprune_ext.common.input_sums import InputSums, LayerInputs
 from kprune_ext.common.memory import trim_memory
 from kprune_ext.common.placement import execution_device
 from kprune_ext.common.processes import Processes
 
+from ..adapter.fitting import shown_weight
 from ..base_model.input_groups import Group
 from ..base_model.weights import weight_shape
 from ..checkpoint.identity import settings_of
@@ -70,6 +72,8 @@ def factors_from(
         settings = settings_of(config, chosen, base, targets, dtype, None, False, sharding)
         processes.require_agreement({**settings, "covariances": own}, but="progress")
     shows = progress and processes.is_main
+    with processes.leaving_a_note():
+        _check_weights(sums, targets)
     with processes.leaving_a_note(), shown_progress(shows, 0, [len(groups)]) as bar:
         read = _Read(sums, targets, dtype)
         factors = factorise(groups, read, targets, config, chosen, processes, bar)
@@ -142,6 +146,22 @@ def groups_in(sums: InputSums, targets: Mapping[str, nn.Module]) -> list[Group]:
         if members:
             groups.append(Group(members, layer.features))
     return groups
+
+
+def _check_weights(sums: InputSums, targets: Mapping[str, nn.Module]) -> None:
+    """Raises ValueError if the model is another one of the same shapes."""
+    samples = {name: entries for layer in sums.layers for name, entries in layer.samples.items()}
+    other = [
+        name
+        for name, module in targets.items()
+        if not same_sample(shown_weight(name, module), torch.tensor(samples[name]))
+    ]
+    if other:
+        raise ValueError(
+            f"{sums.path!r} belongs to another model: the weights of {_listed(other)} are not those "
+            "that the model had when it was pruned. Pass the file that was written when this model was "
+            "pruned, and the model as it was then."
+        )
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from kprune_ext.common.fingerprints import (
     bits_of,
     config_of,
     full_tensors,
+    sample_of,
     structure_of,
     text_digest,
 )
@@ -23,7 +24,6 @@ from kprune_ext.common.processes import Processes
 from ..base_model.input_groups import Group
 from ..batches.batches import digest_of
 from ..config import CordaConfig, rank_of
-from ..weight_sample import sample_of
 
 WEIGHTS = "model's weights"
 _EVERY_BIT = f"{WEIGHTS} (every bit)"

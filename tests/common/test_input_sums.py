@@ -7,7 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kprune_ext.common.fingerprints import sample_of
 from kprune_ext.common.input_sums import InputSums, written_sums
+
+
+def weight(rows, columns):
+    return torch.arange(float(rows * columns)).reshape(rows, columns) / 7
 
 
 def gram(size, seed=0, dtype=torch.float32):
@@ -18,8 +23,8 @@ def gram(size, seed=0, dtype=torch.float32):
 def written(path, size=5):
     """A file of two sums, of one module and of two that share an input."""
     with written_sums(path, ["layers.0.q", "layers.0.v", "layers.0.o"]) as writer:
-        writer.add({"layers.0.q": (7, size), "layers.0.v": (2, size)}, gram(size), 3)
-        writer.add({"layers.0.o": (size, 4)}, gram(4, 1, torch.float64), 3)
+        writer.add({"layers.0.q": weight(7, size), "layers.0.v": weight(2, size)}, gram(size), 3)
+        writer.add({"layers.0.o": weight(size, 4)}, gram(4, 1, torch.float64), 3)
     return path
 
 
@@ -34,6 +39,7 @@ def test_what_is_written_is_read_again_and_by_safetensors_alone(tmp_path):
         ("layers.0.q", 5, 3),
         ("layers.0.o", 4, 3),
     ]
+    assert torch.equal(torch.tensor(sums.layers[0].samples["layers.0.v"]), sample_of(weight(2, 5)))
     plain = load_file(path)
     for layer, expected in zip(sums.layers, (gram(5), gram(4, 1, torch.float64)), strict=True):
         assert sums.read(layer).dtype == expected.dtype
@@ -45,7 +51,7 @@ def test_names_of_any_length_fit_into_the_room_for_the_header(tmp_path):
     names = [f"blöcke.{number}.{'x' * number}" for number in range(60)]
     with written_sums(tmp_path / "sums", names) as writer:
         for name in names:
-            writer.add({name: (123456, 2)}, gram(2), 10**15)
+            writer.add({name: -1e-38 * torch.rand(123456, 2)}, gram(2), 10**15)
     assert [layer.leader for layer in InputSums.open(tmp_path / "sums").layers] == names
 
 
@@ -53,7 +59,7 @@ def test_an_error_leaves_an_earlier_file_and_nothing_else(tmp_path):
     path = written(tmp_path / "sums.safetensors")
     before = path.read_bytes()
     with pytest.raises(KeyError), written_sums(path, ["a"]) as writer:
-        writer.add({"a": (1, 2)}, gram(2), 1)
+        writer.add({"a": weight(1, 2)}, gram(2), 1)
         raise KeyError
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["sums.safetensors"]
 
@@ -61,7 +67,10 @@ def test_an_error_leaves_an_earlier_file_and_nothing_else(tmp_path):
 def changed(path, change):
     """The file with another description of its layers."""
     sums = InputSums.open(path)
-    rows = [{"modules": dict(layer.modules), "tokens": layer.tokens} for layer in sums.layers]
+    rows = [
+        {"modules": dict(row.modules), "tokens": row.tokens, "samples": dict(row.samples)}
+        for row in sums.layers
+    ]
     metadata = {"format": "input_sums", "format_version": "1"}
     change(rows, metadata)
     save_file(load_file(path), path, {"layers": json.dumps(rows), **metadata})
@@ -79,6 +88,9 @@ def changed(path, change):
         (lambda rows, about: rows.append(rows[1]), "a module has two sums"),
         (lambda rows, about: rows[1].update(modules={"other": [5, 4]}), "is not a readable"),
         (lambda rows, about: rows.append("text"), "is not a readable"),
+        (lambda rows, about: rows[0].pop("samples"), "is not a readable"),
+        (lambda rows, about: rows[0]["samples"].pop("layers.0.v"), "is not a readable"),
+        (lambda rows, about: rows[0].update(samples={"layers.0.q": ["x"]}), "is not a readable"),
     ],
 )
 def test_other_and_damaged_files_are_refused(change, message, tmp_path):

@@ -222,6 +222,14 @@ class TestRefusals:
         message = "belongs to another model: weight shapes .* differ for bert"
         self.refused(tiny_bert(), message, covariances=pruned[1])
 
+    def test_another_model_of_the_same_shapes(self, pruned) -> None:
+        other = copy.deepcopy(pruned[0])
+        with torch.no_grad():
+            other.get_submodule("bert.encoder.layer.1.output.dense").weight.mul_(1.1)
+        message = r"another model: the weights of bert\.encoder\.layer\.1\.output\.dense are not"
+        self.refused(other, message, covariances=pruned[1])
+        calibrated(copy.deepcopy(pruned[0]).bfloat16(), config_for("bert"), covariances=pruned[1])
+
     def test_a_model_of_other_names(self, pruned) -> None:
         config, message = config_for(), r"has no covariance of model\.layers.* It has bert\."
         self.refused(tiny_decoder("llama"), message, config, covariances=pruned[1])

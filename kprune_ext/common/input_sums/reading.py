@@ -26,10 +26,12 @@ class LayerInputs:
         modules: Shape of the weight, `(out, in)`, by the name of the module, in the order of a forward
             pass.
         tokens: Number of tokens in the sum.
+        samples: Entries of the weight, from `fingerprints.sample_of`, by the name of the module.
     """
 
     modules: Mapping[str, tuple[int, int]]
     tokens: int
+    samples: Mapping[str, tuple[float, ...]]
 
     @property
     def leader(self) -> str:
@@ -112,7 +114,11 @@ def _layers_in(path: str, file: Any) -> tuple[LayerInputs, ...]:
             f"{FORMAT_VERSION}. Update the package, or write the file anew."
         )
     layers = tuple(
-        LayerInputs({name: (out, of) for name, (out, of) in row["modules"].items()}, row["tokens"])
+        LayerInputs(
+            {name: (out, of) for name, (out, of) in row["modules"].items()},
+            row["tokens"],
+            {name: tuple(map(float, row["samples"][name])) for name in row["modules"]},
+        )
         for row in json.loads(metadata[LAYERS])
     )
     names = [name for layer in layers for name in layer.modules]

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from ..files import replacing
+from ..fingerprints import SAMPLE_SIZE, sample_of
 from ..replacement import create_as
 from .reading import FORMAT, FORMAT_VERSION, LAYERS, LayerInputs
 
 _KINDS = {torch.float32: ("F32", "<f4"), torch.float64: ("F64", "<f8")}
-# Of the header: what each module takes besides its name, which may stand there three times.
-_AROUND_A_NAME = 400
+# Of the header: what each module takes besides its name, which may stand there four times, most of it
+# the entries of its weight.
+_AROUND_A_NAME = 400 + 24 * SAMPLE_SIZE
 _ALIGNMENT = 64
 
 
@@ -55,7 +57,7 @@ class SumsWriter:
     """
 
     def __init__(self, file: BinaryIO, names: Collection[str]) -> None:
-        room = _AROUND_A_NAME + sum(_AROUND_A_NAME + 3 * len(name.encode()) for name in names)
+        room = _AROUND_A_NAME + sum(_AROUND_A_NAME + 4 * len(name.encode()) for name in names)
         self._start = -(-room // _ALIGNMENT) * _ALIGNMENT
         self._file = file
         self._entries: dict[str, Any] = {}
@@ -63,15 +65,18 @@ class SumsWriter:
         self._end = 0
         file.seek(self._start)
 
-    def add(self, modules: Mapping[str, tuple[int, int]], total: Tensor, tokens: int) -> None:
+    def add(self, modules: Mapping[str, Tensor], total: Tensor, tokens: int) -> None:
         """Writes the sum of the inputs that some modules share.
 
         Args:
-            modules: Shape of the weight, `(out, in)`, by the name of the module.
+            modules: The weight `(out, in)`, by the name of the module. Of it the file has the shape, and
+                some entries by which the model is recognised.
             total: The sum `(in, in)`, symmetric, in float32 or float64.
             tokens: Number of tokens in it.
         """
-        layer = LayerInputs(dict(modules), tokens)
+        shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in modules.items()}
+        samples = {name: tuple(sample_of(weight).tolist()) for name, weight in modules.items()}
+        layer = LayerInputs(shapes, tokens, samples)
         kind, numbers = _KINDS[total.dtype]
         values = np.ascontiguousarray(total.cpu().numpy(), dtype=numbers)
         self._file.write(values.data)
@@ -85,7 +90,10 @@ class SumsWriter:
 
     def finish(self) -> None:
         """Writes what the file has, in the room before the sums."""
-        rows = [{"modules": row.modules, "tokens": row.tokens} for row in self._layers]
+        rows = [
+            {"modules": row.modules, "tokens": row.tokens, "samples": row.samples}
+            for row in self._layers
+        ]
         about = {
             "format": FORMAT,
             "format_version": str(FORMAT_VERSION),
