@@ -122,7 +122,7 @@ def comparison(report: Mapping[str, Any]) -> str:
             p = p_value(differences)
             cells += [mean_and_error(differences, "+.3f"), "–" if math.isnan(p) else f"{p:.3f}"]
         rows.append([*cells, str(len(pairs))])
-    names = [cell for label in KNOWLEDGE.values() for cell in (label, "p")]
+    names = [cell for label in KNOWLEDGE.values() for cell in (label, f"p, {label}")]
     return table(["method", "rate", "decay", "task", *names, "seeds"], rows)
 
 

@@ -125,8 +125,8 @@ def as_markdown(report: dict[str, Any]) -> str:
             ]
         )
     head = (
-        "data, pruned; tokens; seeds; factor; divergence without; with; ratio; loss without; with; "
-        "dense; metric, the same with and without; dense"
+        "data, pruned; tokens; seeds; factor; divergence without; divergence with; ratio; loss without; "
+        "loss with; loss, dense; metric, the same with and without; metric, dense"
     )
     return (
         "Test sets; divergence of predictions from the dense model's and loss against the labels in "

@@ -80,6 +80,7 @@ PICTURES: Mapping[str, tuple[tuple[str, ...], Callable[[Reports, Path, str], Non
     "overview": (("corda_finetune", "kprune_accuracy", "kprune_decoders"), overview),
     "forgetting": (("corda_finetune",), _plain(tradeoff, "corda_finetune")),
     "weight_decay": (("corda_forgetting",), _plain(pareto, "corda_forgetting")),
+    "weight_decay_mbpp": (("corda_forgetting_mbpp",), _plain(pareto, "corda_forgetting_mbpp")),
     "encoder_rates": (("corda_encoder",), _plain(encoder, "corda_encoder")),
     "start_cost": (("corda_init",), bars.start_cost),
     "encoder_speed": (("kprune_accuracy",), encoder_speed),

@@ -23,6 +23,7 @@ _OWN = {
     "corda_finetune": tradeoff,
     "corda_finetune_rank8": tradeoff,
     "corda_forgetting": pareto,
+    "corda_forgetting_mbpp": pareto,
     "corda_encoder": encoder,
     "corda_encoder_mrpc": encoder,
     "kprune_accuracy": accuracy,

@@ -59,6 +59,8 @@ def test_a_table_is_cut_and_named(tmp_path: Path) -> None:
     assert "| LoRA | x |" in cut(rows, ["method", "a, b"], {"rate": ["1", "2"]}, {})
     assert "K-prune, `p=1`" in cut(rows, ["method"], {}, {})
     assert "| mine |" in cut(rows, ["method"], {"rate": ["2"]}, {"kpm": "mine"})
+    with pytest.raises(ValueError, match="Several columns are called rate"):
+        cut([["rate", "rate"], ["1", "2"]], ["rate"], {}, {})
     with pytest.raises(ValueError, match="No column speed"):
         cut(rows, ["speed"], {}, {})
     (tmp_path / "one.md").write_text("Text.\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n")
