@@ -76,7 +76,9 @@ def cut(
         raise ValueError(f"No column {', '.join(missing)}; there are {', '.join(head)}.")
     twice = [name for name in (*columns, *where) if head.count(name) > 1]
     if twice:
-        raise ValueError(f"Several columns are called {', '.join(twice)}. Give them names of their own.")
+        raise ValueError(
+            f"Several columns are called {', '.join(twice)}. Give them names of their own."
+        )
     wanted = [
         row
         for row in rows[1:]
