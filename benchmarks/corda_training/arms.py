@@ -56,7 +56,7 @@ ARMS: Mapping[str, Arm] = {
     "ipm-paper": Arm("ipm", (5e-5, 1e-4, 2e-4), {"corda_scaling": "paper"}),
     "kpm-sqrt": Arm("kpm", LORA, {"corda_weighting": "sqrt_covariance"}),
     "ipm-sqrt": Arm("ipm", LOW, {"corda_weighting": "sqrt_covariance"}),
-    "sc_lora": Arm("sc_lora", LORA),
+    "sc_lora": Arm("sc_lora", LOW),
     "lora_null": Arm("lora_null", LORA),
     "lora+decay": Arm("lora", LORA, decay="weight", strengths=WEIGHT),
     "kpm+decay": Arm("kpm", LORA, decay="weight", strengths=WEIGHT),

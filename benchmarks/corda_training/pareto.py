@@ -8,12 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common.figures import draw_cloud, label_ends, look_of, make_panels, save
+from ..common.figures import draw_cloud, label_ends, look_of, make_panels, save, show_rates
 from ..common.records import as_code, mean_and_error, table
 
 KNOWLEDGE = {"wikitext": "WikiText-2", "nq": "NQ-open answers"}
 #: Our arms' rivals: everything that PEFT and AdamW have.
 RIVALS = ("lora", "lora+decay")
+#: How much worse than the best a setting may learn the task and be in the picture of the trade-off.
+SHOWN = 0.1
 #: How much worse than the best rival a setting may learn the task and still be chosen, in nats a token.
 SLACK = 0.01
 Run = dict[str, Any]
@@ -160,6 +162,8 @@ def plot(report: Mapping[str, Any], path: Path, source: str = "") -> None:
     """Draw what was forgotten against the task's loss, and against `F`: a point per setting."""
     figure, (tradeoff, sizes) = make_panels(2, 11, 4.4)
     before, groups = report["before"], by_setting(report["runs"])
+    means = [statistics.mean(run["task"] for run in runs) for runs in groups.values()]
+    worst = min(means, default=0.0) + SHOWN
     ends: list[Any] = [[], []]
     for method in dict.fromkeys(name for name, _, _ in groups):
         own = [runs for (name, _, _), runs in groups.items() if name == method]
@@ -167,7 +171,10 @@ def plot(report: Mapping[str, Any], path: Path, source: str = "") -> None:
         lost = [[forgotten(run, before, "wikitext") for run in runs] for runs in own]
         tasks = [[run["task"] for run in runs] for runs in own]
         look = look_of(method)
-        ends[0].append(draw_cloud(tradeoff, list(zip(tasks, lost, strict=True)), look, line=False))
+        shown = [
+            pair for pair in zip(tasks, lost, strict=True) if statistics.mean(pair[0]) <= worst
+        ]
+        ends[0].append(draw_cloud(tradeoff, shown, look, line=False))
         measured = [
             ([run["forgetting"] for run in runs], values)
             for runs, values in zip(own, lost, strict=True)
@@ -181,7 +188,7 @@ def plot(report: Mapping[str, Any], path: Path, source: str = "") -> None:
         xlabel=f"loss on {task}, to learn (nats a token)",
     )
     label_ends(tradeoff, ends[0])
-    sizes.set_xscale("log")
+    show_rates(sizes)
     sizes.set(title="The same, by the predicted size of the change", xlabel="F, from the sketches")
     label_ends(sizes, ends[1])
     save(figure, path, source)
