@@ -46,13 +46,14 @@ def pruned_model(
 def kept_or_pruned(
     dense: PreTrainedModel, texts: Texts, run: dict[str, Any], pad: int, folder: Path | None
 ) -> PreTrainedModel:
-    """The same; K-prune's models, which take minutes, are kept in a folder if there is one."""
+    """The pruned model. Those of K-prune, which take minutes, are kept in `folder`, if it is given."""
     if folder is None or run["pruned"] == "flap":
         return pruned_model(dense, texts, run, pad)
-    name = "-".join(str(run[part]) for part in ("pruned", "reduction", "tokens", "seed"))
-    if not (folder / name).exists():
-        pruned_model(dense, texts, run, pad).save_pretrained(folder / name)
-    return AutoModelForCausalLM.from_pretrained(folder / name, dtype=dense.dtype)
+    parts = (run[part] for part in ("pruned", "reduction", "tokens", "seed"))
+    place = folder / "-".join(map(str, (Path(run["model"]).name, *parts)))
+    if not (place / "config.json").exists():  # a save that was killed leaves the folder without it
+        pruned_model(dense, texts, run, pad).save_pretrained(place)
+    return AutoModelForCausalLM.from_pretrained(place, dtype=dense.dtype)
 
 
 def clock(threads: int) -> float:

@@ -52,8 +52,8 @@ def run_prune(options: PruneOptions) -> PreTrainedModel:
     print(f"Wrote {options.output}. Load it {how_to_load(options)}.")
     if options.covariances is not None:
         print(
-            f"Wrote {options.covariances}. Start an adapter with: peft-corda init --model "
-            f"{options.output} --covariances {options.covariances} --output FOLDER"
+            f"Wrote {options.covariances}. To start an adapter from it, pass --model {options.output} "
+            f"--covariances {options.covariances} and the model's --task to peft-corda init."
         )
     if options.plot is not None:
         _plot(pruned.kprune_report, options.plot, options.output)

@@ -74,9 +74,9 @@ def factors_from(
     shows = progress and processes.is_main
     with processes.leaving_a_note():
         _check_weights(sums, targets)
-    with processes.leaving_a_note(), shown_progress(shows, 0, [len(groups)]) as bar:
-        read = _Read(sums, targets, dtype)
-        factors = factorise(groups, read, targets, config, chosen, processes, bar)
+        with shown_progress(shows, 0, [len(groups)]) as bar:
+            read = _Read(sums, targets, dtype)
+            factors = factorise(groups, read, targets, config, chosen, processes, bar)
     trim_memory()
     modules = {name: factors.modules[name] for name in targets}
     return CordaFactors(modules, factors.damping, factors.weighting, factors.sketches)

@@ -67,7 +67,7 @@ class ModelOptions:
         corda_damping: Multiple of the mean input energy that is added to the covariance's diagonal.
         data: Text to calibrate on: a .txt, .md, .json, .jsonl, .csv, .tsv or .parquet file, or the id
             of a dataset on the Hub. Give text with the knowledge to keep for kpm, and text of the
-            task for ipm.
+            task for ipm. It is required, unless something else is given in its place.
         covariances: In place of data, file of the covariances of this model's layers, which
             kprune prune --covariances wrote when it pruned the model.
         keep: With sc_lora, text of the knowledge to keep, of the same kind as data, which is then that

@@ -44,10 +44,8 @@ def test_rates_are_chosen_and_seeds_follow(model, data, tmp_path) -> None:  # no
             assert all(one["steps"] > 0 for one in own)
     table = (tmp_path / "kprune_decoder_recovery.md").read_text()
     assert "| 30% | flap | lora |" in table and "| 1.000 |" in table
-    assert {kept.name for kept in (tmp_path / "pruned").iterdir()} == {
-        "uniform-0.3-600-0",
-        "uniform-0.3-600-1",
-    }
+    kept = sorted(path.name for path in (tmp_path / "pruned").iterdir())
+    assert [name.partition("uniform")[2] for name in kept] == ["-0.3-600-0", "-0.3-600-1"]
     again = run(model, data, tmp_path, *settings)
     assert len(again["runs"]) == len(report["runs"])
 

@@ -124,6 +124,7 @@ def test_other_families_of_decoders(family, tmp_path) -> None:
     run = cut_with(tiny_decoder(family), CUTS["some"], tmp_path / "sums")
     config = config_for(task_type="CAUSAL_LM", fan_in_fan_out=family == "gpt2", r=1)
     assert_same_covariances(tmp_path / "sums", run.pruned, config, DECODER_BATCHES)
+    calibrated(run.pruned, config, covariances=tmp_path / "sums")  # the file is this model's
 
 
 def test_the_method_of_null_directions_takes_a_file_too(llama) -> None:
