@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from .budget.costs import UnreachableError
-from .common.files import check_output_files, write_json
 from .common.fingerprints import config_of, data_of, name_of, weights_of
+from .files.writing import check_output_files, write_json
 from .preparation.config import KPruneConfig
 from .preparation.given import given_config
 from .pruning import kprune

@@ -17,8 +17,8 @@ from .architectures.tasks import Predict
 from .budget.costs import unit_flops
 from .budget.latency import LatencyTable
 from .calibration.input_sums import InputsFile, inputs_file
-from .common.files import check_output_file
 from .common.memory import trim_memory
+from .files.writing import check_output_file
 from .judging.quality import compared, judged, predicted
 from .judging.speed import measured_speed
 from .model_layers.device_map import dispatch, own_weights

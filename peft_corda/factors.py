@@ -11,9 +11,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kprune_ext.common.files import atomic_save
 from kprune_ext.common.fingerprints import WeightSample, same_sample
 from kprune_ext.common.version import installed_version
+from kprune_ext.files.writing import atomic_save
 
 from .decomposition.directions import ALL_METHODS, Directions
 from .decomposition.sketch import InputSketch

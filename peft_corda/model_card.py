@@ -11,8 +11,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from yaml import YAMLError
 
-from kprune_ext.common.files import replacing
-from kprune_ext.common.presentation import CARD_NAME, how_to_install, with_section
+from kprune_ext.files.presentation import CARD_NAME, how_to_install, with_section
+from kprune_ext.files.writing import replacing
 
 _OWNER = "peft_corda"
 #: The hub's names for what models of PEFT's task types do.

@@ -22,7 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from kprune_ext.common.presentation import COLOURS
+from kprune_ext.files.presentation import COLOURS
 
 from ..common.command_line import add_results, make_parser
 from ..common.figures import Look, draw_bars, make_panels, save

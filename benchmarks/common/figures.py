@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kprune_ext.common.presentation import COLOURS, empty_figure
+from kprune_ext.files.presentation import COLOURS, empty_figure
 
 _GREY = "0.35"
 #: Settings for matplotlib, so that a picture is the same whenever it is drawn.

@@ -17,7 +17,7 @@ import sys
 import torch
 
 from peft_corda import CordaConfig, calibrate
-from peft_corda.calibration.forecast import estimate
+from peft_corda.planning.forecast import estimate
 
 from ..common.command_line import (
     add_child,

@@ -24,7 +24,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from peft_corda import CordaConfig
-from peft_corda.adapter.layer import CordaLinear
+from peft_corda.adapter_layers.layer import CordaLinear
 
 from ..common.command_line import (
     add_child,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.files import write_json
+from ..files.writing import write_json
 
 LATENCY_FORMAT = 1
 

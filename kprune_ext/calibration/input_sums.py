@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..common.input_sums import SumsWriter, written_sums
 from ..common.precision import add_rows, mirror_lower
 from ..common.processes import Processes
+from ..files.input_sums import SumsWriter, written_sums
 from ..model_layers.hooks import watching_inputs
 from ..units.projections import linear_at, weight_of
 from ..units.sublayers import SubLayer

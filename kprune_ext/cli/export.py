@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..export import export_deci, export_gguf
 
 if TYPE_CHECKING:
-    from .options import ExportOptions
+    from ..command_inputs.options import ExportOptions
 
 
 def run_export(options: ExportOptions) -> None:

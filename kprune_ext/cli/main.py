@@ -17,10 +17,16 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
+from ..command_inputs.options import (
+    ALIASES,
+    ExportOptions,
+    PlanOptions,
+    PruneOptions,
+    ReportOptions,
+)
+from ..command_inputs.search_options import SearchOptions, SweepOptions
 from ..console.options import Command
 from ..console.program import Program
-from .options import ALIASES, ExportOptions, PlanOptions, PruneOptions, ReportOptions
-from .search_options import SearchOptions, SweepOptions
 
 _Groups = dict[str, tuple[str, ...]]
 _PRUNING: _Groups = {

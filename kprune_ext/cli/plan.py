@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..common.files import check_output_files, write_json
+from ..command_inputs.inputs import check_device
 from ..console.rates import duration, product_rate
+from ..files.writing import check_output_files, write_json
 from ..planning import PruningPlan, plan_pruning
 from ..preparation.config import KPruneConfig
-from .inputs import check_device
 
 if TYPE_CHECKING:
-    from .options import PlanOptions
+    from ..command_inputs.options import PlanOptions
 
 
 def run_plan(options: PlanOptions) -> PruningPlan:

@@ -10,22 +10,22 @@ from transformers import PreTrainedModel
 
 from ..budget.latency import LatencyTable
 from ..budget.latency_measurement import measure_latency
-from ..common.files import (
+from ..command_inputs.inputs import load_all
+from ..files.presentation import check_figure
+from ..files.writing import (
     check_distinct,
     check_output_files,
     check_output_folder,
     replacing_folder,
     resolved,
 )
-from ..common.presentation import check_figure
 from ..preparation.config import KPruneConfig
 from ..pruning import kprune
-from .inputs import load_all
 from .report import print_report
 
 if TYPE_CHECKING:
+    from ..command_inputs.options import CalibratedOptions, PruneOptions
     from ..report.report import KPruneReport
-    from .options import CalibratedOptions, PruneOptions
 
 
 def run_prune(options: PruneOptions) -> PreTrainedModel:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from ..common.files import check_output_files
-from ..common.presentation import check_figure
+from ..files.presentation import check_figure
+from ..files.writing import check_output_files
 from ..modeling.saved_report import load_report
 from ..report.report import REPORT_FILE, KPruneReport
 
 if TYPE_CHECKING:
-    from .options import ReportOptions
+    from ..command_inputs.options import ReportOptions
 
 
 def run_report(options: ReportOptions) -> KPruneReport:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..budget.latency import LatencyTable
 from ..budget_search import checked_search, kprune_to
-from ..common.files import check_output_folder, resolved
+from ..command_inputs.inputs import Loaded, load_all
+from ..command_inputs.scoring import rows_to_score, scoring_for
 from ..common.fingerprints import data_of
+from ..files.writing import check_output_folder, resolved
 from ..trials import KPruneSearch
-from .inputs import Loaded, load_all
 from .prune import (
     check_files,
     config_removing,
@@ -20,10 +21,9 @@ from .prune import (
     measured_table,
     save_all,
 )
-from .scoring import rows_to_score, scoring_for
 
 if TYPE_CHECKING:
-    from .search_options import ScoredOptions, SearchOptions
+    from ..command_inputs.search_options import ScoredOptions, SearchOptions
 
 
 @dataclass(frozen=True)

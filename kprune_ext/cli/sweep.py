@@ -14,18 +14,18 @@ from ..budget.costs import UnreachableError
 from ..budget.latency import LatencyTable
 from ..budget.latency_measurement import device_name, model_seconds
 from ..budget_search import checked_search
-from ..common.files import check_output_folder, replacing, write_json
+from ..command_inputs.inputs import Loaded, load_all, load_model
+from ..command_inputs.scoring import Scoring, rows_to_score, scoring_for
 from ..common.fingerprints import config_of, weights_of
 from ..evaluation.frontier import Frontier, Point
+from ..files.writing import check_output_folder, replacing, write_json
 from ..modeling.saved_report import load_report
 from ..pruning import kprune
-from .inputs import Loaded, load_all, load_model
 from .prune import check_files, config_removing, how_to_load, save_all
-from .scoring import Scoring, rows_to_score, scoring_for
 from .search import calibrated_on, calibration, inputs_of, table_for_all
 
 if TYPE_CHECKING:
-    from .search_options import SweepOptions
+    from ..command_inputs.search_options import SweepOptions
 
 #: File of a sweep's results; the same name has the table as Markdown, and the figure.
 RESULTS = "sweep.json"

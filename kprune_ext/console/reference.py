@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
-from ..common.presentation import markdown_table
+from ..files.presentation import markdown_table
 from .importing import COMMANDS
 from .options import Command, Option, alternatives
 from .parser import usage

@@ -7,7 +7,7 @@ import statistics
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..common.presentation import COLOURS, empty_figure, markdown_table, save_figure
+from ..files.presentation import COLOURS, empty_figure, markdown_table, save_figure
 
 
 @dataclass(frozen=True)

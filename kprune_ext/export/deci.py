@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..architectures.llama_cpp import DECI_FAMILIES, SWIGLU
-from ..common.files import check_distinct, check_output_folder, replacing_folder
 from ..common.memory import bytes_of
+from ..files.writing import check_distinct, check_output_folder, replacing_folder
 from .deci_config import CONFIG_FILE, SOURCE, DeciBlocks, deci_blocks, deci_config
 from .gguf_file import Dtype, dtype_name, tokenizer_of
 from .rotary import rotary_of, sliding_window

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from ..common.files import check_distinct, check_output_file, replacing
-from ..common.replacement import create_as
+from ..files.replacement import create_as
+from ..files.writing import check_distinct, check_output_file, replacing
 from .graphs import Plan, plan_for
 from .metadata import write_metadata
 from .tensors import Entry, entries_of

@@ -9,10 +9,7 @@ from typing import Any, ClassVar
 from safetensors import SafetensorError
 
 from ..architectures.row import Architecture
-from ..report.from_sizes import report_from_sizes
-from ..report.report import KPruneReport
-from ..units.per_layer import per_layer_settings
-from .loading import (
+from ..checkpoint_files.loading import (
     check_config,
     check_weights,
     fitting_report,
@@ -22,9 +19,12 @@ from .loading import (
     unpacked_on_cpu,
     warn_of_values,
 )
-from .model_card import pruning_section
-from .saved import Saved, _Base
-from .self_contained import MODELING_FILE, auto_map, modeling_source
+from ..checkpoint_files.model_card import pruning_section
+from ..checkpoint_files.saved import Saved, _Base
+from ..checkpoint_files.self_contained import MODELING_FILE, auto_map, modeling_source
+from ..report.from_sizes import report_from_sizes
+from ..report.report import KPruneReport
+from ..units.per_layer import per_layer_settings
 
 # Tokens per sequence at which a model card counts FLOPs, if the model has no report.
 _CARD_LENGTH = 128

@@ -18,14 +18,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ..architectures.row import Architecture
 from ..architectures.table import ARCHITECTURES, ROWS, find_architecture
 from ..architectures.tasks import TASKS, Task, find_task
+from ..checkpoint_files.loading import fitting_report, stored_report
+from ..checkpoint_files.model_card import pruning_section
+from ..checkpoint_files.saved import Saved
 from ..units.kept import kept_units
 from ..units.per_layer import RegisteredConfig
 from ..units.sublayers import sublayers
 from ..units.surgery import shrink
 from .checkpoints import Checkpoints, InMemory
-from .loading import fitting_report, stored_report
-from .model_card import pruning_section
-from .saved import Saved
 
 
 class UnevenLayers(Checkpoints):

@@ -9,10 +9,10 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedModel
 
 from ..architectures.table import ROWS
+from ..checkpoint_files.loading import fitting_report, readable_report, stored_report
 from ..report.from_sizes import report_from_sizes
 from ..report.report import REPORT_FILE, KPruneReport
 from .classes import KIND_OF_NAME, UnevenLayers
-from .loading import fitting_report, readable_report, stored_report
 
 
 def load_report(

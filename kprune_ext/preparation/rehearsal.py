@@ -14,7 +14,7 @@ from ..architectures.tasks import Predict
 from ..budget.costs import budget_for, cost_tables
 from ..budget.latency import LatencyTable
 from ..budget.uniform import allowed_sizes
-from ..common.files import check_output_file
+from ..files.writing import check_output_file
 from ..samples.samples import collect_samples
 from ..units.sublayers import layers_path, sublayers
 from .config import KPruneConfig

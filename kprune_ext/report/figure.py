@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from ..common.presentation import COLOURS, empty_figure, save_figure
+from ..files.presentation import COLOURS, empty_figure, save_figure
 from .rows import SubLayerReport
 
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..common.files import write_json
-from ..common.presentation import html_table, markdown_table
+from ..files.presentation import html_table, markdown_table
+from ..files.writing import write_json
 from .checks import MOST_JSON, check_fields, check_rows
 from .figure import save_kept
 from .quality import Quality, Speed, quality_of, size_of, speed_of

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from ..common.fingerprints import config_of, structure_of, weights_of
-from ..common.locks import only_user_of
 from ..common.placement import is_dtensor, is_offloaded, is_partitioned
 from ..common.processes import Processes
+from ..files.locks import only_user_of
 from ..model_layers.inputs import Inputs
 from ..units.finite import not_finite
 from .batches import ImageTokens

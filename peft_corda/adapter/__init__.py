@@ -1,1 +1,1 @@
-"""The CORDA adapter: PEFT layers and a PEFT model that train the factors."""
+"""The CORDA adapter as a PEFT model, registered with PEFT."""

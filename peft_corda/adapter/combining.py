@@ -11,8 +11,8 @@ from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..adapter_layers.layer import CordaLayer
 from ..decomposition.low_rank import Product, stacked, truncated, truncated_dense, update_product
-from .layer import CordaLayer
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from transformers.modeling_utils import is_fsdp_enabled
 
 from kprune_ext.common.processes import Processes
 
+from ..adapter_layers.dispatch import new_layer
+from ..adapter_layers.layer import CordaLayer
 from ..base_model.targets import find_targets
 from ..base_model.weights import decomposable, dense_weight, weight_shape
 from ..config import CordaConfig, saved_last
@@ -24,9 +26,7 @@ from ..factors import CordaFactors
 from ..origin import SeenFactors
 from .cloning import Original, original_of
 from .combining import Combination, combined
-from .dispatch import new_layer
 from .fitting import check_fits, factors_of
-from .layer import CordaLayer
 
 #: Starting values `A (r, in)` and `B (out, r)` of an adapter, by module name.
 Starts: TypeAlias = dict[str, tuple[Tensor, Tensor]]

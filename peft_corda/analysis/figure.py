@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kprune_ext.common.presentation import COLOURS, empty_figure, save_figure
+from kprune_ext.files.presentation import COLOURS, empty_figure, save_figure
 
 from .rows import ModuleReport
 from .spectra import layer_number

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from kprune_ext.common.files import write_json
-from kprune_ext.common.presentation import html_table, markdown_table
+from kprune_ext.files.presentation import html_table, markdown_table
+from kprune_ext.files.writing import write_json
 
 from ..config import SCALINGS, CordaConfig, rank_of
 from ..decomposition.starting_factors import norm_ratio

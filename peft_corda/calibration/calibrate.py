@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from kprune_ext.common.locks import only_user_of
 from kprune_ext.common.memory import trim_memory
 from kprune_ext.common.processes import Processes
+from kprune_ext.files.locks import only_user_of
 
 from ..config import CordaConfig
 from ..decomposition.sketch import InputSketch

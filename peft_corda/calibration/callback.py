@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from kprune_ext.common.processes import Processes
 
-from ..adapter.layer import CordaLayer
+from ..adapter_layers.layer import CordaLayer
 from ..config import CordaConfig
 from .initialize import initialize_corda
 

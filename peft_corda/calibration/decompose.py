@@ -34,7 +34,7 @@ from ..decomposition.directions import (
 from ..decomposition.sketch import InputSketch, output_energy, sketch_of
 from ..decomposition.two_sets import contrasted, least_inputs, null_directions
 from ..factors import CordaFactors, ModuleFactors
-from .passes import owners_of
+from ..planning.passes import owners_of
 from .progress import Progress
 
 

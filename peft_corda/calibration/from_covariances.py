@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from kprune_ext.common.fingerprints import same_sample
-from kprune_ext.common.input_sums import InputSums, LayerInputs
 from kprune_ext.common.memory import trim_memory
 from kprune_ext.common.placement import execution_device
 from kprune_ext.common.processes import Processes
+from kprune_ext.files.input_sums import InputSums, LayerInputs
 
 from ..adapter.fitting import shown_weight
 from ..base_model.input_groups import Group

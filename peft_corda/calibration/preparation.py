@@ -28,9 +28,9 @@ from ..checkpoint.identity import full_digest_of, identity, leaders_of, settings
 from ..config import CordaConfig, rank_of
 from ..decomposition.directions import ALL_METHODS, METHODS
 from ..factors import CordaFactors
+from ..planning.first_batches import look_at
+from ..planning.plan import Plan, make_plan
 from .collect import PassOptions
-from .first_batches import look_at
-from .plan import Plan, make_plan
 from .progress import shown_progress
 
 

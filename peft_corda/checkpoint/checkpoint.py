@@ -19,9 +19,9 @@ from typing import Any
 
 from safetensors import safe_open
 
-from kprune_ext.common.files import atomic_save, resolved, write_json
-from kprune_ext.common.locks import locked
 from kprune_ext.common.processes import Processes
+from kprune_ext.files.locks import locked
+from kprune_ext.files.writing import atomic_save, resolved, write_json
 
 from ..factors import CordaFactors, contents_of
 from .identity import LATER, WEIGHTS, plan_digest

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kprune_ext.common.files import atomic_save
+from kprune_ext.files.writing import atomic_save
 
 from ..batches.batches import digest_of
 from ..decomposition.covariance import CovarianceAccumulator

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel, get_peft_model
 
-from kprune_ext.common.files import check_distinct, check_output_folder, replacing_folder
+from kprune_ext.files.writing import check_distinct, check_output_folder, replacing_folder
 
 from ..analysis.spectra import pick_method
 from ..config import CordaConfig

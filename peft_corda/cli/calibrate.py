@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
-from kprune_ext.common.files import check_output_files, replacing
-from kprune_ext.common.input_sums import InputSums
 from kprune_ext.common.memory import available_memory
 from kprune_ext.common.processes import Processes
 from kprune_ext.common.text_data import Batch, load_rows, packed_batches, padded_batches, read_texts
+from kprune_ext.files.input_sums import InputSums
+from kprune_ext.files.writing import check_output_files, replacing
 
 from ..analysis.report import CordaReport, report
 from ..calibration.calibrate import calibrate

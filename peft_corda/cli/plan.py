@@ -12,14 +12,14 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig
 
 from kprune_ext.common.command_line import TASKS
-from kprune_ext.common.files import check_output_files, write_json
 from kprune_ext.common.memory import bytes_of_limit
 from kprune_ext.console.rates import duration, product_rate, seconds_per_call
+from kprune_ext.files.writing import check_output_files, write_json
 
-from ..calibration.forecast import Estimate, estimate
 from ..config import CordaConfig
 from ..decomposition.cost import total_arithmetic
 from ..decomposition.directions import METHODS, decompose
+from ..planning.forecast import Estimate, estimate
 from .base_model import PEFT_TYPES
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from kprune_ext.common.files import check_output_files
-from kprune_ext.common.presentation import check_figure
+from kprune_ext.files.presentation import check_figure
+from kprune_ext.files.writing import check_output_files
 
 from ..analysis.allocation import allocate_ranks
 from ..analysis.report import CordaReport, report

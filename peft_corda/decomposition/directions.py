@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kprune_ext.common.precision import exact_products
 
-from ..decomposition import subspace_iteration as iterative
+from . import subspace_iteration as iterative
 from .eigen import energy_of, gram, is_singular, largest_eigenvectors
 from .triangular import thin_rows, triangle_of
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from kprune_ext.common.files import resolved
+from kprune_ext.files.writing import resolved
 
 from ..config import CordaConfig
 from .export import check_target, export_lora

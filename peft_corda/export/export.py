@@ -13,7 +13,7 @@ import os
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from kprune_ext.common.files import atomic_save, check_output_folder, replacing_folder, resolved
+from kprune_ext.files.writing import atomic_save, check_output_folder, replacing_folder, resolved
 
 from ..model_card import CARD_NAME, lora_card
 from .checkpoint_files import _METADATA, _check_apart, _is_export, _read_config, _read_tensors

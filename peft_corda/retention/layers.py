@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kprune_ext.common.placement import full_tensor, gathered
 
-from ..adapter.layer import CordaLayer
+from ..adapter_layers.layer import CordaLayer
 from ..factors import CordaFactors
 
 # Inits that change the base weight, against which the adapter then is no update of the base model.

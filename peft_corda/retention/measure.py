@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from kprune_ext.common.files import write_json
+from kprune_ext.files.writing import write_json
 
 from ..decomposition.low_rank import update_product
 from ..decomposition.sketch import update_energy

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from benchmarks.corda_training import step
-from peft_corda.adapter.layer import CordaLayer
+from peft_corda.adapter_layers.layer import CordaLayer
 from tests.helpers.corda import tiny_llama
 
 

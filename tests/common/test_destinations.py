@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model
 
 from kprune_ext import KPruneReport, LatencyTable
 from kprune_ext import cli as kprune_cli
-from kprune_ext.common.files import replacing, replacing_folder
-from kprune_ext.modeling.replacing_files import replacing_files
+from kprune_ext.checkpoint_files.replacing_files import replacing_files
+from kprune_ext.files.writing import replacing, replacing_folder
 from peft_corda import CordaExportCallback, calibrate, cli, export_lora
 from tests.helpers.corda import make_batches, make_config, make_model
 from tests.helpers.destinations import calibration, contents, init, pruning

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kprune_ext import cli as kprune_cli
-from kprune_ext.common.files import check_distinct, check_output_file, check_output_folder
+from kprune_ext.files.writing import check_distinct, check_output_file, check_output_folder
 from peft_corda import cli
 from tests.helpers.destinations import calibration, contents, init, pruning
 

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from kprune_ext import KPruneConfig, kprune
-from kprune_ext.common.input_sums import InputSums
+from kprune_ext.files.input_sums import InputSums
 from peft_corda import CordaConfig, calibrate
 from tests.distributed.two_processes import outcome
 from tests.helpers.corda import bytes_of

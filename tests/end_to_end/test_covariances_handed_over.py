@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from kprune_ext import KPruneConfig, kprune
 from kprune_ext.calibration.input_sums import inputs_file
-from kprune_ext.common.input_sums import InputSums
+from kprune_ext.files.input_sums import InputSums
 from kprune_ext.modeling.copying import record_kept
 from kprune_ext.preparation.rehearsal import rehearse
 from kprune_ext.preparation.run import prepared

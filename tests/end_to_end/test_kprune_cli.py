@@ -16,8 +16,8 @@ from transformers import (
 
 from kprune_ext import KPruneReport, LatencyTable
 from kprune_ext.cli.main import main
-from kprune_ext.cli.options import PruneOptions
 from kprune_ext.cli.prune import prune_config
+from kprune_ext.command_inputs.options import PruneOptions
 from tests.helpers.kprune import tiny_bert, word_tokenizer
 from tests.helpers.kprune_models import tiny
 

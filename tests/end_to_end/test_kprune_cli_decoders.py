@@ -11,10 +11,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from kprune_ext import KPruneReport
-from kprune_ext.cli.language_inputs import answered_prompts, packed_windows, sequence_tokens
 from kprune_ext.cli.main import main
-from kprune_ext.cli.options import PruneOptions
 from kprune_ext.cli.prune import prune_config
+from kprune_ext.command_inputs.language_inputs import (
+    answered_prompts,
+    packed_windows,
+    sequence_tokens,
+)
+from kprune_ext.command_inputs.options import PruneOptions
 from peft_corda import CordaConfig, CordaFactors, calibrate
 from peft_corda import cli as corda
 from tests.helpers.kprune import word_tokenizer

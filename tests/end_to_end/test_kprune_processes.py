@@ -14,9 +14,9 @@ from transformers import AutoModelForSequenceClassification, ViTImageProcessor, 
 
 from kprune_ext import KPruneConfig, kprune, load_report
 from kprune_ext.architectures.table import find_architecture
+from kprune_ext.checkpoint_files.self_contained import MODELING_FILE
 from kprune_ext.modeling.classes import kept_units
 from kprune_ext.modeling.copying import record_kept, uneven_copy
-from kprune_ext.modeling.self_contained import MODELING_FILE
 from kprune_ext.units.sublayers import sublayers
 from kprune_ext.units.surgery import shrink
 from tests.helpers.kprune import padded, sequences, tiny_bert, word_tokenizer

@@ -9,17 +9,16 @@ ROOT = Path(__file__).parents[2]
 # From the ground up. Modules that lie directly in a package are its wing "root".
 WINGS = {
     "kprune_ext": (
-        "common", "console", "architectures", "units", "model_layers", "samples", "calibration",
-        "knowledge", "budget", "tuning", "report", "modeling", "evaluation", "preparation", "judging",
-        "export",
-        "root", "cli",
+        "common", "files", "console", "architectures", "units", "model_layers", "samples", "calibration",
+        "knowledge", "budget", "tuning", "report", "checkpoint_files", "modeling", "evaluation",
+        "preparation", "judging", "export", "root", "command_inputs", "cli",
     ),
     "peft_corda": (
-        "decomposition", "root", "batches", "base_model", "export", "analysis", "adapter", "retention",
-        "checkpoint", "calibration", "cli",
+        "decomposition", "root", "batches", "base_model", "export", "analysis", "adapter_layers",
+        "adapter", "retention", "checkpoint", "planning", "calibration", "cli",
     ),
 }  # fmt: skip
-SHARED = ("common", "console")  # wings that both packages use
+SHARED = ("common", "files", "console")  # wings that both packages use
 FACES = {"__init__", "__main__"}  # these hold what the package shows, and may import anything
 
 

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 
-from kprune_ext.common import presentation
+from kprune_ext.files import presentation
 from peft_corda import calibrate, export_lora
 from tests.helpers.corda import make_batches, make_config, make_model
 

@@ -11,8 +11,8 @@ from peft_corda import calibrate
 from peft_corda.adapter import model as adapter_model
 from peft_corda.base_model import forward
 from peft_corda.calibration import decompose as dealing
-from peft_corda.calibration.forecast import Estimate, estimate
 from peft_corda.decomposition import cost, subspace_iteration
+from peft_corda.planning.forecast import Estimate, estimate
 from tests.helpers.corda import make_batches, make_config, make_model
 
 needs_transformers_5 = pytest.mark.skipif(

@@ -13,8 +13,8 @@ from huggingface_hub import ModelCard
 from torch import Tensor
 
 from kprune_ext import KPruneConfig, KPruneReport, kprune
-from kprune_ext.cli.inputs import text_batches
 from kprune_ext.cli.main import main
+from kprune_ext.command_inputs.inputs import text_batches
 from kprune_ext.judging import speed
 from kprune_ext.report.agreement import decided, fitting_labels, no_sums, quality_from, sums_of
 from tests.helpers.kprune import padded, run, sequences, tiny_bert, word_tokenizer

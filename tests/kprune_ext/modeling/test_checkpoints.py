@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM
 
 from kprune_ext import kprune
-from kprune_ext.modeling import replacing_files as saving
-from kprune_ext.modeling import saved
+from kprune_ext.checkpoint_files import replacing_files as saving
+from kprune_ext.checkpoint_files import saved
 from tests.helpers.kprune import padded, sequences
 from tests.helpers.kprune_checkpoints import batch, contents, load
 from tests.helpers.kprune_models import outputs_of, tiny

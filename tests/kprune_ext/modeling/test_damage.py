@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from kprune_ext import load_report
-from kprune_ext.modeling.self_contained import MODELING_FILE
+from kprune_ext.checkpoint_files.self_contained import MODELING_FILE
 from tests.helpers.kprune_checkpoints import batch, load
 
 REPORT = "kprune_report.json"

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 
-from kprune_ext.modeling import model_card
+from kprune_ext.checkpoint_files import model_card
 from tests.helpers.kprune_checkpoints import batch, load
 
 REPORT = "kprune_report.json"

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from kprune_ext import KPruneConfig, kprune, load_report
-from kprune_ext.modeling import model_card, saved
+from kprune_ext.checkpoint_files import model_card, saved
 from tests.helpers.kprune import padded, sequences, tiny_bert
 from tests.helpers.kprune_checkpoints import contents, load
 

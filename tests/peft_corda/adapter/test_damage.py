@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from peft_corda import CordaFactors, calibrate, export_lora, initialize_corda
-from peft_corda.adapter.layer import CordaLayer
+from peft_corda.adapter_layers.layer import CordaLayer
 from tests.helpers.corda import calibrated, logits_of, make_batches, make_config, make_model
 from tests.helpers.export import saved, trained
 

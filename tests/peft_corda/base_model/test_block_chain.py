@@ -13,7 +13,7 @@ from peft_corda.base_model.forward import Runner
 from peft_corda.base_model.input_groups import discover
 from peft_corda.base_model.targets import find_targets
 from peft_corda.calibration.collect import PassOptions, collect_covariances
-from peft_corda.calibration.plan import make_plan
+from peft_corda.planning.plan import make_plan
 from tests.helpers.block_nets import (
     CONFIG,
     NOT_CHAINS,
@@ -200,7 +200,7 @@ def test_plan_says_what_is_done(capsys):
 )
 def test_default_limit(run, share, carried, monkeypatch):
     """An eighth of the weights; a quarter where each pass more would run the whole model again."""
-    monkeypatch.setattr("peft_corda.calibration.plan._LEAST_DEFAULT", 0)
+    monkeypatch.setattr("peft_corda.planning.plan._LEAST_DEFAULT", 0)
     net, batches = net_and_batches(run)
     # An eighth is a few covariances and the hidden states of a batch, a quarter not all covariances.
     weights = 5600

@@ -213,7 +213,7 @@ class TestFactors:
         def failing(*args, **kwargs):
             raise OSError("no space left")
 
-        monkeypatch.setattr("kprune_ext.common.files.save_file", failing)
+        monkeypatch.setattr("kprune_ext.files.writing.save_file", failing)
         with pytest.raises(OSError, match="no space left"):
             factors.save(path)
         assert [p.name for p in tmp_path.iterdir()] == ["factors.safetensors"]

@@ -10,7 +10,7 @@ from peft_corda import calibrate
 from peft_corda.base_model.forward import Runner
 from peft_corda.base_model.input_groups import discover
 from peft_corda.base_model.targets import find_targets
-from peft_corda.calibration import plan as planning
+from peft_corda.planning import plan as planning
 from tests.helpers.corda import bytes_of, deep_model, make_batches, make_config
 
 

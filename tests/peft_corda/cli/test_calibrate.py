@@ -226,7 +226,7 @@ def test_a_report_that_cannot_be_written_leaves_no_factors(folder, tmp_path, mon
     def failing(*args, **kwargs):
         raise OSError("no space left")
 
-    monkeypatch.setattr("kprune_ext.common.files.save_file", failing)
+    monkeypatch.setattr("kprune_ext.files.writing.save_file", failing)
     arguments = options(folder, tmp_path / "factors.safetensors", report=tmp_path / "report.json")
     with pytest.raises(SystemExit, match="calibrate: error: no space left"):
         cli.main(arguments)

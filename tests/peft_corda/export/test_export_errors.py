@@ -137,7 +137,7 @@ class TestErrors:
         def failing(*args, **kwargs):
             raise OSError("no space left")
 
-        monkeypatch.setattr("kprune_ext.common.files.save_file", failing)
+        monkeypatch.setattr("kprune_ext.files.writing.save_file", failing)
         with pytest.raises(OSError, match="no space left"):
             export_lora(src, tmp_path / "lora")
         after = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}

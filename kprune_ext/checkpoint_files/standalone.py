@@ -1,8 +1,8 @@
 """Code that is copied word for word into the modelling file of a self-contained checkpoint.
 
-It must not refer to anything of this package: `kprune_ext.modeling.self_contained` writes it into a
-separate file, with the tables that it reads. The names of those tables are bound here only so that
-this module is valid Python.
+It must not refer to anything of this package: `kprune_ext.checkpoint_files.self_contained` writes it
+into a separate file, with the tables that it reads. The names of those tables are bound here only so
+that this module is valid Python.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ from datasets import Dataset, Features, Image, Value
 from PIL import Image as Picture
 from transformers import ViTImageProcessor
 
-from kprune_ext.cli.inputs import Loaded
-from kprune_ext.cli.scoring import rows_to_score, scoring_for
-from kprune_ext.cli.search_options import SearchOptions
+from kprune_ext.command_inputs.inputs import Loaded
+from kprune_ext.command_inputs.scoring import rows_to_score, scoring_for
+from kprune_ext.command_inputs.search_options import SearchOptions
 from kprune_ext.evaluation.metrics import accuracy, binary_f1, macro_f1, spearman
 from tests.helpers.kprune import tiny_bert, word_tokenizer
 from tests.helpers.kprune_models import tiny

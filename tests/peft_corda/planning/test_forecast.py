@@ -13,10 +13,10 @@ from peft_corda import calibrate
 from peft_corda.base_model.forward import Runner
 from peft_corda.base_model.input_groups import discover, with_cross
 from peft_corda.base_model.targets import find_targets
-from peft_corda.calibration import forecast as planner
-from peft_corda.calibration.forecast import estimate
-from peft_corda.calibration.plan import make_plan
 from peft_corda.cli.main import main
+from peft_corda.planning import forecast as planner
+from peft_corda.planning.forecast import estimate
+from peft_corda.planning.plan import make_plan
 from tests.helpers.corda import make_batches, make_config, make_model
 
 pytestmark = pytest.mark.skipif(

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from kprune_ext import KPruneConfig, kprune
-from kprune_ext.common.locks import locked, only_user_of
 from kprune_ext.common.memory import without_onednn
+from kprune_ext.files.locks import locked, only_user_of
 from peft_corda import calibrate
 from tests.helpers.corda import bytes_of, deep_model, make_config, padded_batches
 from tests.helpers.forked import forked

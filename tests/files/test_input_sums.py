@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kprune_ext.common.fingerprints import sample_of
-from kprune_ext.common.input_sums import InputSums, written_sums
+from kprune_ext.files.input_sums import InputSums, written_sums
 
 
 def weight(rows, columns):

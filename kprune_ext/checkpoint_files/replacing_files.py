@@ -17,9 +17,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ..common.files import resolved
-from ..common.locks import locked
-from ..common.replacement import abandoned, marked, naming, remove, take_mode, writer_mark
+from ..files.locks import locked
+from ..files.replacement import abandoned, marked, naming, remove, take_mode, writer_mark
+from ..files.writing import resolved
 
 _UNFINISHED = ".kprune-unfinished-"
 _LOCK = ".kprune-lock"

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import replacing
-from ..fingerprints import SAMPLE_SIZE, sample_of
+from ...common.fingerprints import SAMPLE_SIZE, sample_of
 from ..replacement import create_as
+from ..writing import replacing
 from .reading import FORMAT, FORMAT_VERSION, LAYERS, LayerInputs
 
 _KINDS = {torch.float32: ("F32", "<f4"), torch.float64: ("F64", "<f8")}

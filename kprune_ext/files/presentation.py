@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
-from .files import replacing
+from .writing import replacing
 
 CARD_NAME = "README.md"
 DISTRIBUTION = "peft-corda"

@@ -29,8 +29,8 @@ import transformers
 from accelerate.utils import compare_versions
 from torch import nn
 
-from kprune_ext.common.files import write_json
 from kprune_ext.common.fingerprints import SAMPLE_SIZE
+from kprune_ext.files.writing import write_json
 
 from ..base_model.block_chain import find_chain
 from ..base_model.forward import Runner

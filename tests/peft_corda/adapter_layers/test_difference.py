@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peft_corda.adapter.difference import add_difference
+from peft_corda.adapter_layers.difference import add_difference
 
 SCALE = 0.7
 

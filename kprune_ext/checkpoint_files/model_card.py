@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from yaml import YAMLError
 
-from ..common.presentation import CARD_NAME, how_to_install, with_section
+from ..files.presentation import CARD_NAME, how_to_install, with_section
 from ..report.making import is_hub_id
 from ..report.quality import size_of
 from ..report.report import REPORT_FILE, KPruneReport

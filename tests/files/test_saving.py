@@ -14,8 +14,8 @@ from transformers import AutoModelForSequenceClassification
 
 from kprune_ext import KPruneConfig, kprune
 from kprune_ext.calibration.state_memory import state_memory
-from kprune_ext.common.files import atomic_save, replacing, replacing_folder, write_json
-from kprune_ext.modeling.replacing_files import replacing_files
+from kprune_ext.checkpoint_files.replacing_files import replacing_files
+from kprune_ext.files.writing import atomic_save, replacing, replacing_folder, write_json
 from tests.helpers.forked import forked
 from tests.helpers.kprune import padded, sequences, tiny_bert
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_corda.base_model.input_groups import Group
-from peft_corda.calibration.passes import plan_passes
+from peft_corda.planning.passes import plan_passes
 
 groups = st.lists(st.integers(1, 50), min_size=1, max_size=30).map(
     lambda sizes: [Group((f"layer{number}",), size) for number, size in enumerate(sizes)]

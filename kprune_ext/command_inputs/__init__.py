@@ -1,0 +1,1 @@
+"""What the subcommands of `kprune` take: options, models, data and scores."""

@@ -1,0 +1,1 @@
+"""Writing of files and folders that appear completely or not at all, and figures."""

@@ -1,0 +1,1 @@
+"""Plans of a calibration: its passes over the data, and what they will cost."""
