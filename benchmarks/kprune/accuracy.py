@@ -163,8 +163,9 @@ def key_of(run: dict[str, Any]) -> tuple[Any, ...]:
 
 def label(run: dict[str, Any]) -> str:
     """The method, and the options that differ from its defaults."""
-    options = (f"{name}={value}" for name, value in sorted(run.get("options", {}).items()))
-    return " ".join([run["method"], *options])
+    signal = {"signal": run["signal"]} if "signal" in run else {}
+    options = sorted((run.get("options", {}) | signal).items())
+    return " ".join([run["method"], *(f"{name}={value}" for name, value in options)])
 
 
 def as_markdown(report: dict[str, Any]) -> str:

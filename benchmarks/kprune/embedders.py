@@ -34,9 +34,10 @@ from ..common.models import encoder_source
 from ..common.packages import IN_PARTS
 from ..common.records import in_child, model_label, read_report, with_provenance, write_report
 from ..common.stopwatch import Stopwatch
-from .accuracy import speed
+from .accuracy import label, speed
 from .baselines import prune_by
 from .embedder_data import batches_of, read_sentences, scores, shuffled
+from .embedder_signals import SIGNALS, prediction
 from .embedder_tables import as_markdown, plot
 from .embedder_training import distilled
 
@@ -64,6 +65,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     add("--distilled", nargs="+", choices=METHODS, default=["ours", "fisher_mask"],
         help="Methods whose results are distilled.")  # fmt: skip
     add("--rate", type=float, default=1e-4, help="Learning rate of the distillation.")
+    add("--signal", choices=SIGNALS, default=SIGNALS[0], help="What `ours` takes as prediction.")
     options = "JSON with options of KPruneConfig for the method `ours`."
     add("--options", type=json.loads, default={}, help=options)
     add("--rounds", type=int, default=9, help="Number of rounds of timing; 0 leaves it out.")
@@ -99,12 +101,17 @@ def wanted_runs(args: argparse.Namespace) -> list[dict[str, Any]]:
             base
             | {"tokens": args.tokens, "seed": seed, "method": method, "reduction": reduction}
             | _distillation(method, args)
-            | ({"options": args.options} if args.options and method == "ours" else {})
+            | (_own_options(args) if method == "ours" else {})
             for seed in args.seeds
             for reduction in args.reductions
             for method in args.methods
         ]
     return runs
+
+
+def _own_options(args: argparse.Namespace) -> dict[str, Any]:
+    signal = {"signal": args.signal} if args.signal != SIGNALS[0] else {}
+    return signal | ({"options": args.options} if args.options else {})
 
 
 def _distillation(method: str, args: argparse.Namespace) -> dict[str, float]:
@@ -114,7 +121,7 @@ def _distillation(method: str, args: argparse.Namespace) -> dict[str, float]:
 
 def key_of(run: dict[str, Any]) -> str:
     """What tells a run from all others."""
-    return json.dumps([[run[name] for name in KEY], run.get("options")])
+    return json.dumps([[run[name] for name in KEY], label(run)])
 
 
 def run_one(run: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
@@ -125,13 +132,16 @@ def run_one(run: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     if run["method"] == "dense":
         return run | {"scores": scores(dense, dense, tokenizer, args.data, run["pairs"])}
     sentences = read_sentences(args.data)
-    batches = list(batches_of(shuffled(sentences, run["seed"]), tokenizer))
+    order = shuffled(sentences, run["seed"])
+    batches = list(batches_of(order, tokenizer))
     common = {"reduction": run["reduction"], "max_tokens": run["tokens"], "seed": run["seed"]}
     gc.collect()
     before, watch = peak_bytes(), Stopwatch()
     if run["method"] == "ours":
-        config = KPruneConfig(**common | run.get("options", {}))
-        pruned: Any = kprune(dense, batches, config, progress=False)
+        predict = prediction(run.get("signal", SIGNALS[0]), dense, tokenizer, order)
+        own = {"problem_type": "regression"} if predict else {}
+        config = KPruneConfig(**common | own | run.get("options", {}))
+        pruned: Any = kprune(dense, batches, config, predict=predict, progress=False)
         kept = pruned.kprune_report.flops / pruned.kprune_report.flops_before
     else:
         pruned, kept = prune_by(run["method"], dense, batches, KPruneConfig(**common))

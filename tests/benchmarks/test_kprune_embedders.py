@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from benchmarks.kprune import embedders
+from benchmarks.kprune.accuracy import label
 from benchmarks.kprune.embedder_data import read_pairs, read_sentences, shuffled
+from benchmarks.kprune.embedder_signals import SIGNALS, prediction
 from benchmarks.kprune.embedder_training import distilled, geometry_loss
 from tests.helpers.kprune import tiny_bert, word_tokenizer
 
@@ -51,6 +53,27 @@ def test_every_method_is_scored_distilled_and_resumed(pair_data: Path) -> None:
     assert "| 50% | ours, distilled | 0.0 |" in table and str(pair_data) not in table
     assert (pair_data / "out" / "kprune_embedders.png").stat().st_size > 1000
     assert study(pair_data, *given)["runs"] == report["runs"]
+
+
+def test_every_signal_prunes_and_is_told_apart(pair_data: Path) -> None:
+    given = ["--methods", "ours", "--pairs", "8", "--other-pairs", "8", "--rounds", "0"]
+    for signal in SIGNALS:
+        report = study(pair_data, *given, "--signal", signal)
+    assert [label(run) for run in report["runs"]] == [
+        "dense", "ours", "ours signal=directions", "ours signal=similarities",
+    ]  # fmt: skip
+    cosines = [run["scores"]["cosine"] for run in report["runs"][1:]]
+    assert len(set(cosines)) > 1 and min(cosines) > 0
+
+
+def test_similarities_are_cosines_to_the_dense_model(pair_data: Path) -> None:
+    dense, tokenizer = tiny_bert().bert.eval(), word_tokenizer(pair_data)
+    sentences = read_sentences(pair_data)[:20]
+    predict = prediction("similarities", dense, tokenizer, sentences)
+    batch = dict(tokenizer(sentences[:1], return_tensors="pt"))
+    found = predict(dense, batch)
+    assert found.shape == (1, 20) and float(found[0, 0].detach()) == pytest.approx(1, abs=1e-5)
+    assert float(found.detach().abs().max()) <= 1 + 1e-5
 
 
 def test_pairs_and_sentences(pair_data: Path) -> None:

@@ -74,7 +74,7 @@ def test_a_killed_save_leaves_the_previous_checkpoint(pruned, tmp_path) -> None:
     script = """
 import sys, time
 import kprune_ext
-from kprune_ext.modeling import saved
+from kprune_ext.checkpoint_files import saved
 from kprune_ext.modeling.classes import UnevenLayers, plain_class
 from transformers import AutoModelForSequenceClassification
 model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
