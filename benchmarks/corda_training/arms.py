@@ -120,7 +120,7 @@ def factors_of(arm: Arm, corpora: Corpora, args: argparse.Namespace) -> str:
         config = CordaConfig(corda_method=arm.start, corda_weighting=weighting, **_common(args))
         keep = {"keep": corpora.calibration["kpm"]} if arm.start == "sc_lora" else {}
         data = corpora.calibration[CALIBRATED_ON[arm.start]]
-        calibrate(fresh_model(args), config, data, **keep).save(path)
+        calibrate(fresh_model(args), config, data, max_memory="8GiB", **keep).save(path)
     return str(path)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from kprune_ext.evaluation.predictions import cosines, embeddings_of
 from ..common.corpora import read_rows
 from ..common.stopwatch import Stopwatch
 
+Embed = Callable[[Iterable[dict[str, Tensor]]], Tensor]
 LENGTH = 128
 _BATCH = 32
 
@@ -116,13 +118,22 @@ def scores(
         Spearman's correlation for each set in percent; the mean cosine to the dense model's embeddings
         of STS-B's texts, and the lowest hundredth of these cosines; and the seconds that it took.
     """
+    own, other = (partial(embeddings_of, one) for one in (model, dense))
+    return scores_of(own, None if model is dense else other, tokenizer, data, most)
+
+
+def scores_of(
+    own: Embed, dense: Embed | None, tokenizer: Any, data: Path, most: Mapping[str, int | None]
+) -> dict[str, float]:
+    """`scores` of any program that embeds batches; `dense` is None where it is the dense model's."""
     watch = Stopwatch()
     found: dict[str, float] = {}
     for name in PAIR_SETS:
         pairs = read_pairs(data, name, most[name])
-        own = embeddings_of(model, batches_of(pairs.texts, tokenizer))
-        found[name] = 100 * spearman(cosines(own[pairs.first], own[pairs.second]), pairs.alike)
-        if name == "stsb" and model is not dense:
-            near = cosines(own, embeddings_of(dense, batches_of(pairs.texts, tokenizer)))
+        vectors = own(batches_of(pairs.texts, tokenizer))
+        likeness = cosines(vectors[pairs.first], vectors[pairs.second])
+        found[name] = 100 * spearman(likeness, pairs.alike)
+        if name == "stsb" and dense is not None:
+            near = cosines(vectors, dense(batches_of(pairs.texts, tokenizer)))
             found["cosine"], found["cosine_low"] = float(near.mean()), float(near.quantile(0.01))
     return found | {"cpu_seconds": watch.read()["cpu"]}

@@ -71,3 +71,16 @@ def folders(data: Path) -> list[str]:
     """The options of a study that name folders, but for the results."""
     found = {"data": data, "checkpoints": data / "fine", "model": data / "model"}
     return [text for name, path in found.items() for text in (f"--{name}", str(path))]
+
+
+@pytest.fixture
+def pair_data(data: Path) -> Path:
+    """The tiny data sets, with QNLI's."""
+    rows = [json.loads(line) for line in (data / "mrpc" / "test.jsonl").read_text().splitlines()]
+    questions = [
+        {"question": row["sentence1"], "sentence": row["sentence2"], "label": row["label"]}
+        for row in rows
+    ]
+    (data / "qnli").mkdir()
+    (data / "qnli" / "validation.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    return data

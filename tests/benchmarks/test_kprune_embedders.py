@@ -16,19 +16,6 @@ from benchmarks.kprune.embedder_training import distilled, geometry_loss
 from tests.helpers.kprune import tiny_bert, word_tokenizer
 
 
-@pytest.fixture
-def pair_data(data: Path) -> Path:
-    """The tiny data sets, with QNLI's."""
-    rows = [json.loads(line) for line in (data / "mrpc" / "test.jsonl").read_text().splitlines()]
-    questions = [
-        {"question": row["sentence1"], "sentence": row["sentence2"], "label": row["label"]}
-        for row in rows
-    ]
-    (data / "qnli").mkdir()
-    (data / "qnli" / "validation.jsonl").write_text("\n".join(map(json.dumps, questions)))
-    return data
-
-
 def study(data: Path, *more: str) -> dict:
     folders = ["--data", str(data), "--models", str(data / "model"), "--results", str(data / "out")]
     sizes = ["--reductions", "0.5", "--tokens", "150", "--seeds", "0", "--rounds", "1"]

@@ -1,0 +1,242 @@
+"""Embedders pruned and then quantised to 8 bits: what both cost together, and how fast it is.
+
+    python -m benchmarks.kprune.int8 --data DATA
+    python -m benchmarks.kprune.int8 --data DATA --models all-mpnet-base-v2 --reductions 0.5
+
+The dense model and pruned ones are exported with `torch.onnx.export` and quantised by onnxruntime
+(dynamic quantisation: weights by channel ahead, activations as they come). Each is scored as in
+`embedders.py` and timed in turns with the dense model in PyTorch, on one thread. Results go to
+`benchmarks/results/kprune_int8.{json,md,png}` after every model. Started again, the benchmark resumes
+with the models that are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from torch import Tensor, nn
+
+from kprune_ext import KPruneConfig, kprune
+from kprune_ext.budget.latency import median_seconds
+from kprune_ext.evaluation.pooling import pooled
+from kprune_ext.evaluation.predictions import embeddings_of
+
+from ..common.command_line import add_results, add_threads, make_parser
+from ..common.figures import look_of, make_panels, save
+from ..common.records import as_code, read_report, table, with_provenance, write_report
+from .accuracy import SHAPES
+from .embedder_data import batches_of, read_sentences, scores_of, shuffled
+from .embedders import MINILM, label_of, loaded
+
+NAME = "kprune_int8"
+NAMES = ["input_ids", "attention_mask"]
+PRECISIONS = ("float32", "int8")
+
+
+class Embedder(nn.Module):
+    """A model whose arguments and result are tensors, as exporters need it."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return pooled(hidden, attention_mask, "mean")
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    """The options."""
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--data", "--data-dir", type=Path, required=True, help="Folder of the data sets.")
+    models = f"{MINILM} (from its package), all-mpnet-base-v2 (in parts), or folders of embedders."
+    add("--models", nargs="+", default=[MINILM], help=models)
+    shares = "Shares of the encoder's FLOPs to remove."
+    add("--reductions", nargs="+", type=float, default=[0.3, 0.5, 0.7], help=shares)
+    add("--tokens", type=int, default=25_000, help="Largest size of the sample, in tokens.")
+    add("--seed", type=int, default=0, help="Seed of the sample.")
+    add("--pairs", type=int, help="Pairs of STS-B to score, from all over it; by default all.")
+    add("--other-pairs", type=int, default=1000, help="Pairs of MRPC and of QNLI to score.")
+    add("--rounds", type=int, default=15, help="Number of rounds of timing.")
+    add_threads(parser, 1)
+    add_results(parser)
+    return parser.parse_args(given)
+
+
+def exported(model: Any, folder: Path) -> dict[str, Path]:
+    """The model as files of onnxruntime, for batches of any shape, by their precision."""
+    files = {precision: folder / f"{precision}.onnx" for precision in PRECISIONS}
+    ids = torch.randint(5, model.config.vocab_size, (2, 16))
+    shape = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            Embedder(model).eval(),
+            (ids, torch.ones_like(ids)),
+            files["float32"],
+            input_names=NAMES,
+            dynamic_shapes=dict.fromkeys(NAMES, shape),
+            dynamo=True,
+        )
+    quantize_dynamic(files["float32"], files["int8"], per_channel=True, weight_type=QuantType.QInt8)
+    return files
+
+
+def session_of(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    """A file as a program on the CPU."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = threads
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def run(session: onnxruntime.InferenceSession, batch: dict[str, Tensor]) -> Tensor:
+    """The embeddings of a batch."""
+    return torch.from_numpy(session.run(None, {name: batch[name].numpy() for name in NAMES})[0])
+
+
+def embedded(session: onnxruntime.InferenceSession, batches: Iterable[dict[str, Tensor]]) -> Tensor:
+    """The embeddings of all batches, `(texts, hidden)`."""
+    return torch.cat([run(session, batch) for batch in batches])
+
+
+def timed(
+    sessions: Sequence[onnxruntime.InferenceSession], dense: Any, rounds: int
+) -> list[dict[str, float]]:
+    """How many times as fast as the dense model in PyTorch each program is, by the batch's size."""
+    found: list[dict[str, float]] = [{} for _ in sessions]
+    for size, tokens in SHAPES if rounds else ():
+        ids = torch.randint(5, dense.config.vocab_size, (size, tokens))
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        programs: list[Callable[[], Any]] = [partial(run, one, batch) for one in sessions]
+        with torch.no_grad():
+            plain, *seconds = median_seconds(
+                [partial(Embedder(dense), **batch), *programs], rounds, lambda: None
+            )
+        for one, own in zip(found, seconds, strict=True):
+            one[f"speedup_{size}"] = plain / own
+    return found
+
+
+def measured(
+    name: str, reduction: float, folder: Path, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """The model at this size in both precisions: scores, speed, and bytes of the file."""
+    dense, tokenizer = loaded(name)
+    model, pairs = dense, {"stsb": args.pairs, "mrpc": args.other_pairs, "qnli": args.other_pairs}
+    if reduction:
+        batches = list(batches_of(shuffled(read_sentences(args.data), args.seed), tokenizer))
+        config = KPruneConfig(reduction=reduction, max_tokens=args.tokens, seed=args.seed)
+        model = kprune(dense, batches, config, progress=False)
+    files = exported(model, folder)
+    sessions = [session_of(files[precision], args.threads) for precision in PRECISIONS]
+    speeds = timed(sessions, dense, args.rounds)
+    return [
+        {
+            "model": label_of(name),
+            "reduction": reduction,
+            "precision": precision,
+            "mib": sum(file.stat().st_size for file in folder.glob(f"{precision}.onnx*")) / 2**20,
+            "scores": scores_of(
+                partial(embedded, session),
+                partial(embeddings_of, dense),
+                tokenizer,
+                args.data,
+                pairs,
+            ),
+        }
+        | speed
+        for precision, session, speed in zip(PRECISIONS, sessions, speeds, strict=True)
+    ]
+
+
+def as_markdown(report: dict[str, Any]) -> str:
+    """A row for each model, size and precision."""
+    dense = {
+        run["model"]: run["scores"]["stsb"]
+        for run in report["runs"]
+        if not run["reduction"] and run["precision"] == "float32"
+    }
+    rows = [
+        [
+            run["model"],
+            f"{run['reduction']:.0%}",
+            run["precision"],
+            f"{run['scores']['stsb']:.1f}",
+            f"{run['scores']['stsb'] / dense[run['model']]:.1%}",
+            f"{run['scores']['cosine']:.3f}",
+            f"{run['mib']:.0f}",
+            *(
+                f"{run[key]:.2f}×" if (key := f"speedup_{size}") in run else "–"
+                for size, _ in SHAPES
+            ),
+        ]
+        for run in sorted(report["runs"], key=lambda run: (run["model"], run["reduction"]))
+    ]
+    head = "model, removed, precision, STS-B, of dense, cosine, MiB"
+    shapes = [f"speed-up {batch} × {tokens}" for batch, tokens in SHAPES]
+    return (
+        "Embedders in onnxruntime. `STS-B`: Spearman's correlation in percent. `cosine`: mean to the "
+        "embeddings of the dense model in PyTorch, whose median time is what speed-ups refer to: "
+        f"{report['rounds']} turns, {report['threads']} thread(s). {as_code(report)}\n\n"
+        + table([*head.split(", "), *shapes], rows)
+    )
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Draw the score against the speed-up of batches, a panel for each model."""
+    names = sorted({run["model"] for run in report["runs"]})
+    figure, panels = make_panels(len(names), 4.2 * len(names), 3.4)
+    key = f"speedup_{SHAPES[0][0]}"
+    for panel, name in zip(panels, names, strict=True):
+        for precision, method in zip(PRECISIONS, ("ours", "fisher_mask"), strict=True):
+            runs = [r for r in report["runs"] if r["model"] == name and r["precision"] == precision]
+            points = sorted((run[key], run["scores"]["stsb"]) for run in runs if key in run)
+            look = look_of(method)
+            panel.plot(
+                *zip(*points, strict=True), color=look.colour, marker=look.marker, label=precision
+            )
+        panel.set_title(name)
+        panel.set_xlabel("times as fast as the dense model in PyTorch")
+        panel.legend(frameon=False)
+    panels[0].set_ylabel("STS-B, Spearman, %")
+    save(figure, path)
+
+
+def main(given: list[str] | None = None) -> None:
+    given = sys.argv[1:] if given is None else given
+    args = arguments(given)
+    torch.set_num_threads(args.threads)
+    about = {
+        "tokens": args.tokens,
+        "rounds": args.rounds,
+        "seed": args.seed,
+        "onnxruntime": onnxruntime.__version__,
+    }
+    report = read_report(args.results, NAME, about | {"runs": []})
+    for name in args.models:
+        for reduction in (0.0, *args.reductions):
+            done = {(run["model"], run["reduction"]) for run in report["runs"]}
+            if (label_of(name), reduction) in done:
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                runs = measured(name, reduction, Path(folder), args)
+            report["runs"] += runs
+            report = with_provenance(report, __spec__.name, given)
+            write_report(args.results, NAME, report, as_markdown(report))
+            print(*(f"{run['precision']}: {run['scores']}" for run in runs), flush=True)
+    plot(report, args.results / f"{NAME}.png")
+
+
+if __name__ == "__main__":
+    main()
