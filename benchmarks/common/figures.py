@@ -1,7 +1,8 @@
 """The style of all pictures: colours that colour-blind people tell apart, names that readers know.
 
 Every method has one colour and one marker in all pictures. Points are means, bars are standard errors,
-and lines are labelled where they end, so that no legend has to be matched by colour alone.
+and lines are labelled where they end, so that no legend has to be matched by colour alone. Where too
+many points lie close together for that, a legend shows each marker.
 """
 
 from __future__ import annotations
@@ -251,6 +252,17 @@ def show_rates(panel: Any) -> None:
     panel.xaxis.set_major_formatter("{x:g}")
     panel.xaxis.set_minor_formatter(NullFormatter())
     panel.tick_params(axis="x", labelsize=8)
+
+
+def legend_beside(figure: Any, looks: Sequence[Look]) -> None:
+    """Write the names of all looks to the right of the panels, each with its marker."""
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color=look.colour, marker=look.marker, linestyle="none", label=look.name)
+        for look in looks
+    ]
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
 
 
 def save(figure: Any, path: Path, source: str = "") -> None:

@@ -8,16 +8,28 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common.figures import draw_cloud, label_ends, look_of, make_panels, save, show_rates
+from ..common.figures import (
+    draw_cloud,
+    label_ends,
+    legend_beside,
+    look_of,
+    make_panels,
+    save,
+    show_rates,
+)
 from ..common.records import as_code, mean_and_error, table
 
 KNOWLEDGE = {"wikitext": "WikiText-2", "nq": "NQ-open answers"}
 #: Our arms' rivals: everything that PEFT and AdamW have.
 RIVALS = ("lora", "lora+decay")
-#: How much worse than the best a setting may learn the task and be in the picture of the trade-off.
+#: How much worse than the best a setting may learn the task and be in the picture.
 SHOWN = 0.1
 #: How much worse than the best rival a setting may learn the task and still be chosen, in nats a token.
 SLACK = 0.01
+#: Up to so many methods have their names beside their points; more of them have a legend.
+MOST_LABELS = 5
+#: Fewest runs of a start whose sizes are correlated with what they forgot.
+FEWEST = 5
 Run = dict[str, Any]
 Setting = tuple[str, float, float]  # method, rate, strength
 
@@ -75,6 +87,20 @@ def correlation(runs: Iterable[Run], before: Mapping[str, Any], what: str) -> tu
     if len(pairs) < 3:
         return math.nan, len(pairs)
     return statistics.correlation(*zip(*pairs, strict=True)), len(pairs)
+
+
+def by_start(report: Mapping[str, Any], what: str) -> dict[str, tuple[float, int]]:
+    """`correlation` among the runs of one start, where there are enough of them."""
+    starts = dict.fromkeys(run["method"].partition("+")[0] for run in report["runs"])
+    found = {
+        start: correlation(
+            [run for run in report["runs"] if run["method"].partition("+")[0] == start],
+            report["before"],
+            what,
+        )
+        for start in starts
+    }
+    return {start: pair for start, pair in sorted(found.items()) if pair[1] >= FEWEST}
 
 
 def p_value(differences: Sequence[float]) -> float:
@@ -151,8 +177,13 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         ]
         for what, label in KNOWLEDGE.items():
             r, count = correlation(report["runs"], before, what)
+            starts = "; ".join(
+                f"{start} {own:.2f} ({number})"
+                for start, (own, number) in by_start(report, what).items()
+            )
             lines.append(
-                f"Correlation of log `F` with what was forgotten of {label}: {r:.2f} ({count} runs)."
+                f"Correlation of log `F` with what was forgotten of {label}: {r:.2f} ({count} runs). "
+                f"Of one start, with any decay (at least {FEWEST} runs): {starts or 'too few'}."
             )
             lines.append("")
     return "\n".join(lines)
@@ -160,10 +191,12 @@ def as_markdown(report: Mapping[str, Any]) -> str:
 
 def plot(report: Mapping[str, Any], path: Path, source: str = "") -> None:
     """Draw what was forgotten against the task's loss, and against `F`: a point per setting."""
-    figure, (tradeoff, sizes) = make_panels(2, 11, 4.4)
     before, groups = report["before"], by_setting(report["runs"])
-    means = [statistics.mean(run["task"] for run in runs) for runs in groups.values()]
-    worst = min(means, default=0.0) + SHOWN
+    many = len({name for name, _, _ in groups}) > MOST_LABELS
+    figure, (tradeoff, sizes) = make_panels(2, 13.5 if many else 11, 4.4)
+    means = {own: statistics.mean(run["task"] for run in runs) for own, runs in groups.items()}
+    worst = min(means.values(), default=0.0) + SHOWN
+    groups = {own: runs for own, runs in groups.items() if means[own] <= worst}
     ends: list[Any] = [[], []]
     for method in dict.fromkeys(name for name, _, _ in groups):
         own = [runs for (name, _, _), runs in groups.items() if name == method]
@@ -171,10 +204,8 @@ def plot(report: Mapping[str, Any], path: Path, source: str = "") -> None:
         lost = [[forgotten(run, before, "wikitext") for run in runs] for runs in own]
         tasks = [[run["task"] for run in runs] for runs in own]
         look = look_of(method)
-        shown = [
-            pair for pair in zip(tasks, lost, strict=True) if statistics.mean(pair[0]) <= worst
-        ]
-        ends[0].append(draw_cloud(tradeoff, shown, look, line=False))
+        points = list(zip(tasks, lost, strict=True))
+        ends[0].append(draw_cloud(tradeoff, points, look, line=False))
         measured = [
             ([run["forgetting"] for run in runs], values)
             for runs, values in zip(own, lost, strict=True)
@@ -187,8 +218,11 @@ def plot(report: Mapping[str, Any], path: Path, source: str = "") -> None:
         title="Forgotten of WikiText-2 (nats a token)",
         xlabel=f"loss on {task}, to learn (nats a token)",
     )
-    label_ends(tradeoff, ends[0])
     show_rates(sizes)
     sizes.set(title="The same, by the predicted size of the change", xlabel="F, from the sketches")
-    label_ends(sizes, ends[1])
+    if many:
+        legend_beside(figure, [end.look for end in ends[0] if end is not None])
+    else:
+        label_ends(tradeoff, ends[0])
+        label_ends(sizes, ends[1])
     save(figure, path, source)

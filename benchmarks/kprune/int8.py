@@ -32,15 +32,14 @@ from kprune_ext.evaluation.pooling import pooled
 from kprune_ext.evaluation.predictions import embeddings_of
 
 from ..common.command_line import add_results, add_threads, make_parser
-from ..common.figures import look_of, make_panels, save
-from ..common.records import as_code, read_report, table, with_provenance, write_report
+from ..common.records import read_report, with_provenance, write_report
 from .accuracy import SHAPES
 from .embedder_data import batches_of, read_sentences, scores_of, shuffled
 from .embedders import MINILM, label_of, loaded
+from .int8_tables import PRECISIONS, as_markdown, plot
 
 NAME = "kprune_int8"
 NAMES = ["input_ids", "attention_mask"]
-PRECISIONS = ("float32", "int8")
 
 
 class Embedder(nn.Module):
@@ -158,59 +157,6 @@ def measured(
         | speed
         for precision, session, speed in zip(PRECISIONS, sessions, speeds, strict=True)
     ]
-
-
-def as_markdown(report: dict[str, Any]) -> str:
-    """A row for each model, size and precision."""
-    dense = {
-        run["model"]: run["scores"]["stsb"]
-        for run in report["runs"]
-        if not run["reduction"] and run["precision"] == "float32"
-    }
-    rows = [
-        [
-            run["model"],
-            f"{run['reduction']:.0%}",
-            run["precision"],
-            f"{run['scores']['stsb']:.1f}",
-            f"{run['scores']['stsb'] / dense[run['model']]:.1%}",
-            f"{run['scores']['cosine']:.3f}",
-            f"{run['mib']:.0f}",
-            *(
-                f"{run[key]:.2f}×" if (key := f"speedup_{size}") in run else "–"
-                for size, _ in SHAPES
-            ),
-        ]
-        for run in sorted(report["runs"], key=lambda run: (run["model"], run["reduction"]))
-    ]
-    head = "model, removed, precision, STS-B, of dense, cosine, MiB"
-    shapes = [f"speed-up {batch} × {tokens}" for batch, tokens in SHAPES]
-    return (
-        "Embedders in onnxruntime. `STS-B`: Spearman's correlation in percent. `cosine`: mean to the "
-        "embeddings of the dense model in PyTorch, whose median time is what speed-ups refer to: "
-        f"{report['rounds']} turns, {report['threads']} thread(s). {as_code(report)}\n\n"
-        + table([*head.split(", "), *shapes], rows)
-    )
-
-
-def plot(report: dict[str, Any], path: Path) -> None:
-    """Draw the score against the speed-up of batches, a panel for each model."""
-    names = sorted({run["model"] for run in report["runs"]})
-    figure, panels = make_panels(len(names), 4.2 * len(names), 3.4)
-    key = f"speedup_{SHAPES[0][0]}"
-    for panel, name in zip(panels, names, strict=True):
-        for precision, method in zip(PRECISIONS, ("ours", "fisher_mask"), strict=True):
-            runs = [r for r in report["runs"] if r["model"] == name and r["precision"] == precision]
-            points = sorted((run[key], run["scores"]["stsb"]) for run in runs if key in run)
-            look = look_of(method)
-            panel.plot(
-                *zip(*points, strict=True), color=look.colour, marker=look.marker, label=precision
-            )
-        panel.set_title(name)
-        panel.set_xlabel("times as fast as the dense model in PyTorch")
-        panel.legend(frameon=False)
-    panels[0].set_ylabel("STS-B, Spearman, %")
-    save(figure, path)
 
 
 def main(given: list[str] | None = None) -> None:

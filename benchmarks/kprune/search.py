@@ -123,7 +123,7 @@ def as_markdown(report: Mapping[str, Any]) -> str:
     )
 
 
-def plot(report: Mapping[str, Any], path: Path) -> None:
+def plot(report: Mapping[str, Any], path: Path, source: str = "") -> None:
     """Draw the scores of all sizes, and which of them the search has tried."""
     figure, panels = make_panels(len(report["runs"]), 3.6 * len(report["runs"]), 3.2)
     for panel, run in zip(panels, report["runs"], strict=True):
@@ -140,7 +140,7 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
         panel.set_title(f"Sample {run['seed']}")
         panel.set_xlabel("FLOPs removed, % (filled: tried)")
     panels[0].set_ylabel("score, %")
-    save(figure, path)
+    save(figure, path, source)
 
 
 def main(given: list[str] | None = None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..common.figures import draw_points, label_ends, look_of, make_panels, save
 from ..corda_training import encoder, pareto, tradeoff
-from ..kprune import accuracy, decoder_tables, recovery
+from ..kprune import accuracy, decoder_tables, recovery, search
 from . import bars
 
 Reports = Mapping[str, Any]
@@ -93,6 +93,7 @@ PICTURES: Mapping[str, tuple[tuple[str, ...], Callable[[Reports, Path, str], Non
     "step_cost": (("corda_step",), bars.step_cost),
     "pruning_cost": (("kprune_cost", "kprune_handover"), bars.pruning_cost),
     "confidence": (("kprune_logits",), bars.confidence),
+    "search": (("kprune_search",), _plain(search, "kprune_search")),
     "onnx_speed": (("kprune_export",), bars.onnx_speed),
     "command_cost": (("commands_cost",), bars.command_cost),
     "gpu": (("gpu_start", "gpu_step"), bars.gpu),

@@ -62,3 +62,17 @@ def test_the_size_of_the_change_is_correlated_with_what_was_forgotten():
     assert pareto.correlation(runs, BEFORE, "wikitext") == (pytest.approx(1.0), 3)
     assert math.isnan(pareto.correlation(runs[:2], BEFORE, "wikitext")[0])
     assert "1.00 (3 runs)" in pareto.as_markdown(report_of(runs))
+    assert "too few" in pareto.as_markdown(report_of(runs))
+
+
+def test_each_start_has_a_correlation_of_its_own():
+    sizes = (1.0, 2.0, 3.0, 4.0, 5.0)
+    runs = [run("lora", n, 2.0, 1.0 + n, size=math.exp(n)) for n in sizes]
+    runs += [run("kpm", n, 2.0, 9.0 - n, size=math.exp(n)) for n in sizes[:4]]
+    runs += [
+        run("kpm+decay", 5.0, 2.0, 4.0, size=math.exp(5.0)),
+        run("ipm", 1.0, 2.0, 1.0, size=1.0),
+    ]
+    found = pareto.by_start(report_of(runs), "wikitext")
+    assert found == {"kpm": (pytest.approx(-1.0), 5), "lora": (pytest.approx(1.0), 5)}
+    assert "lora 1.00 (5)" in pareto.as_markdown(report_of(runs))
