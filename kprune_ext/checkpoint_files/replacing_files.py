@@ -18,7 +18,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..files.locks import locked
-from ..files.replacement import abandoned, marked, naming, remove, take_mode, writer_mark
+from ..files.replacement import abandoned, marked, named_errors, remove, take_mode, writer_mark
 from ..files.writing import resolved
 
 _UNFINISHED = ".kprune-unfinished-"
@@ -58,21 +58,19 @@ def replacing_files(
             f"Cannot save to {os.fspath(folder)!r}: it is a file. Pass the name of a folder."
         )
     made = [path for path in (target, *target.parents) if not path.exists()]
-    done = False
+    done, what = False, f"Cannot save to {os.fspath(folder)!r}"
     try:
-        with locked(str(target / _LOCK), f"The folder {os.fspath(folder)!r}", wait=True) as alone:
+        with (
+            named_errors(what),
+            locked(str(target / _LOCK), f"The folder {os.fspath(folder)!r}", wait=True) as alone,
+        ):
             _clean_up(target, alone)
             with _unfinished(target) as (new, old):
                 yield new
                 _put_in_place(new, old, target, set(replaceable))
         done = True
     except SafetensorError as error:
-        raise OSError(f"Cannot save to {os.fspath(folder)!r}: {error}") from error
-    except OSError as error:
-        named = naming(error, f"Cannot save to {os.fspath(folder)!r}")
-        if named is None:
-            raise
-        raise named from error
+        raise OSError(f"{what}: {error}") from error
     finally:
         if not done:
             for path in made:
@@ -118,12 +116,24 @@ def _put_in_place(new: Path, old: Path, target: Path, replaceable: set[str]) -> 
         for name in stale:
             os.remove(target / name)
     except BaseException:
-        for name in placed:
-            if name not in present:
-                os.remove(target / name)
+        _put_back(old, target, [name for name in placed if name not in present])
+        raise
+
+
+def _put_back(old: Path, target: Path, added: Iterable[str]) -> None:
+    """Undoes the renames. If that fails as well, the only copies of the old files are not deleted."""
+    try:
+        for name in added:
+            os.remove(target / name)
         for path in old.iterdir():
             os.replace(path, target / path.name)
-        raise
+    except BaseException as error:
+        rescued = target / f"previous-files-{writer_mark()}"
+        os.rename(old, rescued)
+        raise OSError(
+            f"Cannot save to {str(target)!r}, nor put back all files that were there: {error}. What is "
+            f"missing is in {str(rescued)!r}. Move it back before you use the folder."
+        ) from error
 
 
 def _keep(path: Path, second: Path) -> None:

@@ -45,11 +45,15 @@ def marked(directory: str, prefix: str) -> list[str]:
     return [entry.path for entry in _entries(directory) if pattern.fullmatch(entry.name)]
 
 
-def naming(error: OSError, what: str) -> OSError | None:
-    """Returns an error of the system that says what failed; None if it names a file itself."""
-    if error.filename is not None or error.errno is None or what in str(error):
-        return None
-    return type(error)(error.errno, f"{what}: {error.strerror}")
+@contextlib.contextmanager
+def named_errors(what: str) -> Iterator[None]:
+    """Makes errors of the system, such as a full disk, say what failed, unless they name a file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None or what in str(error):
+            raise
+        raise type(error)(error.errno, f"{what}: {error.strerror}") from error
 
 
 def remove(path: str) -> None:

@@ -21,7 +21,7 @@ from .replacement import (
     create_as,
     delete_files,
     leftovers,
-    naming,
+    named_errors,
     other_entries,
     remove,
     same_file,
@@ -176,14 +176,10 @@ def replacing(path: StrPath) -> Iterator[str]:
     # Not from `tempfile`, whose files only their owner may read.
     temporary = os.path.join(directory, unfinished_name(base, "tmp"))
     try:
-        yield temporary
-        take_mode(target, temporary)
-        os.replace(temporary, target)
-    except OSError as error:
-        named = naming(error, f"Cannot write {os.fspath(path)!r}")
-        if named is None:
-            raise
-        raise named from error
+        with named_errors(f"Cannot write {os.fspath(path)!r}"):
+            yield temporary
+            take_mode(target, temporary)
+            os.replace(temporary, target)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)

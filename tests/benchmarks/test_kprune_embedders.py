@@ -61,6 +61,9 @@ def test_similarities_are_cosines_to_the_dense_model(pair_data: Path) -> None:
     found = predict(dense, batch)
     assert found.shape == (1, 20) and float(found[0, 0].detach()) == pytest.approx(1, abs=1e-5)
     assert float(found.detach().abs().max()) <= 1 + 1e-5
+    direction = prediction("directions", dense, tokenizer, sentences)(dense, batch)
+    assert float(direction.detach().norm()) == pytest.approx(1, abs=1e-5)
+    assert prediction("vectors", dense, tokenizer, sentences) is None
 
 
 def test_pairs_and_sentences(pair_data: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,6 +66,32 @@ def test_a_failing_save_leaves_the_previous_checkpoint(pruned, tmp_path, monkeyp
 
 def _full_disk(*_: Any) -> None:
     raise OSError("no space left on device")
+
+
+def test_files_that_cannot_be_put_back_are_not_deleted(tmp_path, monkeypatch) -> None:
+    for name in ("a.json", "b.json", "c.json"):
+        (tmp_path / name).write_text(f"old {name}")
+    before, replace = contents(tmp_path), os.replace
+
+    def failing(source: Any, target: Any) -> None:
+        if Path(source).name != "a.json" or Path(source).parent.name == "old":
+            _full_disk()
+        replace(source, target)
+
+    monkeypatch.setattr(saving.os, "replace", failing)
+    with (
+        pytest.raises(OSError, match="nor put back all files .* Move it back") as caught,
+        saving.replacing_files(tmp_path) as new,
+    ):
+        for name in ("a.json", "b.json"):
+            (new / name).write_text("new")
+    (rescued,) = tmp_path.glob("previous-files-*")
+    assert str(rescued) in str(caught.value)
+    monkeypatch.undo()
+    for path in rescued.iterdir():
+        os.replace(path, tmp_path / path.name)
+    shutil.rmtree(rescued)  # a second link to a file is not moved
+    assert contents(tmp_path) == before
 
 
 @IN_BOTH_LAYOUTS
