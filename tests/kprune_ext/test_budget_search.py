@@ -12,6 +12,7 @@ from kprune_ext import KPruneConfig, kprune, kprune_to
 from tests.helpers.kprune import padded, sequences, tiny_bert
 
 DATA = padded(sequences())
+NAME = "bert.embeddings.word_embeddings.weight"
 COSTS = {reduction: 1 - reduction for reduction in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)}
 
 
@@ -48,6 +49,40 @@ def test_the_result_is_that_of_a_full_sweep(keep) -> None:
         t.score == pytest.approx(t.cost) == pytest.approx(scores[t.reduction])
         for t in found.trials[1:]
     )
+
+
+class Scripted:
+    """A score by what was removed, as a validation set of a few hundred examples gives it."""
+
+    def __init__(self, scores: dict[float, float], sign: int = 1) -> None:
+        self.scores, self.sign = scores, sign
+
+    def __call__(self, model) -> float:
+        if not hasattr(model, "kprune_report"):
+            return self.sign * self.scores[0.0]
+        removed = 1 - left(model)
+        return self.sign * self.scores[min(COSTS, key=lambda reduction: abs(reduction - removed))]
+
+
+UP_AND_DOWN = dict(
+    zip([0.0, *COSTS], [88.5, 88.5, 88.1, 87.2, 87.3, 88.1, 86.6, 50.9], strict=True)
+)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_near_miss_does_not_hide_a_smaller_model_that_is_good(sign, tmp_path) -> None:
+    options = {"tolerance": 1.0, "greater_is_better": sign > 0, "state_file": tmp_path / "s.json"}
+    found = search(Scripted(UP_AND_DOWN, sign), **options)
+    assert found.reduction == 0.6 and [t.reduction for t in found.trials] == [0, 0.5, 0.6, 0.7]
+    again = search(Scripted(UP_AND_DOWN, sign), **options)
+    assert again.trials == found.trials
+    assert torch.equal(again.model.state_dict()[NAME], found.model.state_dict()[NAME])
+
+
+def test_a_clear_miss_is_believed() -> None:
+    scores = UP_AND_DOWN | {0.5: 86.0}
+    found = search(Scripted(scores), tolerance=1.0)
+    assert found.reduction == 0.3 and [t.reduction for t in found.trials] == [0, 0.3, 0.4, 0.5]
 
 
 def test_losses_and_tolerances() -> None:
