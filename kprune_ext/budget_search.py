@@ -43,7 +43,7 @@ def kprune_to(
 ) -> KPruneSearch:
     """Prunes as much as a score allows.
 
-    The fractions of `reductions` are searched by bisection, which tries four of nine. Bisection takes the
+    The fractions of `reductions` are searched by bisection, which tries about four of nine. It takes the
     score to fall as more is removed, but a score from a few hundred examples goes up and down. So where
     one misses the limit by less than 0.5 % of the model's own score, the next larger fraction is tried
     before smaller ones. All are pruned on the same calibration data. A fraction that cannot be

@@ -34,8 +34,8 @@ def verdict_of(score: float | None, limit: float, near: float, greater: bool) ->
 def search_step(verdicts: Sequence[Verdict | None]) -> tuple[int | None, int | None]:
     """Returns the largest good size found so far, and the next one to try.
 
-    The sizes are bisected. Beside a near one, the next larger one is tried first, and if that is not good
-    either, the next smaller one: the limit is not far.
+    The sizes are bisected. Beside a near one, the next larger one is tried first, and if that is not
+    good either, the next smaller one: the limit is not far.
 
     Args:
         verdicts: The verdict on each size, from the least removed to the most; None where it has not
