@@ -69,6 +69,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     options = "JSON with options of KPruneConfig for the method `ours`."
     add("--options", type=json.loads, default={}, help=options)
     add("--rounds", type=int, default=9, help="Number of rounds of timing; 0 leaves it out.")
+    kept = "Folder that keeps the models of `ours`, for int8.py; those distilled in a folder each."
+    add("--pruned-models", type=Path, help=kept)
     add("--name", default=NAME, help="Name of the result files.")
     in_process = "Run everything in one process; figures of memory are meaningless then."
     add("--in-process", action="store_true", help=in_process)
@@ -124,6 +126,13 @@ def key_of(run: dict[str, Any]) -> str:
     return json.dumps([[run[name] for name in KEY], label(run)])
 
 
+def place_of(folder: Path, run: dict[str, Any], *, distilled: bool = False) -> Path:
+    """Where the model of a run is kept: a folder named by all that it depends on."""
+    parts = (run[name] for name in ("reduction", "tokens", "seed"))
+    ending = f"-distilled-{run['minutes']:g}" if distilled else ""
+    return folder / ("-".join(map(str, (run["model"], label(run), *parts))) + ending)
+
+
 def run_one(run: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """Prune once, measure, and distil if that is asked for."""
     torch.set_num_threads(args.threads)
@@ -143,6 +152,8 @@ def run_one(run: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         config = KPruneConfig(**common | own | run.get("options", {}))
         pruned: Any = kprune(dense, batches, config, predict=predict, progress=False)
         kept = pruned.kprune_report.flops / pruned.kprune_report.flops_before
+        if args.pruned_models is not None:
+            pruned.save_pretrained(place_of(args.pruned_models, run))
     else:
         pruned, kept = prune_by(run["method"], dense, batches, KPruneConfig(**common))
     seconds = watch.read()
@@ -162,6 +173,8 @@ def run_one(run: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         found["distillation"] = distilled(
             pruned, dense, tokenizer, sentences, threads=args.threads, **how
         )
+        if args.pruned_models is not None and run["method"] == "ours":
+            pruned.save_pretrained(place_of(args.pruned_models, run, distilled=True))
         found["distilled_scores"] = scores(pruned, dense, tokenizer, args.data, run["pairs"])
     return found
 

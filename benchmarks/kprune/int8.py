@@ -2,6 +2,7 @@
 
     python -m benchmarks.kprune.int8 --data DATA
     python -m benchmarks.kprune.int8 --data DATA --models all-mpnet-base-v2 --reductions 0.5
+    python -m benchmarks.kprune.int8 --data DATA --pruned-models FOLDER --distilled-minutes 10
 
 The dense model and pruned ones are exported with `torch.onnx.export` and quantised by onnxruntime
 (dynamic quantisation: weights by channel ahead, activations as they come). Each is scored as in
@@ -13,6 +14,7 @@ with the models that are missing.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import warnings
@@ -25,6 +27,7 @@ import onnxruntime
 import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import Tensor, nn
+from transformers import AutoModel
 
 from kprune_ext import KPruneConfig, kprune
 from kprune_ext.budget.latency import median_seconds
@@ -35,7 +38,7 @@ from ..common.command_line import add_results, add_threads, make_parser
 from ..common.records import read_report, with_provenance, write_report
 from .accuracy import SHAPES
 from .embedder_data import batches_of, read_sentences, scores_of, shuffled
-from .embedders import MINILM, label_of, loaded
+from .embedders import MINILM, label_of, loaded, place_of
 from .int8_tables import PRECISIONS, as_markdown, plot
 
 NAME = "kprune_int8"
@@ -67,6 +70,12 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="Seed of the sample.")
     add("--pairs", type=int, help="Pairs of STS-B to score, from all over it; by default all.")
     add("--other-pairs", type=int, default=1000, help="Pairs of MRPC and of QNLI to score.")
+    options = "JSON with options of KPruneConfig."
+    add("--options", type=json.loads, default={}, help=options)
+    kept = "Folder of models that embedders.py has kept, which are not pruned anew."
+    add("--pruned-models", type=Path, help=kept)
+    distilled = "Take those that were distilled for so many minutes, which must be there."
+    add("--distilled-minutes", type=float, help=distilled)
     add("--rounds", type=int, default=15, help="Number of rounds of timing.")
     add_threads(parser, 1)
     add_results(parser)
@@ -127,6 +136,24 @@ def timed(
     return found
 
 
+def pruned(
+    name: str, dense: Any, tokenizer: Any, reduction: float, args: argparse.Namespace
+) -> Any:
+    """The pruned model: one that was kept, or one pruned here."""
+    common = {"reduction": reduction, "seed": args.seed}
+    if args.pruned_models is not None:
+        run = common | {"model": label_of(name), "method": "ours", "tokens": args.tokens}
+        run |= {"options": args.options} if args.options else {}
+        minutes = args.distilled_minutes
+        run |= {"minutes": minutes}
+        place = place_of(args.pruned_models, run, distilled=minutes is not None)
+        if place.exists() or minutes is not None:
+            return AutoModel.from_pretrained(place).eval()
+    batches = list(batches_of(shuffled(read_sentences(args.data), args.seed), tokenizer))
+    config = KPruneConfig(max_tokens=args.tokens, **common | args.options)
+    return kprune(dense, batches, config, progress=False)
+
+
 def measured(
     name: str, reduction: float, folder: Path, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
@@ -134,9 +161,7 @@ def measured(
     dense, tokenizer = loaded(name)
     model, pairs = dense, {"stsb": args.pairs, "mrpc": args.other_pairs, "qnli": args.other_pairs}
     if reduction:
-        batches = list(batches_of(shuffled(read_sentences(args.data), args.seed), tokenizer))
-        config = KPruneConfig(reduction=reduction, max_tokens=args.tokens, seed=args.seed)
-        model = kprune(dense, batches, config, progress=False)
+        model = pruned(name, dense, tokenizer, reduction, args)
     files = exported(model, folder)
     sessions = [session_of(files[precision], args.threads) for precision in PRECISIONS]
     speeds = timed(sessions, dense, args.rounds)
@@ -167,6 +192,8 @@ def main(given: list[str] | None = None) -> None:
         "tokens": args.tokens,
         "rounds": args.rounds,
         "seed": args.seed,
+        "options": args.options,
+        "distilled_minutes": args.distilled_minutes,
         "onnxruntime": onnxruntime.__version__,
     }
     report = read_report(args.results, NAME, about | {"runs": []})

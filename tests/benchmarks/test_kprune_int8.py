@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
-from benchmarks.kprune import int8
+from benchmarks.kprune import embedders, int8
+from benchmarks.kprune.embedder_data import scores
 from tests.helpers.kprune import tiny_bert
 
 
@@ -32,6 +34,30 @@ def test_both_precisions_are_scored_timed_and_resumed(pair_data: Path) -> None:
     assert "| 50% | int8 |" in table and str(pair_data) not in table
     assert (pair_data / "out" / "kprune_int8.png").stat().st_size > 1000
     assert study(pair_data)["runs"] == report["runs"]
+
+
+def test_models_that_the_study_of_embedders_has_kept_are_not_pruned_again(
+    pair_data: Path, monkeypatch
+) -> None:
+    models = ["--pruned-models", str(pair_data / "kept")]
+    given = ["--data", str(pair_data), "--models", str(pair_data / "model"), "--seeds", "0"]
+    given += ["--results", str(pair_data / "out"), "--in-process", "--methods", "ours"]
+    given += ["--reductions", "0.5", "--tokens", "150", "--pairs", "8", "--other-pairs", "8"]
+    embedders.main([*given, "--rounds", "0", "--distill-minutes", "0.005", *models])
+    monkeypatch.setattr(int8, "kprune", lambda *_, **__: pytest.fail("pruned again"))
+    report = json.loads((pair_data / "out" / "kprune_embedders.json").read_text())
+    ours = next(run for run in report["runs"] if run["method"] == "ours")
+    dense, tokenizer = embedders.loaded(str(pair_data / "model"))
+    given = ["--data", str(pair_data), "--tokens", "150", *models]
+    for stage, more in (
+        ("scores", []),
+        ("distilled_scores", ["--distilled-minutes", "0.005"]),
+    ):
+        args = int8.arguments([*given, *more])
+        model = int8.pruned(str(pair_data / "model"), dense, tokenizer, 0.5, args)
+        found = scores(model, dense, tokenizer, pair_data, ours["pairs"])
+        assert found["cosine"] == pytest.approx(ours[stage]["cosine"], abs=1e-6)
+    assert ours["scores"]["cosine"] != ours["distilled_scores"]["cosine"]
 
 
 def test_files_take_any_shape(tmp_path: Path) -> None:
