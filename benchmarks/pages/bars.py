@@ -20,6 +20,7 @@ from ..common.figures import (
 )
 from ..corda_training.step import ratio
 from ..kprune.decoder_recovery import best_runs
+from ..kprune.embedder_tables import STAGES, by_cell
 
 Reports = Mapping[str, Any]
 Bar = tuple[str, list[float], Look]
@@ -210,6 +211,25 @@ def decoder_recovery(reports: Reports, path: Path, source: str) -> None:
     ]
     draw_bars(panel, rows, "{:.1f}")
     panel.set(title="SmolLM2-135M without 30 % of its layers: WikiText-2, perplexity")
+    save(figure, path, source)
+
+
+def embedders(reports: Reports, path: Path, source: str) -> None:
+    """What pruned embedders keep of the dense model's correlation on STS-B."""
+    figure, (panel,) = make_panels(1, 8, 3.6)
+    cells = by_cell(reports["kprune_embedders"]["runs"])
+    dense = {key[0]: runs[0]["scores"]["stsb"] for key, runs in cells.items() if not key[3]}
+    rows: list[Bar] = []
+    for key, runs in sorted(cells.items(), key=lambda item: (item[0][0], item[0][3])):
+        model, _, _, reduction, method, _ = key
+        for stage, ending in STAGES.items():
+            own = [100 * run[stage]["stsb"] / dense[model] for run in runs if stage in run]
+            if own and reduction:
+                what = ", ".join([*method.split(" ")[1:], *(["distilled"] if ending else [])])
+                label = f"{model}, {reduction:.0%} removed"
+                rows.append((f"{label}, {what}" if what else label, own, look_of("ours" + ending)))
+    draw_bars(panel, rows, "{:.1f} %")
+    panel.set(title="Kept of the correlation on STS-B")
     save(figure, path, source)
 
 

@@ -95,6 +95,7 @@ PICTURES: Mapping[str, tuple[tuple[str, ...], Callable[[Reports, Path, str], Non
     "confidence": (("kprune_logits",), bars.confidence),
     "search": (("kprune_search",), _plain(search, "kprune_search")),
     "onnx_speed": (("kprune_export",), bars.onnx_speed),
+    "embedders": (("kprune_embedders",), bars.embedders),
     "command_cost": (("commands_cost",), bars.command_cost),
     "gpu": (("gpu_start", "gpu_step"), bars.gpu),
 }
