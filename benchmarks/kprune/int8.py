@@ -192,11 +192,14 @@ def main(given: list[str] | None = None) -> None:
         "tokens": args.tokens,
         "rounds": args.rounds,
         "seed": args.seed,
+        "pairs": [args.pairs, args.other_pairs],
         "options": args.options,
         "distilled_minutes": args.distilled_minutes,
         "onnxruntime": onnxruntime.__version__,
     }
     report = read_report(args.results, NAME, about | {"runs": []})
+    if any(report.get(name) != value for name, value in about.items()):
+        sys.exit(f"{NAME}.json has other settings than {about}. Move it away.")
     for name in args.models:
         for reduction in (0.0, *args.reductions):
             done = {(run["model"], run["reduction"]) for run in report["runs"]}

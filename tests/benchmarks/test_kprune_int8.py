@@ -34,6 +34,8 @@ def test_both_precisions_are_scored_timed_and_resumed(pair_data: Path) -> None:
     assert "| 50% | int8 |" in table and str(pair_data) not in table
     assert (pair_data / "out" / "kprune_int8.png").stat().st_size > 1000
     assert study(pair_data)["runs"] == report["runs"]
+    with pytest.raises(SystemExit, match="has other settings than"):
+        int8.main(["--data", str(pair_data), "--results", str(pair_data / "out"), "--tokens", "9"])
 
 
 def test_models_that_the_study_of_embedders_has_kept_are_not_pruned_again(
