@@ -11,7 +11,7 @@ from typing import Any
 
 from ..common.figures import draw_points, label_ends, look_of, make_panels, save
 from ..corda_training import encoder, pareto, tradeoff
-from ..kprune import accuracy, decoder_tables, recovery, search
+from ..kprune import accuracy, decoder_tables, int8_tables, recovery, search
 from . import bars
 
 Reports = Mapping[str, Any]
@@ -96,6 +96,7 @@ PICTURES: Mapping[str, tuple[tuple[str, ...], Callable[[Reports, Path, str], Non
     "search": (("kprune_search",), _plain(search, "kprune_search")),
     "onnx_speed": (("kprune_export",), bars.onnx_speed),
     "embedders": (("kprune_embedders",), bars.embedders),
+    "int8": (("kprune_int8",), _plain(int8_tables, "kprune_int8")),
     "command_cost": (("commands_cost",), bars.command_cost),
     "gpu": (("gpu_start", "gpu_step"), bars.gpu),
 }
