@@ -129,7 +129,7 @@ def key_of(run: dict[str, Any]) -> str:
 def place_of(folder: Path, run: dict[str, Any], *, distilled: bool = False) -> Path:
     """Where the model of a run is kept: a folder named by all that it depends on."""
     parts = (run[name] for name in ("reduction", "tokens", "seed"))
-    ending = f"-distilled-{run['minutes']:g}" if distilled else ""
+    ending = f"-distilled-{run['minutes']:g}-{run['rate']:g}" if distilled else ""
     return folder / ("-".join(map(str, (run["model"], label(run), *parts))) + ending)
 
 

@@ -76,6 +76,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     add("--pruned-models", type=Path, help=kept)
     distilled = "Take those that were distilled for so many minutes, which must be there."
     add("--distilled-minutes", type=float, help=distilled)
+    add("--rate", type=float, default=1e-4, help="Learning rate of that distillation.")
     add("--rounds", type=int, default=15, help="Number of rounds of timing.")
     add_threads(parser, 1)
     add_results(parser)
@@ -145,9 +146,9 @@ def pruned(
         run = common | {"model": label_of(name), "method": "ours", "tokens": args.tokens}
         run |= {"options": args.options} if args.options else {}
         minutes = args.distilled_minutes
-        run |= {"minutes": minutes}
+        run |= {"minutes": minutes, "rate": args.rate}
         place = place_of(args.pruned_models, run, distilled=minutes is not None)
-        if place.exists() or minutes is not None:
+        if (place / "config.json").exists() or minutes is not None:
             return AutoModel.from_pretrained(place).eval()
     batches = list(batches_of(shuffled(read_sentences(args.data), args.seed), tokenizer))
     config = KPruneConfig(max_tokens=args.tokens, **common | args.options)
@@ -197,6 +198,8 @@ def main(given: list[str] | None = None) -> None:
         "distilled_minutes": args.distilled_minutes,
         "onnxruntime": onnxruntime.__version__,
     }
+    if args.distilled_minutes is not None:
+        about["rate"] = args.rate
     report = read_report(args.results, NAME, about | {"runs": []})
     if any(report.get(name) != value for name, value in about.items()):
         sys.exit(f"{NAME}.json has other settings than {about}. Move it away.")
