@@ -8,7 +8,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -63,6 +63,17 @@ def read_report(folder: Path, name: str, otherwise: dict[str, Any]) -> dict[str,
     """The report that an earlier call has written, so that it can be resumed."""
     path = folder / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else otherwise
+
+
+def check_settings(name: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Stop the program if a report that it would add to was measured with other settings."""
+    other = {key: found.get(key) for key, value in wanted.items() if found.get(key) != value}
+    if other:
+        asked = {key: wanted[key] for key in other}
+        sys.exit(
+            f"{name}.json has other settings: {other}, where this call asks for {asked}. Pass another "
+            f"folder as --results, or move the file away."
+        )
 
 
 def write_report(folder: Path, name: str, report: dict, markdown: str) -> None:

@@ -46,6 +46,7 @@ from ..common.figures import (
 from ..common.models import encoder_linear_layers, encoder_source
 from ..common.records import (
     as_code,
+    check_settings,
     mean_and_error,
     model_label,
     read_report,
@@ -241,8 +242,7 @@ def main(given: list[str] | None = None) -> None:
 
     def so_far() -> dict:
         report = read_report(args.results, args.name, {"runs": []} | about)
-        if (found := report["settings"]) != about["settings"]:
-            sys.exit(f"{args.name}.json has other settings: {found}. Pass another --name.")
+        check_settings(args.name, report["settings"], about["settings"])
         return report
 
     for name in args.tasks:

@@ -35,7 +35,13 @@ from transformers import get_cosine_schedule_with_warmup, set_seed
 from ..common.command_line import add_language_model, add_results, add_threads, make_parser
 from ..common.corpora import Encoded
 from ..common.models import load_tokenizer
-from ..common.records import model_label, read_report, with_provenance, write_report
+from ..common.records import (
+    check_settings,
+    model_label,
+    read_report,
+    with_provenance,
+    write_report,
+)
 from . import pareto, tradeoff
 from .arms import (
     ARMS,
@@ -190,8 +196,7 @@ class Study:
         self.args, self.given = args, given
         about = {"model": model_label(args.model), "settings": dataclasses.asdict(args.settings)}
         found = read_report(args.results, args.name, about)["settings"]
-        if dataclasses.asdict(Settings(**found)) != about["settings"]:
-            sys.exit(f"{args.name}.json has other settings: {found}. Pass another --name.")
+        check_settings(args.name, dataclasses.asdict(Settings(**found)), about["settings"])
         self.report = self.add([], **about)
 
     def add(self, runs: list[dict], **more: object) -> dict:

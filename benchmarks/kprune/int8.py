@@ -35,7 +35,12 @@ from kprune_ext.evaluation.pooling import pooled
 from kprune_ext.evaluation.predictions import embeddings_of
 
 from ..common.command_line import add_results, add_threads, make_parser
-from ..common.records import read_report, with_provenance, write_report
+from ..common.records import (
+    check_settings,
+    read_report,
+    with_provenance,
+    write_report,
+)
 from .accuracy import SHAPES
 from .embedder_data import batches_of, read_sentences, scores_of, shuffled
 from .embedders import MINILM, label_of, loaded, place_of
@@ -201,8 +206,7 @@ def main(given: list[str] | None = None) -> None:
     if args.distilled_minutes is not None:
         about["rate"] = args.rate
     report = read_report(args.results, NAME, about | {"runs": []})
-    if any(report.get(name) != value for name, value in about.items()):
-        sys.exit(f"{NAME}.json has other settings than {about}. Move it away.")
+    check_settings(NAME, report, about)
     for name in args.models:
         for reduction in (0.0, *args.reductions):
             done = {(run["model"], run["reduction"]) for run in report["runs"]}

@@ -37,6 +37,7 @@ from ..common.figures import (
 from ..common.models import encoder_linear_layers
 from ..common.records import (
     as_code,
+    check_settings,
     mean_and_error,
     model_label,
     read_report,
@@ -230,8 +231,7 @@ def main(given: list[str] | None = None) -> None:
         n: getattr(args, n) for n in ("task", "tokens", "rank", "adapter_epochs")
     }
     report = read_report(args.results, NAME, {"runs": [], "settings": settings})
-    if (found := report["settings"]) != settings:
-        sys.exit(f"{NAME}.json has other settings: {found}. Move it away, or pass --results.")
+    check_settings(NAME, report["settings"], settings)
     done = {tuple(run[name] for name in KEY) for run in report["runs"]}
     for run in wanted_runs(args):
         if tuple(run[name] for name in KEY) in done:

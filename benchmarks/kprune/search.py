@@ -27,6 +27,7 @@ from kprune_ext.budget_search import REDUCTIONS
 from ..common.figures import look_of, make_panels, save
 from ..common.records import (
     as_code,
+    check_settings,
     mean_and_error,
     read_report,
     table,
@@ -149,8 +150,7 @@ def main(given: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     about = {"task": args.task, "tolerance": args.tolerance, "tokens": args.tokens}
     report = read_report(args.results, NAME, about | {"runs": []})
-    if any(report[name] != value for name, value in about.items()):
-        sys.exit(f"{NAME}.json has other settings than {about}. Move it away.")
+    check_settings(NAME, report, about)
     model, tokenizer = dense_model(args.task, args)
     for seed in args.seeds:
         if seed not in [run["seed"] for run in report["runs"]]:

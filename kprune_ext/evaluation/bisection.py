@@ -49,17 +49,12 @@ def search_step(verdicts: Sequence[Verdict | None]) -> tuple[int | None, int | N
     while wanted is None and high - low > 1:
         close = high < len(verdicts) and verdicts[high] is Verdict.NEAR
         middle = high - 1 if close else (low + high) // 2
-        above = middle + 1 if middle + 1 < high else None
-        if verdicts[middle] is None:
-            wanted = middle
-        elif verdicts[middle] is Verdict.GOOD:
-            low = middle
-        elif verdicts[middle] is Verdict.BAD or above is None:
-            high = middle
-        elif verdicts[above] is None:
-            wanted = above
-        elif verdicts[above] is Verdict.GOOD:
-            low = above
+        near = verdicts[middle] is Verdict.NEAR and middle + 1 < high
+        decides = middle + 1 if near else middle
+        if verdicts[decides] is None:
+            wanted = decides
+        elif verdicts[decides] is Verdict.GOOD:
+            low = decides
         else:
             high = middle
     return (None if low < 0 else low), wanted

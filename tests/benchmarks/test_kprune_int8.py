@@ -34,7 +34,7 @@ def test_both_precisions_are_scored_timed_and_resumed(pair_data: Path) -> None:
     assert "| 50% | int8 |" in table and str(pair_data) not in table
     assert (pair_data / "out" / "kprune_int8.png").stat().st_size > 1000
     assert study(pair_data)["runs"] == report["runs"]
-    with pytest.raises(SystemExit, match="has other settings than"):
+    with pytest.raises(SystemExit, match="has other settings"):
         int8.main(["--data", str(pair_data), "--results", str(pair_data / "out"), "--tokens", "9"])
 
 

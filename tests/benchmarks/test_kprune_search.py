@@ -28,5 +28,5 @@ def test_search_and_sweep_agree_and_a_second_call_does_nothing(
     table = (data / "kprune_search.md").read_text()
     assert "| sample | found | best |" in table and str(data) not in table
     assert (data / "kprune_search.png").stat().st_size > 1000
-    with pytest.raises(SystemExit, match="other settings"):
+    with pytest.raises(SystemExit, match="has other settings"):
         search.main([*given, "--tolerance", "5"])
