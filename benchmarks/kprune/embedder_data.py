@@ -71,7 +71,7 @@ def read_pairs(data: Path, name: str, most: int | None) -> Pairs:
     rows = list(read_rows(data / name / f"{about.split}.jsonl"))
     if most is not None and most < len(rows):
         rows = [rows[number * len(rows) // most] for number in range(most)]
-    texts = sorted({row[field] for row in rows for field in about.fields}, key=len)
+    texts = sorted(dict.fromkeys(row[field] for row in rows for field in about.fields), key=len)
     place = {text: number for number, text in enumerate(texts)}
     first, second = (torch.tensor([place[row[field]] for row in rows]) for field in about.fields)
     alike = torch.tensor([about.sign * float(row[about.label]) for row in rows])

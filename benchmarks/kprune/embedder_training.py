@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -62,11 +62,12 @@ def distilled(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     model.eval()  # the teacher has no dropout either
-    order, losses, start = random.Random(seed), [], clock(threads)
+    batches, losses = _endless_batches(sentences, tokenizer, random.Random(seed)), []
+    start = clock(threads)
     while (done := (clock(threads) - start) / minutes) < 1:
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, 20 * done + 0.05, 1.05 - done)
-        (batch,) = batches_of(order.sample(list(sentences), _BATCH), tokenizer, _BATCH)
+        batch = next(batches)
         with torch.no_grad():
             wanted = _embedded(dense, batch)
         loss = geometry_loss(_embedded(model, batch), wanted)
@@ -82,6 +83,17 @@ def distilled(
         "loss_before": sum(losses[:tenth]) / tenth,
         "loss_after": sum(losses[-tenth:]) / tenth,
     }
+
+
+def _endless_batches(
+    sentences: Sequence[str], tokenizer: Any, shuffler: random.Random
+) -> Iterator[dict[str, Tensor]]:
+    """Batches without end; those drawn together are of like length, so that there is little padding."""
+    while True:
+        drawn = shuffler.sample(list(sentences), min(len(sentences), 16 * _BATCH))
+        batches = list(batches_of(sorted(drawn, key=len), tokenizer, _BATCH))
+        shuffler.shuffle(batches)
+        yield from batches
 
 
 def _embedded(model: Any, batch: dict[str, Tensor]) -> Tensor:

@@ -144,7 +144,7 @@ def _similarities(
     options: ScoredOptions, loaded: Loaded, columns: list[list[str]], pooling: Pooling
 ) -> Callable[[PreTrainedModel], Tensor]:
     """Returns a function of a model, whose value is the cosine of each pair of two columns' texts."""
-    texts = sorted({text for column in columns for text in column}, key=len)
+    texts = sorted(dict.fromkeys(text for column in columns for text in column), key=len)
     place = {text: number for number, text in enumerate(texts)}
     first, second = (torch.tensor([place[text] for text in column]) for column in columns)
     table, own = Dataset.from_dict({"text": texts}), replace(options, text_field="text")

@@ -33,7 +33,7 @@ def reading_of(stack: LayerStack, samples: Sequence[Sample], predict: Predict) -
     lengths = [sample.tokens.shape[1] for sample in samples]
     if not lengths:
         return "each"
-    probes = [samples[lengths.index(length)] for length in {min(lengths), max(lengths)}]
+    probes = [samples[lengths.index(length)] for length in sorted({min(lengths), max(lengths)})]
     found = [_reading_of_one(stack, sample, predict) for sample in probes]
     common = set.intersection(*found)
     # Where every sample has one token, both are the same.
