@@ -23,8 +23,14 @@ def by_cell(runs: Sequence[Run]) -> dict[tuple[Any, ...], list[Run]]:
     found: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
         key = (run["model"], pairs_of(run), run["tokens"], run["reduction"], label(run))
-        found.setdefault((*key, run["minutes"]), []).append(run)
+        found.setdefault((*key, run["minutes"], run["rate"]), []).append(run)
     return found
+
+
+def at_stage(runs: Sequence[Run], stage: str) -> list[Run]:
+    """Runs that have scores of this stage, those as pruned once for each pruning."""
+    again = stage == "scores"
+    return [run for run in runs if stage in run and not (again and run.get("pruned_before"))]
 
 
 def pairs_of(run: Run) -> str:
@@ -51,8 +57,7 @@ def as_markdown(report: dict[str, Any]) -> str:
     for cell in sorted(cells):
         runs = cells[cell]
         for stage, ending in STAGES.items():
-            own = [run for run in runs if stage in run]
-            if own:
+            if own := at_stage(runs, stage):
                 rows.append(_row(cell, own, stage, ending, dense.get(cell[:2])))
     head = "model, pairs, tokens, removed, method, minutes"
     rest = "of dense, cosine, samples, FLOPs kept, CPU s, extra MiB"
@@ -63,7 +68,7 @@ def as_markdown(report: dict[str, Any]) -> str:
 def _row(
     cell: tuple[Any, ...], runs: Sequence[Run], stage: str, ending: str, dense: Run | None
 ) -> list[str]:
-    model, pairs, tokens, reduction, method, _ = cell
+    model, pairs, tokens, reduction, method, _, rate = cell
 
     def mean(value: Callable[[Run], float | None], form: str) -> str:
         found = [one for run in runs if (one := value(run)) is not None]
@@ -76,7 +81,7 @@ def _row(
         pairs,
         f"{tokens:,}" if tokens else "–",
         f"{reduction:.0%}",
-        method + (", distilled" if ending else ""),
+        method + (f", distilled at {rate:g}" if ending else ""),
         minutes if ending else "–",
         *(mean_and_error([run[stage][name] for run in runs], ".1f") for name in NAMES),
         mean(lambda run: run[stage]["stsb"] / ratio if ratio else None, ".1%"),
@@ -113,9 +118,9 @@ def draw_model(panel: Any, runs: Sequence[Run]) -> None:
     for method in dict.fromkeys(run["method"] for run in runs):
         for stage, ending in STAGES.items():
             points: dict[float, list[float]] = {}
-            for run in runs:
+            for run in at_stage(runs, stage):
                 fits = run["tokens"] in (0, usual[1]) and usual[0] in ("", pairs_of(run))
-                if run["method"] == method and fits and stage in run:
+                if run["method"] == method and fits:
                     points.setdefault(100 * run["reduction"], []).append(run[stage]["stsb"])
             ends.append(draw_points(panel, sorted(points.items()), look_of(method + ending)))
     panel.set(xlabel="FLOPs of the encoder removed, %", ylabel="Spearman correlation on STS-B, %")

@@ -69,7 +69,10 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     options = "JSON with options of KPruneConfig for the method `ours`."
     add("--options", type=json.loads, default={}, help=options)
     add("--rounds", type=int, default=9, help="Number of rounds of timing; 0 leaves it out.")
-    kept = "Folder that keeps the models of `ours`, for int8.py; those distilled in a folder each."
+    kept = (
+        "Folder that keeps the models of `ours`, those distilled in a folder each, for int8.py. One "
+        "that was measured before is distilled without being pruned again."
+    )
     add("--pruned-models", type=Path, help=kept)
     add("--name", default=NAME, help="Name of the result files.")
     in_process = "Run everything in one process; figures of memory are meaningless then."
@@ -126,6 +129,16 @@ def key_of(run: dict[str, Any]) -> str:
     return json.dumps([[run[name] for name in KEY], label(run)])
 
 
+def pruned_before(
+    run: dict[str, Any], runs: list[dict[str, Any]], folder: Path | None
+) -> dict[str, Any] | None:
+    """What an earlier run has measured of the model that this one is to distil, if it was kept."""
+    if folder is None or not run["minutes"] or not (place_of(folder, run) / "config.json").exists():
+        return None
+    plain = {"minutes": 0.0, "rate": 0.0}
+    return next((other for other in runs if key_of(other | plain) == key_of(run | plain)), None)
+
+
 def place_of(folder: Path, run: dict[str, Any], *, distilled: bool = False) -> Path:
     """Where the model of a run is kept: a folder named by all that it depends on."""
     parts = (run[name] for name in ("reduction", "tokens", "seed"))
@@ -133,15 +146,11 @@ def place_of(folder: Path, run: dict[str, Any], *, distilled: bool = False) -> P
     return folder / ("-".join(map(str, (run["model"], label(run), *parts))) + ending)
 
 
-def run_one(run: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """Prune once, measure, and distil if that is asked for."""
-    torch.set_num_threads(args.threads)
-    run = dict(run)
-    dense, tokenizer = loaded(run.pop("source"))
-    if run["method"] == "dense":
-        return run | {"scores": scores(dense, dense, tokenizer, args.data, run["pairs"])}
-    sentences = read_sentences(args.data)
-    order = shuffled(sentences, run["seed"])
+def pruned_model(
+    run: dict[str, Any], dense: Any, tokenizer: Any, args: argparse.Namespace
+) -> tuple[Any, dict[str, Any]]:
+    """A pruned model, and the run with what pruning has taken and what is left."""
+    order = shuffled(read_sentences(args.data), run["seed"])
     batches = list(batches_of(order, tokenizer))
     common = {"reduction": run["reduction"], "max_tokens": run["tokens"], "seed": run["seed"]}
     gc.collect()
@@ -168,7 +177,24 @@ def run_one(run: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     found |= speed(dense, pruned, args.rounds)
     torch.set_num_threads(args.threads)
+    return pruned, found
+
+
+def run_one(run: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Prune once, measure, and distil if that is asked for."""
+    torch.set_num_threads(args.threads)
+    run = dict(run)
+    dense, tokenizer = loaded(run.pop("source"))
+    if run["method"] == "dense":
+        return run | {"scores": scores(dense, dense, tokenizer, args.data, run["pairs"])}
+    before = run.pop("before", None)
+    if before is None:
+        pruned, found = pruned_model(run, dense, tokenizer, args)
+    else:
+        pruned = AutoModel.from_pretrained(place_of(args.pruned_models, run)).eval()
+        found = before | run | {"pruned_before": True}
     if run["minutes"]:
+        sentences = read_sentences(args.data)
         how = {"minutes": run["minutes"], "rate": run["rate"], "seed": run["seed"]}
         found["distillation"] = distilled(
             pruned, dense, tokenizer, sentences, threads=args.threads, **how
@@ -190,6 +216,8 @@ def main(given: list[str] | None = None) -> None:
     for run in wanted_runs(args):
         if key_of(run) in done:
             continue
+        before = pruned_before(run, report["runs"], args.pruned_models)
+        run |= {"before": before} if before else {}
         if args.in_process:
             result = run_one(run, args)
         else:

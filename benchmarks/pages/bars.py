@@ -20,7 +20,7 @@ from ..common.figures import (
 )
 from ..corda_training.step import ratio
 from ..kprune.decoder_recovery import best_runs
-from ..kprune.embedder_tables import STAGES, by_cell
+from ..kprune.embedder_tables import STAGES, at_stage, by_cell
 
 Reports = Mapping[str, Any]
 Bar = tuple[str, list[float], Look]
@@ -221,9 +221,9 @@ def embedders(reports: Reports, path: Path, source: str) -> None:
     dense = {key[0]: runs[0]["scores"]["stsb"] for key, runs in cells.items() if not key[3]}
     rows: list[Bar] = []
     for key, runs in sorted(cells.items(), key=lambda item: (item[0][0], item[0][3])):
-        model, _, _, reduction, method, _ = key
+        model, _, _, reduction, method, *_ = key
         for stage, ending in STAGES.items():
-            own = [100 * run[stage]["stsb"] / dense[model] for run in runs if stage in run]
+            own = [100 * run[stage]["stsb"] / dense[model] for run in at_stage(runs, stage)]
             if own and reduction:
                 what = ", ".join([*method.split(" ")[1:], *(["distilled"] if ending else [])])
                 label = f"{model}, {reduction:.0%} removed"

@@ -10,7 +10,11 @@ import torch
 
 from benchmarks.kprune import embedders
 from benchmarks.kprune.accuracy import label
-from benchmarks.kprune.embedder_data import read_pairs, read_sentences, shuffled
+from benchmarks.kprune.embedder_data import (
+    read_pairs,
+    read_sentences,
+    shuffled,
+)
 from benchmarks.kprune.embedder_signals import SIGNALS, prediction
 from benchmarks.kprune.embedder_training import distilled, geometry_loss
 from tests.helpers.kprune import tiny_bert, word_tokenizer
@@ -37,9 +41,25 @@ def test_every_method_is_scored_distilled_and_resumed(pair_data: Path) -> None:
         assert run["distillation"]["steps"] > 0 and run["latency_1"]["speedup"] > 0
         assert set(run["distilled_scores"]) == set(run["scores"]) > set(dense["scores"])
     table = (pair_data / "out" / "kprune_embedders.md").read_text()
-    assert "| 50% | ours, distilled | 0.0 |" in table and str(pair_data) not in table
+    assert "| 50% | ours, distilled at 0.01 | 0.0 |" in table and str(pair_data) not in table
     assert (pair_data / "out" / "kprune_embedders.png").stat().st_size > 1000
     assert study(pair_data, *given)["runs"] == report["runs"]
+
+
+def test_what_was_kept_is_distilled_without_being_pruned_again(
+    pair_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["--methods", "ours", "--pairs", "8", "--other-pairs", "8", "--rounds", "0"]
+    given += ["--pruned-models", str(pair_data / "kept")]
+    _, pruned = study(pair_data, *given)["runs"]
+    monkeypatch.setattr(embedders, "kprune", lambda *_, **__: pytest.fail("pruned again"))
+    runs = study(pair_data, *given, "--distill-minutes", "0.005")["runs"]
+    assert runs[1] == pruned and runs[2]["scores"] == pruned["scores"]
+    assert runs[2]["distillation"]["steps"] > 0 and "distilled_scores" in runs[2]
+    assert (pair_data / "kept" / "model-ours-0.5-150-0-distilled-0.005-0.0001").is_dir()
+    table = (pair_data / "out" / "kprune_embedders.md").read_text().splitlines()
+    cells = [line.split(" | ")[4] for line in table if "| 50% |" in line]
+    assert cells == ["ours", "ours, distilled at 0.0001"]
 
 
 def test_every_signal_prunes_and_is_told_apart(pair_data: Path) -> None:
