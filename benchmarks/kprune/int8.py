@@ -82,6 +82,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     distilled = "Take those that were distilled for so many minutes, which must be there."
     add("--distilled-minutes", type=float, help=distilled)
     add("--rate", type=float, default=1e-4, help="Learning rate of that distillation.")
+    add("--name", default=NAME, help="Name of the result files; other settings need another name.")
     add("--rounds", type=int, default=15, help="Number of rounds of timing.")
     add_threads(parser, 1)
     add_results(parser)
@@ -205,8 +206,8 @@ def main(given: list[str] | None = None) -> None:
     }
     if args.distilled_minutes is not None:
         about["rate"] = args.rate
-    report = read_report(args.results, NAME, about | {"runs": []})
-    check_settings(NAME, report, about)
+    report = read_report(args.results, args.name, about | {"runs": []})
+    check_settings(args.name, report, about)
     for name in args.models:
         for reduction in (0.0, *args.reductions):
             done = {(run["model"], run["reduction"]) for run in report["runs"]}
@@ -216,9 +217,9 @@ def main(given: list[str] | None = None) -> None:
                 runs = measured(name, reduction, Path(folder), args)
             report["runs"] += runs
             report = with_provenance(report, __spec__.name, given)
-            write_report(args.results, NAME, report, as_markdown(report))
+            write_report(args.results, args.name, report, as_markdown(report))
             print(*(f"{run['precision']}: {run['scores']}" for run in runs), flush=True)
-    plot(report, args.results / f"{NAME}.png")
+    plot(report, args.results / f"{args.name}.png")
 
 
 if __name__ == "__main__":
