@@ -35,12 +35,14 @@ def as_markdown(report: dict[str, Any]) -> str:
         ]
         for run in sorted(report["runs"], key=lambda run: (run["model"], run["reduction"]))
     ]
+    minutes = report["distilled_minutes"]
+    after = f"Pruned models were distilled for {minutes:g} minutes. " if minutes else ""
     head = "model, removed, precision, STS-B, of dense, cosine, MiB"
     shapes = [f"speed-up {batch} × {tokens}" for batch, tokens in SHAPES]
     return (
         "Embedders in onnxruntime. `STS-B`: Spearman's correlation in percent. `cosine`: mean to the "
         "embeddings of the dense model in PyTorch, whose median time is what speed-ups refer to: "
-        f"{report['rounds']} turns, {report['threads']} thread(s). {as_code(report)}\n\n"
+        f"{report['rounds']} turns, {report['threads']} thread(s). {after}{as_code(report)}\n\n"
         + table([*head.split(", "), *shapes], rows)
     )
 
