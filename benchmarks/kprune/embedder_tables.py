@@ -59,7 +59,7 @@ def as_markdown(report: dict[str, Any]) -> str:
         for stage, ending in STAGES.items():
             if own := at_stage(runs, stage):
                 rows.append(_row(cell, own, stage, ending, dense.get(cell[:2])))
-    head = "model, pairs, tokens, removed, method, minutes"
+    head = "model, pairs, tokens, removed, method, minutes, rate"
     rest = "of dense, cosine, samples, FLOPs kept, CPU s, extra MiB"
     shapes = [f"speed-up {batch} × {tokens}" for batch, tokens in SHAPES]
     return text + table([*head.split(", "), *NAMES.values(), *rest.split(", "), *shapes], rows)
@@ -81,8 +81,8 @@ def _row(
         pairs,
         f"{tokens:,}" if tokens else "–",
         f"{reduction:.0%}",
-        method + (f", distilled at {rate:g}" if ending else ""),
-        minutes if ending else "–",
+        method + (", distilled" if ending else ""),
+        *((minutes, f"{rate:g}") if ending else ("–", "–")),
         *(mean_and_error([run[stage][name] for run in runs], ".1f") for name in NAMES),
         mean(lambda run: run[stage]["stsb"] / ratio if ratio else None, ".1%"),
         mean(lambda run: run[stage].get("cosine"), ".3f"),

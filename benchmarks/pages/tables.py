@@ -22,6 +22,8 @@ _REQUEST = re.compile(
 )
 
 
+#: What follows the name of a method whose result was distilled.
+_DISTILLED = ", distilled"
 #: What names mean that only one study has, or that mean something else there.
 _OWN_NAMES: Mapping[str, Mapping[str, str]] = {
     "corda_init": {"ours": "peft_corda", "ours-least": "peft_corda, smallest `max_memory`"},
@@ -91,9 +93,10 @@ def cut(
 def _named(cell: str, names: Mapping[str, str]) -> str:
     if cell in names:
         return names[cell]
-    method, *options = cell.split(" ") if cell.split(" ")[0] in LOOKS else [cell]
+    plain = cell.removesuffix(_DISTILLED)
+    method, *options = plain.split(" ") if plain.split(" ")[0] in LOOKS else [plain]
     name = LOOKS[method].name if method in LOOKS else DATA_NAMES.get(method, method)
-    return f"{name}, `{' '.join(options)}`" if options else name
+    return (f"{name}, `{' '.join(options)}`" if options else name) + cell[len(plain) :]
 
 
 def _conditions(text: str) -> dict[str, list[str]]:

@@ -55,9 +55,10 @@ def test_a_table_is_cut_and_named(tmp_path: Path) -> None:
         ["lora", "1", "x"],
         ["kpm", "2", "y"],
         ["ours p=1", "3", "z"],
+        ["ours p=1, distilled", "4", "z"],
     ]
     assert "| LoRA | x |" in cut(rows, ["method", "a, b"], {"rate": ["1", "2"]}, {})
-    assert "K-prune, `p=1`" in cut(rows, ["method"], {}, {})
+    assert "| K-prune, `p=1` |\n| K-prune, `p=1`, distilled |" in cut(rows, ["method"], {}, {})
     assert "| mine |" in cut(rows, ["method"], {"rate": ["2"]}, {"kpm": "mine"})
     with pytest.raises(ValueError, match="Several columns are called rate"):
         cut([["rate", "rate"], ["1", "2"]], ["rate"], {}, {})
