@@ -10,11 +10,7 @@ import torch
 
 from benchmarks.kprune import embedders
 from benchmarks.kprune.accuracy import label
-from benchmarks.kprune.embedder_data import (
-    read_pairs,
-    read_sentences,
-    shuffled,
-)
+from benchmarks.kprune.embedder_data import read_pairs, read_sentences, shuffled
 from benchmarks.kprune.embedder_signals import SIGNALS, prediction
 from benchmarks.kprune.embedder_training import distilled, geometry_loss
 from tests.helpers.kprune import tiny_bert, word_tokenizer

@@ -13,6 +13,9 @@ ORDERED = {"list", "tuple", "enumerate", "zip", "join"}
 
 
 def is_set(node: ast.AST) -> bool:
+    """Whether an expression is a set, or goes through one."""
+    if isinstance(node, ast.GeneratorExp):
+        return any(is_set(part.iter) for part in node.generators)
     named = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
     return isinstance(node, ast.Set | ast.SetComp) or (
         named and node.func.id in {"set", "frozenset"}
@@ -34,7 +37,9 @@ def ordered_sets(tree: ast.AST) -> Iterator[int]:
             yield node.lineno
 
 
-@pytest.mark.parametrize("line", ["sorted({a, b}, key=len)", "list(set(a))", "[b for b in {c, d}]"])
+@pytest.mark.parametrize(
+    "line", ["sorted({a, b}, key=len)", "[b for b in {c, d}]", "tuple(b for b in set(c))"]
+)
 def test_ordered_sets_are_found(line: str) -> None:
     assert list(ordered_sets(ast.parse(line))) == [1]
     assert not list(ordered_sets(ast.parse("sorted(set(a)); {b for b in {c, d}}; len({a, b})")))
