@@ -4,11 +4,11 @@
     python -m benchmarks.kprune.int8 --data DATA --models all-mpnet-base-v2 --reductions 0.5
     python -m benchmarks.kprune.int8 --data DATA --pruned-models FOLDER --distilled-minutes 10
 
-The dense model and pruned ones are exported with `torch.onnx.export` and quantised by onnxruntime
-(dynamic quantisation: weights by channel ahead, activations as they come). Each is scored as in
-`embedders.py` and timed in turns with the dense model in PyTorch, on one thread. Results go to
-`benchmarks/results/kprune_int8.{json,md,png}` after every model. Started again, the benchmark resumes
-with the models that are missing.
+The dense model and pruned ones are exported with `torch.onnx.export`, then run and quantised by
+onnxruntime, with `--engines onnxruntime openvino` by OpenVINO, too: see `int8_engines.py`. Each is
+scored as in `embedders.py` and timed in turns with the dense model in PyTorch, on one thread. Results
+go to `benchmarks/results/kprune_int8.{json,md,png}` after every model. Started again, the benchmark
+resumes with the models that are missing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import argparse
 import json
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,13 +24,11 @@ from typing import Any
 
 import onnxruntime
 import torch
-from onnxruntime.quantization import QuantType, quantize_dynamic
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModel
 
 from kprune_ext import KPruneConfig, kprune
 from kprune_ext.budget.latency import median_seconds
-from kprune_ext.evaluation.pooling import pooled
 from kprune_ext.evaluation.predictions import embeddings_of
 
 from ..common.command_line import add_results, add_threads, make_parser
@@ -44,22 +41,10 @@ from ..common.records import (
 from .accuracy import SHAPES
 from .embedder_data import batches_of, read_sentences, scores_of, shuffled
 from .embedders import MINILM, label_of, loaded, place_of
-from .int8_tables import PRECISIONS, as_markdown, plot
+from .int8_engines import Embedder, Program, check_engines, programs
+from .int8_tables import ENGINES, as_markdown, plot
 
 NAME = "kprune_int8"
-NAMES = ["input_ids", "attention_mask"]
-
-
-class Embedder(nn.Module):
-    """A model whose arguments and result are tensors, as exporters need it."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return pooled(hidden, attention_mask, "mean")
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -72,6 +57,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     shares = "Shares of the encoder's FLOPs to remove."
     add("--reductions", nargs="+", type=float, default=[0.3, 0.5, 0.7], help=shares)
     add("--tokens", type=int, default=25_000, help="Largest size of the sample, in tokens.")
+    add("--engines", nargs="+", choices=ENGINES, default=["onnxruntime"], help="Engines.")
     add("--seed", type=int, default=0, help="Seed of the sample.")
     add("--pairs", type=int, help="Pairs of STS-B to score, from all over it; by default all.")
     add("--other-pairs", type=int, default=1000, help="Pairs of MRPC and of QNLI to score.")
@@ -89,57 +75,19 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(given)
 
 
-def exported(model: Any, folder: Path) -> dict[str, Path]:
-    """The model as files of onnxruntime, for batches of any shape, by their precision."""
-    files = {precision: folder / f"{precision}.onnx" for precision in PRECISIONS}
-    ids = torch.randint(5, model.config.vocab_size, (2, 16))
-    shape = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            Embedder(model).eval(),
-            (ids, torch.ones_like(ids)),
-            files["float32"],
-            input_names=NAMES,
-            dynamic_shapes=dict.fromkeys(NAMES, shape),
-            dynamo=True,
-        )
-    quantize_dynamic(files["float32"], files["int8"], per_channel=True, weight_type=QuantType.QInt8)
-    return files
-
-
-def session_of(path: Path, threads: int) -> onnxruntime.InferenceSession:
-    """A file as a program on the CPU."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = threads
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-
-def run(session: onnxruntime.InferenceSession, batch: dict[str, Tensor]) -> Tensor:
-    """The embeddings of a batch."""
-    return torch.from_numpy(session.run(None, {name: batch[name].numpy() for name in NAMES})[0])
-
-
-def embedded(session: onnxruntime.InferenceSession, batches: Iterable[dict[str, Tensor]]) -> Tensor:
-    """The embeddings of all batches, `(texts, hidden)`."""
-    return torch.cat([run(session, batch) for batch in batches])
-
-
-def timed(
-    sessions: Sequence[onnxruntime.InferenceSession], dense: Any, rounds: int
-) -> list[dict[str, float]]:
+def timed(made: Sequence[Program], dense: Any, rounds: int) -> list[dict[str, float]]:
     """How many times as fast as the dense model in PyTorch each program is, by the batch's size."""
-    found: list[dict[str, float]] = [{} for _ in sessions]
+    found: list[dict[str, float]] = [{} for _ in made]
     for size, tokens in SHAPES if rounds else ():
         ids = torch.randint(5, dense.config.vocab_size, (size, tokens))
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        programs: list[Callable[[], Any]] = [partial(run, one, batch) for one in sessions]
+        own: list[Callable[[], Any]] = [partial(program, batch) for program in made]
         with torch.no_grad():
             plain, *seconds = median_seconds(
-                [partial(Embedder(dense), **batch), *programs], rounds, lambda: None
+                [partial(Embedder(dense), **batch), *own], rounds, lambda: None
             )
-        for one, own in zip(found, seconds, strict=True):
-            one[f"speedup_{size}"] = plain / own
+        for one, taken in zip(found, seconds, strict=True):
+            one[f"speedup_{size}"] = plain / taken
     return found
 
 
@@ -164,36 +112,44 @@ def pruned(
 def measured(
     name: str, reduction: float, folder: Path, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """The model at this size in both precisions: scores, speed, and bytes of the file."""
+    """The model at this size as all programs: scores, speed, and bytes of the files."""
     dense, tokenizer = loaded(name)
     model, pairs = dense, {"stsb": args.pairs, "mrpc": args.other_pairs, "qnli": args.other_pairs}
     if reduction:
         model = pruned(name, dense, tokenizer, reduction, args)
-    files = exported(model, folder)
-    sessions = [session_of(files[precision], args.threads) for precision in PRECISIONS]
-    speeds = timed(sessions, dense, args.rounds)
+    sentences = batches_of(shuffled(read_sentences(args.data), args.seed), tokenizer)
+    made = programs(model, folder, sentences, args.engines, args.threads)
+    speeds = timed(made, dense, args.rounds)
+    vectors: list[Tensor] = []  # the dense model's, computed once
+
+    def of_dense(batches: Iterable[dict[str, Tensor]]) -> Tensor:
+        if not vectors:
+            vectors.append(embeddings_of(dense, batches))
+        return vectors[0]
+
     return [
         {
             "model": label_of(name),
             "reduction": reduction,
-            "precision": precision,
-            "mib": sum(file.stat().st_size for file in folder.glob(f"{precision}.onnx*")) / 2**20,
-            "scores": scores_of(
-                partial(embedded, session),
-                partial(embeddings_of, dense),
-                tokenizer,
-                args.data,
-                pairs,
-            ),
+            "engine": program.engine,
+            "precision": program.precision,
+            "mib": program.mib,
+            "scores": scores_of(partial(_all_of, program), of_dense, tokenizer, args.data, pairs),
         }
         | speed
-        for precision, session, speed in zip(PRECISIONS, sessions, speeds, strict=True)
+        for program, speed in zip(made, speeds, strict=True)
     ]
+
+
+def _all_of(program: Program, batches: Iterable[dict[str, Tensor]]) -> Tensor:
+    """The embeddings of all batches, `(texts, hidden)`."""
+    return torch.cat([program(batch) for batch in batches])
 
 
 def main(given: list[str] | None = None) -> None:
     given = sys.argv[1:] if given is None else given
     args = arguments(given)
+    check_engines(args.engines)
     torch.set_num_threads(args.threads)
     about = {
         "tokens": args.tokens,
@@ -206,6 +162,8 @@ def main(given: list[str] | None = None) -> None:
     }
     if args.distilled_minutes is not None:
         about["rate"] = args.rate
+    if args.engines != ["onnxruntime"]:
+        about["engines"] = args.engines
     report = read_report(args.results, args.name, about | {"runs": []})
     check_settings(args.name, report, about)
     for name in args.models:
@@ -218,7 +176,10 @@ def main(given: list[str] | None = None) -> None:
             report["runs"] += runs
             report = with_provenance(report, __spec__.name, given)
             write_report(args.results, args.name, report, as_markdown(report))
-            print(*(f"{run['precision']}: {run['scores']}" for run in runs), flush=True)
+            print(
+                *(f"{run['engine']} {run['precision']}: {run['scores']}" for run in runs),
+                flush=True,
+            )
     plot(report, args.results / f"{args.name}.png")
 
 

@@ -9,6 +9,7 @@ from ..common.figures import look_of, make_panels, save
 from ..common.records import as_code, table
 from .accuracy import SHAPES
 
+ENGINES = ("onnxruntime", "openvino")
 PRECISIONS = ("float32", "int8")
 
 
@@ -23,6 +24,7 @@ def as_markdown(report: dict[str, Any]) -> str:
         [
             run["model"],
             f"{run['reduction']:.0%}",
+            engine_of(run),
             run["precision"],
             f"{run['scores']['stsb']:.1f}",
             f"{run['scores']['stsb'] / dense[run['model']]:.1%}",
@@ -37,14 +39,20 @@ def as_markdown(report: dict[str, Any]) -> str:
     ]
     minutes = report["distilled_minutes"]
     after = f"Pruned models were distilled for {minutes:g} minutes. " if minutes else ""
-    head = "model, removed, precision, STS-B, of dense, cosine, MiB"
+    head = "model, removed, engine, precision, STS-B, of dense, cosine, MiB"
     shapes = [f"speed-up {batch} × {tokens}" for batch, tokens in SHAPES]
     return (
-        "Embedders in onnxruntime. `STS-B`: Spearman's correlation in percent. `cosine`: mean to the "
-        "embeddings of the dense model in PyTorch, whose median time is what speed-ups refer to: "
+        "Embedders in float32 and in 8 bits. `STS-B`: Spearman's correlation in percent. `cosine`: mean "
+        "to the embeddings of the dense model in PyTorch, whose median time is what speed-ups refer to: "
         f"{report['rounds']} turns, {report['threads']} thread(s). {after}{as_code(report)}\n\n"
         + table([*head.split(", "), *shapes], rows)
     )
+
+
+def engine_of(run: dict[str, Any]) -> str:
+    """The engine of a run; the first results do not name it."""
+    engine: str = run.get("engine", "onnxruntime")
+    return engine
 
 
 def plot(report: dict[str, Any], path: Path, source: str = "") -> None:
@@ -54,7 +62,12 @@ def plot(report: dict[str, Any], path: Path, source: str = "") -> None:
     key = f"speedup_{SHAPES[0][0]}"
     for panel, name in zip(panels, names, strict=True):
         for precision, method in zip(PRECISIONS, ("ours", "fisher_mask"), strict=True):
-            runs = [r for r in report["runs"] if r["model"] == name and r["precision"] == precision]
+            wanted = (name, precision, "onnxruntime")
+            runs = [
+                run
+                for run in report["runs"]
+                if (run["model"], run["precision"], engine_of(run)) == wanted
+            ]
             points = sorted((run[key], run["scores"]["stsb"]) for run in runs if key in run)
             look = look_of(method)
             panel.plot(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.kprune import embedders, int8
+from benchmarks.kprune import embedders, int8, int8_engines
 from benchmarks.kprune.embedder_data import scores
 from tests.helpers.kprune import tiny_bert
 
@@ -31,7 +32,7 @@ def test_both_precisions_are_scored_timed_and_resumed(pair_data: Path) -> None:
         assert runs[size, "int8"]["speedup_1"] > 0
     assert runs[0.5, "float32"]["mib"] < runs[0.0, "float32"]["mib"]
     table = (pair_data / "out" / "kprune_int8.md").read_text()
-    assert "| 50% | int8 |" in table and str(pair_data) not in table
+    assert "| 50% | onnxruntime | int8 |" in table and str(pair_data) not in table
     assert (pair_data / "out" / "kprune_int8.png").stat().st_size > 1000
     assert study(pair_data)["runs"] == report["runs"]
     with pytest.raises(SystemExit, match="has other settings"):
@@ -62,12 +63,35 @@ def test_models_that_the_study_of_embedders_has_kept_are_not_pruned_again(
     assert ours["scores"]["cosine"] != ours["distilled_scores"]["cosine"]
 
 
-def test_files_take_any_shape(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_programs_take_any_shape(engine: str, tmp_path: Path) -> None:
+    if engine == "openvino":
+        pytest.importorskip("openvino")
+        pytest.importorskip("nncf")
     model = tiny_bert().bert.eval()
-    session = int8.session_of(int8.exported(model, tmp_path)["float32"], 1)
+    batches = [batch_of(model, (4, 7)) for _ in range(3)]
+    wide, narrow = int8_engines.programs(model, tmp_path, batches, [engine], 1)
+    assert (wide.engine, wide.precision, narrow.precision) == (engine, "float32", "int8")
+    assert min(narrow.mib, wide.mib) > 0
     for shape in ((1, 5), (3, 9)):
-        ids = torch.randint(5, model.config.vocab_size, shape)
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        batch = batch_of(model, shape)
         with torch.no_grad():
             wanted = int8.Embedder(model)(**batch)
-        torch.testing.assert_close(int8.run(session, batch), wanted, rtol=1e-4, atol=1e-5)
+        first = wide(batch)
+        torch.testing.assert_close(first, wanted, rtol=1e-4, atol=1e-5)
+        assert torch.cosine_similarity(narrow(batch), wanted).min() > 0.9
+        wide(batch_of(model, shape))  # does not change what was returned before
+        torch.testing.assert_close(first, wanted, rtol=1e-4, atol=1e-5)
+
+
+def batch_of(model, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+    ids = torch.randint(5, model.config.vocab_size, shape)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def test_a_missing_engine_is_said_before_the_work(pair_data: Path, monkeypatch) -> None:
+    there = {"openvino": object(), "nncf": None}
+    monkeypatch.setattr(importlib.util, "find_spec", there.get)
+    monkeypatch.setattr(int8, "loaded", lambda *_: pytest.fail("it has begun"))
+    with pytest.raises(SystemExit, match="pip install nncf$"):
+        int8.main(["--data", str(pair_data), "--engines", "openvino"])
