@@ -59,9 +59,10 @@ def directions(
 ) -> Iterator[Tensor]:
     """Yields vectors v with E[Σ v vᵀ] = H for every sample, over all of its positions at once.
 
-    If the root has at most `limit` columns, they are the vectors, and the sum is exact. Otherwise
-    each of `limit` vectors is the sum of all columns with random signs, which is correct in
-    expectation (Hutchinson's estimator); a sample's signs depend only on its seed.
+    If the root has at most `limit` columns, they are the vectors, and the sum is exact. Otherwise the
+    longest columns of a sample are vectors of their own, as far as that lowers the variance, and each of
+    the remaining vectors is the sum of all other columns with random signs, which is correct in
+    expectation (Hutchinson's estimator). A sample's signs depend only on its seed.
 
     Args:
         z: Logits, `(batch, positions, classes)`, without gradient.
@@ -84,11 +85,59 @@ def directions(
                 r[:, position, column] = 1
                 yield root_times(z, problem, temperature, r) * weight
         return
+    squares = _column_squares(z, problem, temperature) * counted.unsqueeze(2)
+    order, alone = _columns_alone(squares.flatten(1), limit)
+    others = torch.ones_like(squares.flatten(1), dtype=z.dtype)
+    places = torch.arange(limit - 1, device=z.device)
+    others = others.scatter(1, order, (places >= alone).to(z.dtype)).reshape(squares.shape)
+    scale = (limit - alone).to(z.dtype).sqrt()
     signs = torch.stack([_signs(seed, limit, positions + width) for seed in seeds]).to(z.device)
     for number in range(limit):
-        drawn = signs[:, number].to(z.dtype) / limit**0.5
-        r = drawn[:, :positions, None] * signs[:, number, None, positions:].to(z.dtype)
+        drawn = signs[:, number].to(z.dtype)
+        r = (drawn[:, :positions] / scale).unsqueeze(2) * drawn[:, None, positions:] * others
+        if number < limit - 1:
+            one = torch.zeros_like(squares.flatten(1), dtype=z.dtype)
+            one = one.scatter(1, order[:, number, None], 1.0).reshape(r.shape)
+            r = torch.where((number < alone).unsqueeze(2), one, r)
         yield root_times(z, problem, temperature, r) * weight
+
+
+def _column_squares(z: Tensor, problem: ProblemType, temperature: float) -> Tensor:
+    """Returns the squared lengths of the columns of R, `(batch, positions, components)` in float64."""
+    z = z.double() / temperature
+    if problem == "regression":
+        return torch.full_like(z, 2.0)
+    if problem == "multi_label_classification":
+        return z.sigmoid() * (-z).sigmoid()
+    if z.shape[2] == 2:
+        difference = z[..., 1:] - z[..., :1]
+        return 2 * difference.sigmoid() * (-difference).sigmoid()
+    p = z.softmax(2)
+    return p * (1 - 2 * p + p.square().sum(2, keepdim=True))
+
+
+def _columns_alone(squares: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """Chooses the columns that are vectors of their own.
+
+    With m of them, the variance of the others' part is in proportion to the sum of the products of any
+    two of the others' squares, divided by the `limit` − m vectors that are drawn.
+
+    Args:
+        squares: Squared lengths of the columns, `(batch, columns)`, with more than `limit` columns.
+        limit: Number of vectors.
+
+    Returns:
+        The longest columns, `(batch, limit - 1)`, and how many of them stand alone, `(batch, 1)`.
+    """
+    longest, order = squares.topk(limit - 1)
+    numbers = torch.arange(limit, device=squares.device)
+
+    def left(values: Tensor, largest: Tensor) -> Tensor:
+        taken = torch.nn.functional.pad(largest.cumsum(1), (1, 0))
+        return values.sum(1, keepdim=True) - taken
+
+    products = left(squares, longest).square() - left(squares.square(), longest.square())
+    return order, (products / (limit - numbers)).argmin(1, keepdim=True)
 
 
 def _signs(seed: int, rows: int, columns: int) -> Tensor:

@@ -155,8 +155,9 @@ class KPruneConfig:
         or_none(whole_number()),
         "Largest number of backward passes per sample for predictive knowledge. The exact value takes "
         "one per class and position (a single one for two classes); where that is more than this "
-        "number, as many passes with random signs give an unbiased estimate. Language models take this "
-        "number, each with next tokens of its own. None stands for 8, for them 1.",
+        "number, likely classes have passes of their own and all others share the rest with random "
+        "signs, which is right in the mean. Language models take this number, each with next tokens of "
+        "its own. None stands for 8, for them 1.",
     )
     sensitivity: Sensitivity = option(
         "fisher",

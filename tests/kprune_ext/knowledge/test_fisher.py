@@ -56,6 +56,37 @@ def test_random_signs_are_right_in_the_mean(problem: str) -> None:
     assert (estimates[0] - exact).norm() > 0.3 * exact.norm()  # one alone is far off
 
 
+def test_likely_classes_are_directions_of_their_own() -> None:
+    """Start and end of an answer among 40 tokens, of which three are likely for each."""
+    z = torch.full((1, 2, 40), -12.0).double()
+    z[0, 0, [3, 9, 30]] = torch.tensor([1.0, 0.5, 0.0]).double()
+    z[0, 1, [4, 11, 31]] = torch.tensor([0.0, 0.4, 2.0]).double()
+    counted, problem = torch.ones(1, 2, dtype=torch.bool), "single_label_classification"
+
+    def squares(limit: int) -> Tensor:
+        found = [d.flatten() for d in directions(z, counted, problem, 1.0, limit, [0])]
+        assert len(found) == min(limit, 80)
+        return sum(torch.outer(one, one) for one in found)
+
+    exact = squares(80)
+    assert (squares(8) - exact).norm() < 0.01 * exact.norm()
+    assert (squares(2) - exact).norm() > 0.1 * exact.norm()
+
+
+@pytest.mark.parametrize("limit", [1, 8])
+def test_samples_with_different_predictions_share_passes(limit: int) -> None:
+    """A certain sample, an undecided one and one between them: each as if it were alone."""
+    problem = "single_label_classification"
+    z = torch.stack([30.0 * torch.eye(2, 20), torch.zeros(2, 20), torch.randn(2, 20)]).double()
+    counted = torch.tensor([[True, True], [True, True], [True, False]])
+    together = list(directions(z, counted, problem, 1.0, limit, [1, 2, 3]))
+    for row in range(3):
+        own = (z[row : row + 1], counted[row : row + 1])
+        alone = list(directions(*own, problem, 1.0, limit, [row + 1]))
+        for one, other in zip(together, alone, strict=True):
+            torch.testing.assert_close(one[row : row + 1], other)
+
+
 def test_signs_belong_to_the_sample() -> None:
     z, counted = torch.randn(3, 4, 6), torch.ones(3, 4, dtype=torch.bool)
     together = list(directions(z, counted, "regression", 1.0, 5, [7, 8, 9]))
