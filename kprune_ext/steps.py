@@ -38,7 +38,7 @@ def measured_scores(run: PruningRun, step: int) -> list[Tensor]:
     scores = unit_scores(
         targets,
         knowledge,
-        lambda_rep=config.lambda_rep,
+        lambda_rep=1.0 if config.lambda_rep is None else config.lambda_rep,
         relative=config.lambda_scale == "relative",
         prior_samples=config.prior_samples,
         mu=config.mu,

@@ -41,6 +41,7 @@ class Task:
         predict: Computes the predictions, `(model, batch) -> logits`.
         problem: Problem type of the logits; None to take it from the model's config.
         is_causal: Whether it is a task of decoders alone.
+        is_span: Whether predictions are a first and a last token.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Task:
     predict: Predict
     problem: ProblemType | None = None
     is_causal: bool = False
+    is_span: bool = False
 
 
 def _logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
@@ -99,6 +101,7 @@ TASKS: tuple[Task, ...] = (
         modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING,
         _span,
         "single_label_classification",
+        is_span=True,
     ),
     Task(
         "masked language modelling",

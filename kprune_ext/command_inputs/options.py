@@ -65,7 +65,8 @@ class CalibratedOptions:
             language models, whose texts are packed into sequences of this length.
         batch_size: Number of sequences per batch. It does not affect the result.
         max_tokens: Largest number of calibration tokens.
-        lambda_rep: Weight of representational relative to predictive knowledge.
+        lambda_rep: Weight of representational relative to predictive knowledge. By default it is 1, for
+            question answering 0.1.
         schedule: How often knowledge is measured: once, per layer or per sub-layer. By default it is per
             layer for encoders, once for decoders.
         score_fraction: Fraction of the calibration samples on which knowledge is measured.

@@ -73,14 +73,16 @@ class KPruneConfig:
         "Temperature that softens the class probabilities from which scores are computed. None stands "
         "for 2, and for 1 for language models.",
     )
-    lambda_rep: float = option(
-        1.0,
-        number(
-            "[0, inf)",
-            "Pass 0 (and prior_samples=0) to use predictive knowledge alone, or a positive weight.",
+    lambda_rep: float | None = option(
+        None,
+        or_none(
+            number(
+                "[0, inf)",
+                "Pass 0 (and prior_samples=0) to use predictive knowledge alone, or a positive weight.",
+            )
         ),
         "Weight of representational relative to predictive knowledge (lambda), on the scale that "
-        "lambda_scale names.",
+        "lambda_scale names. None stands for 1, for question answering by spans for 0.1.",
     )
     lambda_scale: LambdaScale = option(
         "relative",
@@ -157,7 +159,7 @@ class KPruneConfig:
         "one per class and position (a single one for two classes); where that is more than this "
         "number, likely classes have passes of their own and all others share the rest with random "
         "signs, which is right in the mean. Language models take this number, each with next tokens of "
-        "its own. None stands for 8, for them 1.",
+        "its own. None stands for 8, for question answering by spans 3, for language models 1.",
     )
     sensitivity: Sensitivity = option(
         "fisher",
@@ -261,16 +263,22 @@ class KPruneConfig:
         return cls(reduction=reduction, **(PAPER | options))
 
     def meant_for(
-        self, *, is_causal: bool, next_tokens: bool, batch_tokens: int = CPU_BATCH_TOKENS
+        self,
+        *,
+        is_causal: bool,
+        next_tokens: bool,
+        spans: bool = False,
+        batch_tokens: int = CPU_BATCH_TOKENS,
     ) -> KPruneConfig:
         """Returns the configuration with None replaced by what it stands for.
 
         Args:
             is_causal: Whether the model is a decoder.
             next_tokens: Whether its task is causal language modelling.
+            spans: Whether its predictions are spans of the text.
             batch_tokens: Tokens per batch on the model's device.
         """
-        pairs = left_open(is_causal, next_tokens) | {"batch_tokens": batch_tokens}
+        pairs = left_open(is_causal, next_tokens, spans) | {"batch_tokens": batch_tokens}
         missing = {n: value for n, value in pairs.items() if getattr(self, n) is None}
         return dataclasses.replace(self, **missing)
 

@@ -29,9 +29,12 @@ _BY_MODEL: dict[str, tuple[Any, Any]] = {
 #: Likewise, but for other tasks, and for causal language modelling.
 _BY_TASK: dict[str, tuple[Any, Any]] = {
     "temperature": (2.0, 1.0),
+    "lambda_rep": (1.0, 1.0),
     "max_score_passes": (8, 1),
     "held_out": (0.0, 0.05),
 }
+#: What it stands for instead where the prediction is a span of the text.
+_FOR_SPANS: dict[str, Any] = {"lambda_rep": 0.1, "max_score_passes": 3}
 
 #: The options of the paper (arXiv 2308.03449) that differ from the defaults.
 PAPER: dict[str, Any] = {
@@ -51,15 +54,17 @@ PAPER: dict[str, Any] = {
 }
 
 
-def left_open(is_causal: bool, next_tokens: bool) -> dict[str, Any]:
+def left_open(is_causal: bool, next_tokens: bool, spans: bool) -> dict[str, Any]:
     """Returns what options that are None stand for, by name.
 
     Args:
         is_causal: Whether the model is a decoder.
         next_tokens: Whether its task is causal language modelling.
+        spans: Whether its predictions are spans of the text.
     """
     found = {name: pair[is_causal] for name, pair in _BY_MODEL.items()}
-    return found | {name: pair[next_tokens] for name, pair in _BY_TASK.items()}
+    found |= {name: pair[next_tokens] for name, pair in _BY_TASK.items()}
+    return found | (_FOR_SPANS if spans else {})
 
 
 def option(default: Any, check: Check, text: str) -> Any:

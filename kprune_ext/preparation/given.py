@@ -54,11 +54,17 @@ class Given:
         """Whether it is a causal language model, judged by all of its next tokens."""
         return self.task is not None and self.task.is_causal and not self.is_own
 
+    @property
+    def predicts_spans(self) -> bool:
+        """Whether it answers questions by a first and a last token."""
+        return self.task is not None and self.task.is_span and not self.is_own
+
     def options(self, config: KPruneConfig) -> KPruneConfig:
         """Returns the options, with the model's defaults in place of those that are None."""
         return config.meant_for(
             is_causal=self.architecture.is_causal,
             next_tokens=self.predicts_next_tokens,
+            spans=self.predicts_spans,
             batch_tokens=batch_tokens_on(input_device(self.model), self.model),
         )
 

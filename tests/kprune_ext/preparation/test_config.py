@@ -8,6 +8,8 @@ import json
 import pytest
 
 from kprune_ext import KPruneConfig
+from kprune_ext.preparation.given import given_model
+from tests.helpers.kprune_models import tiny
 
 
 def test_every_option_is_explained() -> None:
@@ -85,3 +87,17 @@ def test_every_option_is_checked(name: str) -> None:
 def test_unknown_option() -> None:
     with pytest.raises(ValueError, match=r"Unknown option sparsity.*reduction"):
         KPruneConfig.from_dict({"sparsity": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("task", "meant"), [("sequence", (1.0, 8)), ("embeddings", (1.0, 8)), ("answers", (0.1, 3))]
+)
+def test_what_options_stand_for_depends_on_the_predictions(task: str, meant: tuple) -> None:
+    model = tiny("bert", task)
+    found = given_model(model, None).options(KPruneConfig())
+    assert (found.lambda_rep, found.max_score_passes) == meant
+    own = KPruneConfig(lambda_rep=0.0, max_score_passes=5)
+    found = given_model(model, None).options(own)
+    assert (found.lambda_rep, found.max_score_passes) == (0.0, 5)
+    found = given_model(model, lambda model, batch: model(**batch)[0]).options(KPruneConfig())
+    assert (found.lambda_rep, found.max_score_passes) == (1.0, 8)  # who knows what these are
