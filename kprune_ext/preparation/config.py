@@ -76,10 +76,7 @@ class KPruneConfig:
     lambda_rep: float | None = option(
         None,
         or_none(
-            number(
-                "[0, inf)",
-                "Pass 0 (and prior_samples=0) to use predictive knowledge alone, or a positive weight.",
-            )
+            number("[0, inf)", "Pass 0 (and prior_samples=0) to use predictive knowledge alone.")
         ),
         "Weight of representational relative to predictive knowledge (lambda), on the scale that "
         "lambda_scale names. None stands for 1, for question answering by spans for 0.1.",
