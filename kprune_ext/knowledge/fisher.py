@@ -85,26 +85,25 @@ def directions(
                 r[:, position, column] = 1
                 yield root_times(z, problem, temperature, r) * weight
         return
-    squares = _column_squares(z, problem, temperature) * counted.unsqueeze(2)
-    order, alone = _columns_alone(squares.flatten(1), limit)
-    others = torch.ones_like(squares.flatten(1), dtype=z.dtype)
+    squares = (_column_squares(z, problem, temperature) * weight).flatten(1)
+    order, alone = _columns_alone(squares, limit)
     places = torch.arange(limit - 1, device=z.device)
-    others = others.scatter(1, order, (places >= alone).to(z.dtype)).reshape(squares.shape)
+    others = torch.ones_like(squares).scatter(1, order, (places >= alone).to(z.dtype))
+    others = others.reshape(batch, positions, width)
     scale = (limit - alone).to(z.dtype).sqrt()
     signs = torch.stack([_signs(seed, limit, positions + width) for seed in seeds]).to(z.device)
     for number in range(limit):
         drawn = signs[:, number].to(z.dtype)
         r = (drawn[:, :positions] / scale).unsqueeze(2) * drawn[:, None, positions:] * others
         if number < limit - 1:
-            one = torch.zeros_like(squares.flatten(1), dtype=z.dtype)
-            one = one.scatter(1, order[:, number, None], 1.0).reshape(r.shape)
-            r = torch.where((number < alone).unsqueeze(2), one, r)
+            one = torch.zeros_like(squares).scatter(1, order[:, number, None], 1.0)
+            r = torch.where((number < alone).unsqueeze(2), one.reshape(r.shape), r)
         yield root_times(z, problem, temperature, r) * weight
 
 
 def _column_squares(z: Tensor, problem: ProblemType, temperature: float) -> Tensor:
-    """Returns the squared lengths of the columns of R, `(batch, positions, components)` in float64."""
-    z = z.double() / temperature
+    """Returns the squared lengths of the columns of R, `(batch, positions, components)`."""
+    z = z / temperature
     if problem == "regression":
         return torch.full_like(z, 2.0)
     if problem == "multi_label_classification":
@@ -113,7 +112,7 @@ def _column_squares(z: Tensor, problem: ProblemType, temperature: float) -> Tens
         difference = z[..., 1:] - z[..., :1]
         return 2 * difference.sigmoid() * (-difference).sigmoid()
     p = z.softmax(2)
-    return p * (1 - 2 * p + p.square().sum(2, keepdim=True))
+    return p * (1 - 2 * p + p.square().sum(2, keepdim=True)).clamp(min=0)
 
 
 def _columns_alone(squares: Tensor, limit: int) -> tuple[Tensor, Tensor]:
@@ -133,8 +132,8 @@ def _columns_alone(squares: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     numbers = torch.arange(limit, device=squares.device)
 
     def left(values: Tensor, largest: Tensor) -> Tensor:
-        taken = torch.nn.functional.pad(largest.cumsum(1), (1, 0))
-        return values.sum(1, keepdim=True) - taken
+        taken = torch.nn.functional.pad(largest.cumsum(1, dtype=torch.float64), (1, 0))
+        return values.sum(1, keepdim=True, dtype=torch.float64) - taken
 
     products = left(squares, longest).square() - left(squares.square(), longest.square())
     return order, (products / (limit - numbers)).argmin(1, keepdim=True)
